@@ -1,0 +1,69 @@
+"""Continuum memory system (Eq. 70-74): MLP blocks with clocks of their own.
+
+This file says what the blocks compute. Between two steps at which a level is due its weights do not move at all; that
+is the optimizer's business (hope/optim/levels.py).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from hope.config import ModelConfig
+from hope.flops import Flops
+from hope.layers import RMSNorm, SwiGlu, constant, new_parameter
+
+
+class Level(nn.Module):
+    """One block of the chain: f(norm(x)), to be added to x."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.norm, self.mlp = RMSNorm(width), SwiGlu(width, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.norm(x))
+
+    def flops(self) -> Flops:
+        return self.mlp.flops()
+
+
+class SequentialCms(nn.Module):
+    """Eq. 70/73: y = x, then y <- y + f_l(norm_l(y)) from the fastest level to the slowest. [T, B, D] -> [T, B, D].
+
+    The paper leaves norms and residuals out; with pre-norm residuals a level whose output is zero is the identity.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_per_level()
+        self.levels = nn.ModuleList([Level(config.width, hidden) for _ in config.periods])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for level in self.levels:
+            x = x + level(x)
+        return x
+
+    def flops(self) -> Flops:
+        return sum((level.flops() for level in self.levels), Flops())
+
+
+class IndependentCms(nn.Module):
+    """Eq. 74: y = x + sum_l w_l f_l(norm_l(x)) with learned scalars w_l that start at 1. [T, B, D] -> [T, B, D]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_per_level()
+        self.levels = nn.ModuleList([Level(config.width, hidden) for _ in config.periods])
+        self.aggregate = new_parameter(len(config.periods), init=constant(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = torch.stack([level(x) for level in self.levels], -1)
+        return x + outputs @ self.aggregate
+
+    def flops(self) -> Flops:
+        return sum((level.flops() for level in self.levels), Flops())
+
+
+def build_cms(config: ModelConfig) -> SequentialCms | IndependentCms:
+    """The MLP part of a block; a Transformer++ has a chain of one level."""
+    independent = config.kind != "transformer" and config.cms.variant == "independent"
+    return IndependentCms(config) if independent else SequentialCms(config)

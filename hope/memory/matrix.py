@@ -1,0 +1,94 @@
+"""Matrix memories M(z) = z + M z, all memories of a head through two shared factors.
+
+The gradient of 1/2 |k + M k - v̂|^2 with v̂ = v + M v at the chunk-start state M_s is (M_s + I)(k - v) k^T: every
+memory is multiplied from the right by the same matrix and receives the same addition. Hence
+
+    M_box,t = M_box,0 P_t + R_t,     P_0 = I,  R_0 = 0,
+
+with P and R shared by all memories of a head and sequence: N fast weights collapse into one state [2K, K] (P stacked
+on R), and the M_box,0 stay ordinary weights. Exact, not an approximation: tests/unit/test_matrix_memory.py.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hope.config import MemoryConfig
+from hope.layers import new_parameter, normal
+from hope.memory.bank import State
+from hope.memory.delta import DeltaChunk, DeltaState, Gates, Written
+
+
+class MatrixMemories(nn.Module):
+    """Meta-learned initial states M_box,0 [H, K, K], one parameter per memory: `initial.<box>`."""
+
+    def __init__(self, boxes: tuple[str, ...], heads: int, head_dim: int, config: MemoryConfig) -> None:
+        super().__init__()
+        self.config = config
+        # random, not zero: with all M_box,0 equal every memory would read the same thing and v̂ = M(v) would follow k
+        std = head_dim**-0.5
+        self.initial = nn.ParameterDict({b: new_parameter(heads, head_dim, head_dim, init=normal(std)) for b in boxes})
+
+    def bank(self, boxes: tuple[str, ...], dtype: torch.dtype) -> "MatrixBank":
+        reads = [self.initial[b].to(dtype) for b in boxes if b != "main"]
+        main = self.initial["main"].to(dtype) if "main" in boxes else None
+        return MatrixBank(torch.cat(reads, 1) if reads else None, main, self.initial[boxes[0]].shape, self.config)
+
+    def flops(self, read_boxes: int, tokens_per_chunk: int, head_dim: int) -> tuple[float, float]:
+        """(reads, writes) per token and head in FLOPs, forward; a multiply-add counts two."""
+        k, c = head_dim, tokens_per_chunk
+        reads = 2 * k * 2 * k + 2 * k * k * read_boxes + 2 * k * 2 * k + 2 * c * k + 2 * c * 2 * k + 2 * k * k
+        writes = 2 * 2 * k * 2 * k + 2 * c * k + c * 2 * k + 2 * k * 2 * k
+        return float(reads), float(writes)
+
+
+@dataclass(frozen=True)
+class MatrixBank:
+    """See `hope.memory.bank.Bank`. `stack` is [H, N K, K], `main` [H, K, K]."""
+
+    stack: Tensor | None
+    main: Tensor | None
+    shape: torch.Size
+    config: MemoryConfig
+
+    def start(self, batch: int) -> State:
+        heads, width, _ = self.shape
+        like = self.stack if self.stack is not None else self.main
+        assert like is not None
+        identity = torch.eye(2 * width, width, dtype=like.dtype, device=like.device)
+        return (DeltaState(identity.expand(batch, heads, 2 * width, width)),)
+
+    def read(self, state: State, inputs: Tensor) -> Tensor:
+        assert self.stack is not None
+        width = inputs.shape[-1]
+        through_p, through_r = (inputs @ state[0].weight.mT).split(width, -1)
+        boxes = (through_p @ self.stack.mT).unflatten(-1, (-1, width))
+        return (boxes + through_r.unsqueeze(-2)).transpose(-2, -3)
+
+    def write(self, state: State, keys: Tensor, values: Tensor, gates: Gates) -> tuple[State, "MatrixReads"]:
+        rule = self.config.erase
+        chunk = DeltaChunk(keys, gates, erase=rule in ("layerwise", "input"), momentum=self.config.momentum)
+        # the penalty 1/2 |M(k)|^2 adds M(k) to the error, which the shared factors see as one more k
+        difference = (2 * keys if rule == "objective" else keys) - values
+        width, length = keys.shape[-1], keys.shape[-2]
+        read_keys, errors = (torch.cat([keys, difference], -2) @ state[0].weight.mT).split(length, -2)
+        errors = errors + nn.functional.pad(difference, (width, 0))  # R's error has the residual part of the read
+        written = chunk.write(state[0], read_keys, errors)
+        return (written.state,), MatrixReads(written)
+
+    def boundary(self, state: State, queries: Tensor) -> Tensor:
+        return queries @ state[0].weight.mT
+
+    def output(self, features: Tensor) -> Tensor:
+        assert self.main is not None
+        through_p, through_r = features.chunk(2, -1)
+        return through_p @ self.main.mT + through_r
+
+
+@dataclass(frozen=True)
+class MatrixReads:
+    written: Written
+
+    def causal(self, queries: Tensor) -> Tensor:
+        return self.written.read(queries, queries @ self.written.start.weight.mT)

@@ -1,0 +1,95 @@
+"""The model, or any contiguous slice of it: embedding, blocks, norm, head.
+
+Shapes: T time, B batch, D width, V vocabulary. Parameter names are those of the whole model in every slice
+(`blocks.5.mixer.query.weight`), so checkpoints and gradient rules speak one language.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hope.block import Block
+from hope.config import ModelConfig
+from hope.documents import Documents
+from hope.flops import Flops
+from hope.layers import RMSNorm, initialise, new_parameter, normal
+from hope.self_modifying import MixerState
+
+States = dict[int, MixerState | None]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Blocks [first, last) of the model; with the embedding if first is 0, with the head if last is the end."""
+
+    first: int
+    last: int
+
+
+class Embedding(nn.Module):
+    """Token embedding [V, D]. N(0, 0.09 / D): as the head it adds 0.045 nats to a first loss of ln V."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = new_parameter(config.vocab_size, config.width, init=normal(0.3 * config.width**-0.5))
+
+
+class Model(nn.Module):
+    """forward(inputs, state, starts) -> (outputs, state).
+
+    inputs: token ids [T, B] if the slice has the embedding, else activations [T, B, D].
+    state: block index -> state carried from the previous call, or None to start every sequence anew.
+    starts: [T, B] bool, true at document starts: memories, convolutions and attention are reset there.
+    outputs: logits [T, B, V] if the slice has the head, else activations [T, B, D].
+    """
+
+    def __init__(self, config: ModelConfig, part: Slice | None = None) -> None:
+        super().__init__()
+        part = part or Slice(0, config.layers)
+        if not 0 <= part.first < part.last <= config.layers:
+            raise ValueError(f"slice [{part.first}, {part.last}) of a model with {config.layers} blocks")
+        self.config, self.part = config, part
+        self.has_embedding, self.has_head = part.first == 0, part.last == config.layers
+        if self.has_embedding or (self.has_head and config.tie_embeddings):
+            self.embedding = Embedding(config)
+        self.blocks = nn.ModuleDict({str(i): Block(config) for i in range(part.first, part.last)})
+        if self.has_head:
+            self.norm = RMSNorm(config.width)
+            if not config.tie_embeddings:
+                self.head = Embedding(config)
+
+    def initialise(self, seed: int) -> "Model":
+        """Fill all parameters as a pure function of (seed, name); see `hope.layers.initialise`."""
+        initialise(self, seed)
+        return self
+
+    def forward(
+        self, inputs: Tensor, state: States | None = None, starts: Tensor | None = None
+    ) -> tuple[Tensor, States]:
+        x = F.embedding(inputs, self.embedding.weight) if self.has_embedding else inputs
+        documents = None if starts is None else Documents(starts)
+        after: States = {}
+        for name, block in self.blocks.items():
+            x, after[int(name)] = block(x, None if state is None else state[int(name)], documents)
+        if self.has_head:
+            x = F.linear(self.norm(x), self.output_weight)
+        return x, after
+
+    @property
+    def output_weight(self) -> Tensor:
+        return self.embedding.weight if self.config.tie_embeddings else self.head.weight
+
+    def flops(self, length: int) -> Flops:
+        """Per token, forward, at this sequence length. The embedding is a look-up and counts nothing."""
+        total = sum((block.flops(length) for block in self.blocks.values()), Flops())
+        if self.has_head:
+            total = total + Flops(dense=2.0 * self.config.vocab_size * self.config.width)
+        return total
+
+
+def next_token_loss(logits_TBV: Tensor, targets_TB: Tensor) -> Tensor:
+    """Mean cross-entropy in nats, taken in fp32 (or fp64)."""
+    dtype = torch.promote_types(logits_TBV.dtype, torch.float32)
+    return F.cross_entropy(logits_TBV.flatten(0, 1).to(dtype), targets_TB.flatten())

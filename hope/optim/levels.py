@@ -1,0 +1,31 @@
+"""Parameter groups: one per CMS level, and within it one for decayed and one for undecayed tensors.
+
+A level is a group with a clock (`period` in optimizer steps). Embedding, mixers, norms and head are level "base" with
+period 1; block i's l-th MLP belongs to level "cms<l>".
+"""
+
+import re
+
+from hope.model import Model
+
+_LEVEL = re.compile(r"\.cms\.levels\.(\d+)\.")
+
+
+def parameter_groups(model: Model, weight_decay: float) -> list[dict]:
+    """Groups with keys name, period, weight_decay, params, names; every parameter in exactly one.
+
+    Order and membership are a pure function of the model, so that every rank cuts the same flat buffers.
+    """
+    groups: dict[str, dict] = {}
+    for name, parameter in model.named_parameters():
+        found = _LEVEL.search(name)
+        level = "base" if found is None else f"cms{found[1]}"
+        decayed = parameter.ndim >= 2
+        key = level if decayed else f"{level}.undecayed"
+        if key not in groups:
+            period = 1 if found is None else model.config.periods[int(found[1])]
+            decay = weight_decay if decayed else 0.0
+            groups[key] = {"name": key, "period": period, "weight_decay": decay, "params": [], "names": []}
+        groups[key]["params"].append(parameter)
+        groups[key]["names"].append(name)
+    return [groups[key] for key in sorted(groups)]

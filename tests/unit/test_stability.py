@@ -1,0 +1,67 @@
+"""16k tokens through the default configuration: finite, bounded states, finite gradients."""
+
+import pytest
+import torch
+
+from hope.config import MemoryConfig, ModelConfig
+from hope.layers import initialise
+from hope.self_modifying import SelfModifyingTitans
+
+LENGTH = 16384
+
+
+def stream(kind: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(LENGTH, 1, 32, generator=generator)
+    if kind == "random":
+        return noise
+    if kind == "correlated":  # neighbouring tokens nearly equal: keys repeat, every write hits the same direction
+        return noise[:1] + 0.05 * noise
+    walk = noise.cumsum(0)
+    return walk / walk.square().mean(-1, keepdim=True).sqrt()
+
+
+@pytest.mark.parametrize("inputs", ["random", "correlated", "walk"])
+@pytest.mark.parametrize("kind", ["matrix", "mlp"])
+def test_long_sequences_stay_finite(kind, inputs):
+    mixer = SelfModifyingTitans(ModelConfig(width=32, heads=1, memory=MemoryConfig(kind=kind)))
+    initialise(mixer, 0)
+    x = stream(inputs).requires_grad_()
+    y, state = mixer(x)
+    y.square().mean().backward()
+    assert torch.isfinite(y).all()
+    for layer in state.main:
+        assert torch.linalg.matrix_norm(layer.weight, ord=2).max() < 20, (
+            "a state grew: its largest gain was O(1) at start"
+        )
+    for name, gradient in [("x", x.grad), *((n, p.grad) for n, p in mixer.named_parameters())]:
+        assert torch.isfinite(gradient).all(), name
+
+
+def test_the_bound_can_be_broken():
+    """Raw values with the residual of Eq. 89 and eta_max 1/2: the largest gain passed 300 within 4096 tokens."""
+    memory = MemoryConfig(eta_max=0.5, normalise_values=False, contribution=1.0, static="identity")
+    mixer = SelfModifyingTitans(ModelConfig(width=32, heads=1, memory=memory))
+    initialise(mixer, 0)
+    with torch.no_grad():
+        _, state = mixer(stream("correlated")[:4096])
+    assert torch.linalg.matrix_norm(state.main[0].weight, ord=2).max() > 20
+
+
+@pytest.mark.parametrize("kind", ["matrix", "mlp"])
+def test_memories_do_not_fade_away(kind):
+    """At initialisation the state is still of order one after 4096 tokens: alpha's bias does not erase it."""
+    mixer = SelfModifyingTitans(ModelConfig(width=32, heads=1, memory=MemoryConfig(kind=kind)))
+    initialise(mixer, 0)
+    with torch.no_grad():
+        _, state = mixer(stream("random")[:4096])
+    assert all(torch.linalg.matrix_norm(s.weight, ord=2).max() > 0.05 for s in state.main)
+
+
+def test_hazards_are_reachable_with_a_warning():
+    config = ModelConfig(memory=MemoryConfig(eta_max=0.5, normalise_values=False))
+    with pytest.warns(UserWarning, match="eta_max 0.5") as seen:
+        config.warn_hazards()
+    assert any("normalise_values" in str(w.message) for w in seen)
+    assert ModelConfig().memory.hazards() == []
+    assert MemoryConfig(kind="mlp").hazards() == []
