@@ -6,10 +6,6 @@ the fast weights, counted apart so that an MFU can be given with and without the
 
 from dataclasses import dataclass
 
-# NVIDIA's dense (not sparse) bf16 rates in FLOP/s: the denominator of every MFU printed here
-PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-
-
 @dataclass(frozen=True)
 class Flops:
     """Forward FLOPs per token."""

@@ -53,7 +53,8 @@ class MixerState:
 
 @dataclass
 class GateStatistics:
-    """Detached eta and alpha [B, H, T] and the Frobenius norm of the main memory's end state [B, H], for logging."""
+    """Detached eta and alpha [B, H, T] and the Frobenius norm of the end state [B, H] of the bank that
+    holds the main memory (matrix: P and R), for logging."""
 
     eta: Tensor
     alpha: Tensor
@@ -206,7 +207,7 @@ class SelfModifyingTitans(nn.Module):
     @torch.no_grad()
     def _summarise(self, bank: Bank, main: State, gates: list[Gates]) -> GateStatistics:
         joined = _join_gates(gates)
-        norm = torch.stack([s.weight.float().square().sum((-1, -2)).flatten(2).sum(-1) for s in main]).sum(0).sqrt()
+        norm = torch.stack([s.weight.float().square().flatten(2).sum(-1) for s in main]).sum(0).sqrt()
         return GateStatistics(joined.eta.detach(), joined.log_alpha.detach().exp(), norm)
 
     def flops(self, length: int) -> Flops:

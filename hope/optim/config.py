@@ -1,5 +1,6 @@
 """Optimizer section of the configuration."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -37,8 +38,8 @@ class OptimConfig:
     """Decoupled decay of tensors with two or more dimensions; applied only when their level is due."""
 
     def problems(self, path: str = "optim") -> Iterator[Problem]:
-        if not self.lr > 0:
-            yield f"{path}.lr", f"{self.lr} is not positive", "1.5e-3"
+        if not 0 < self.lr < math.inf:
+            yield f"{path}.lr", f"{self.lr} is not a positive number", "1.5e-3"
         if self.warmup < 0:
             yield f"{path}.warmup", f"{self.warmup} is negative", "60"
         for name in ("beta1", "beta2"):

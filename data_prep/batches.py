@@ -1,0 +1,161 @@
+"""Global batches cut for one data-parallel rank, as [time, batch] tensors."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from data_prep.errors import DataError
+
+
+class _Samples(Protocol):
+    eos_id: int
+
+    def sample(self, number: int) -> np.ndarray: ...
+
+
+class _Windows(Protocol):
+    eos_id: int
+
+    def __len__(self) -> int: ...
+
+    def window(self, index: int) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch.
+
+    Attributes:
+        tokens_TB: inputs, int64 [T, B].
+        targets_TB: the token after each input, int64 [T, B].
+        starts_TB: bool [T, B], True where an input is the first of a document or of the window; None
+            if state is carried over document boundaries.
+    """
+
+    tokens_TB: torch.Tensor
+    targets_TB: torch.Tensor
+    starts_TB: torch.Tensor | None
+
+    @classmethod
+    def from_windows(cls, windows: Sequence[np.ndarray], documents: str, eos_id: int) -> "Batch":
+        """Stack windows (each int64 [T + 1]); `documents` is "carry" (no starts) or "reset"."""
+        windows_TB = torch.from_numpy(np.stack(windows, axis=1))
+        tokens_TB, targets_TB = windows_TB[:-1].contiguous(), windows_TB[1:].contiguous()
+        starts_TB = None
+        if documents == "reset":
+            starts_TB = torch.ones_like(tokens_TB, dtype=torch.bool)
+            starts_TB[1:] = tokens_TB[:-1] == eos_id
+        return cls(tokens_TB, targets_TB, starts_TB)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        starts_TB = None if self.starts_TB is None else self.starts_TB.to(device, non_blocking=True)
+        tokens_TB = self.tokens_TB.to(device, non_blocking=True)
+        return Batch(tokens_TB, self.targets_TB.to(device, non_blocking=True), starts_TB)
+
+
+def global_batch_slice(consumed: int, global_batch: int, dp_rank: int, dp_size: int) -> range:
+    """Sample numbers of one rank: its contiguous share of consumed .. consumed + global_batch - 1."""
+    share = global_batch // dp_size
+    start = consumed + dp_rank * share
+    return range(start, start + share)
+
+
+class BatchLoader:
+    """The micro-batches of a rank for any number of consumed samples; holds no position of its own.
+
+    The union over ranks of what `batches(consumed)` gives is the same for every dp_size and micro_batch.
+    The following global batch is read in one background thread; an error there is raised by the call
+    that asks for that batch.
+    """
+
+    def __init__(
+        self,
+        dataset: _Samples,
+        global_batch: int,
+        micro_batch: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        documents: str = "carry",
+        prefetch: bool = True,
+    ) -> None:
+        """Sizes are in samples: global_batch over all ranks, micro_batch of one forward pass of one rank.
+
+        Raises:
+            DataError: global_batch is not a multiple of micro_batch * dp_size.
+        """
+        unit = micro_batch * dp_size
+        if unit < 1 or global_batch < 1 or global_batch % unit:
+            raise DataError(
+                f"train.global_batch {global_batch} is not a multiple of train.micro_batch {micro_batch}"
+                f" * {dp_size} data-parallel ranks; {_nearest_multiples(global_batch, unit)} works"
+            )
+        self._dataset = dataset
+        self._global_batch = global_batch
+        self._micro_batch = micro_batch
+        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._documents = documents
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") if prefetch else None
+        self._next: tuple[int, Future[list[Batch]]] | None = None
+
+    def batches(self, consumed: int) -> list[Batch]:
+        """This rank's micro-batches (global_batch / dp_size / micro_batch of them), in order."""
+        held, self._next = self._next, None
+        result = held[1].result() if held and held[0] == consumed else self._read(consumed)
+        if self._executor is not None:
+            following = consumed + self._global_batch
+            self._next = following, self._executor.submit(self._read, following)
+        return result
+
+    def close(self) -> None:
+        """Stop the background thread."""
+        if self._executor is not None:
+            self._executor.shutdown(cancel_futures=True)
+        self._executor = self._next = None
+
+    def _read(self, consumed: int) -> list[Batch]:
+        numbers = global_batch_slice(consumed, self._global_batch, self._dp_rank, self._dp_size)
+        windows = [self._dataset.sample(number) for number in numbers]
+        step = self._micro_batch
+        return [
+            Batch.from_windows(windows[start : start + step], self._documents, self._dataset.eos_id)
+            for start in range(0, len(windows), step)
+        ]
+
+
+def _nearest_multiples(value: int, unit: int) -> str:
+    if unit < 1:
+        return "1 or more of each"
+    below = value // unit * unit
+    return f"{below} or {below + unit}" if below > 0 else str(unit)
+
+
+def heldout_batches(
+    heldout: _Windows,
+    windows: int,
+    micro_batch: int,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    documents: str = "carry",
+) -> Iterator[Batch]:
+    """A rank's equal share of the first `windows` held-out windows, in micro-batches of one size.
+
+    Raises:
+        DataError: the set has fewer windows, or `windows` does not divide evenly, in which case ranks
+            would do unequal work and the mean would depend on the layout.
+    """
+    unit = micro_batch * dp_size
+    if windows < 1 or windows > len(heldout) or windows % unit:
+        largest = len(heldout) // unit * unit
+        raise DataError(
+            f"{windows} held-out windows do not divide over micro-batches of {micro_batch} on {dp_size} ranks"
+            f" with {len(heldout)} windows in the set; a multiple of {unit} up to {largest} works"
+        )
+    numbers = global_batch_slice(0, windows, dp_rank, dp_size)
+    for start in range(0, len(numbers), micro_batch):
+        chosen = [heldout.window(number) for number in numbers[start : start + micro_batch]]
+        yield Batch.from_windows(chosen, documents, heldout.eos_id)

@@ -1,0 +1,5 @@
+"""The one error that data preparation and reading raise for anything a user can mend."""
+
+
+class DataError(Exception):
+    """Data, or a request for data, that cannot work; the message names the file and what would work."""

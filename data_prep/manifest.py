@@ -1,0 +1,100 @@
+"""PREFIX.manifest.json: what a pair of token files was made from, and the checks made before reading it."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.errors import DataError
+from data_prep.files import sha256_file, write_json
+from data_prep.indexed import Header, check_bin, read_header
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Facts about PREFIX.bin/.idx. Digests are hex sha256; `text_bytes` is UTF-8, without EOS tokens."""
+
+    documents: int
+    tokens: int
+    text_bytes: int
+    bytes_per_token: float
+    vocab_size: int
+    eos_id: int
+    sha256_bin: str
+    sha256_idx: str
+    sha256_tokenizer: str
+    sha256_source: str
+    format: int = FORMAT
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the token data (64 hex digits): names index caches, and belongs in checkpoints."""
+        return hashlib.sha256(f"{self.sha256_bin}{self.sha256_idx}".encode()).hexdigest()
+
+    def save(self, prefix: str | Path) -> None:
+        """Write PREFIX.manifest.json; do this last, since a set without manifest counts as unfinished."""
+        write_json(manifest_path(prefix), dataclasses.asdict(self))
+
+
+def manifest_path(prefix: str | Path) -> str:
+    """Where the manifest of a prefix lies."""
+    return f"{prefix}.manifest.json"
+
+
+def load_manifest(prefix: str | Path) -> Manifest:
+    """Read PREFIX.manifest.json; raises DataError if it is missing, broken, or of another format."""
+    path = manifest_path(prefix)
+    try:
+        with open(path, "rb") as stream:
+            fields = json.load(stream)
+        if fields.get("format") != FORMAT:
+            raise DataError(f"{path}: format {fields.get('format')}, this version reads format {FORMAT}")
+        return Manifest(**fields)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; tokenize again to make it") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not a manifest ({error}); tokenize again to make it") from None
+
+
+def open_checked(prefix: str | Path) -> tuple[Header, Manifest]:
+    """Header and manifest of a prefix after the cheap checks (sizes and counts, not digests).
+
+    Raises:
+        DataError: a file is missing or truncated, the set is empty, or manifest and index disagree.
+    """
+    header = read_header(prefix)
+    check_bin(prefix, header)
+    manifest = load_manifest(prefix)
+    if header.documents == 0 or header.tokens == 0:
+        # megatron-core's epoch count never ends on a set without tokens
+        raise DataError(f"{prefix}.idx: {header.documents} documents, {header.tokens} tokens; need at least one each")
+    if (header.documents, header.tokens) != (manifest.documents, manifest.tokens):
+        raise DataError(
+            f"{manifest_path(prefix)} speaks of {manifest.documents} documents and {manifest.tokens} tokens,"
+            f" {prefix}.idx of {header.documents} and {header.tokens}; tokenize again"
+        )
+    return header, manifest
+
+
+def is_verified(prefix: str | Path, sha256_source: str, sha256_tokenizer: str) -> bool:
+    """True if the set was made from exactly this text and tokenizer and all its bytes are intact."""
+    try:
+        _, manifest = open_checked(prefix)
+    except DataError:
+        return False
+    return (
+        (manifest.sha256_source, manifest.sha256_tokenizer) == (sha256_source, sha256_tokenizer)
+        and manifest.sha256_bin == sha256_file(f"{prefix}.bin")
+        and manifest.sha256_idx == sha256_file(f"{prefix}.idx")
+    )
+
+
+def remove_manifest(prefix: str | Path) -> None:
+    """Mark a set as unfinished before its files are replaced."""
+    path = manifest_path(prefix)
+    if os.path.exists(path):
+        os.unlink(path)

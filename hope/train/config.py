@@ -1,0 +1,108 @@
+"""The sections of the configuration about a run: run, train, checkpoint and log."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Problem = tuple[str, str, str]
+
+
+def _at_least(section: object, path: str, bounds: dict[str, int]) -> Iterator[Problem]:
+    """Problems of whole numbers below their bound."""
+    for name, low in bounds.items():
+        value = getattr(section, name)
+        if value < low:
+            yield f"{path}.{name}", f"{value} is less than {low}", f"{low} or more"
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Name and place of a run."""
+
+    name: str
+    """Folder of the run below `dir`."""
+    dir: str = "runs"
+    """Folder that holds all runs."""
+    seed: int = 1
+    """Seed of the initial weights."""
+
+    def problems(self, path: str = "run") -> Iterator[Problem]:
+        if self.name in ("", ".", "..") or set(self.name) & set("/\\\0\n"):
+            yield f"{path}.name", f"{self.name!r} is not the name of one folder", "letters, digits, - and _"
+        if not self.dir:
+            yield f"{path}.dir", "is empty", "runs"
+        if not 0 <= self.seed < 2**63:
+            yield f"{path}.seed", f"{self.seed} is not in [0, 2^63)", "1"
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """How long, how much per step, how often it is evaluated."""
+
+    steps: int
+    """Optimizer steps of the whole run; the learning-rate schedule ends here."""
+    stop_after: int = 0
+    """Save and stop after this step while the schedule still follows `steps`; 0: run to the end."""
+    seq_len: int
+    """Tokens per sequence that are predicted."""
+    global_batch: int
+    """Sequences per optimizer step, over all devices."""
+    micro_batch: int
+    """Sequences per device and forward pass."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: matrix products in bfloat16; master weights and fast weights stay fp32."""
+    eval_every: int = 0
+    """Steps between evaluations on held-out data; 0: only before the first and after the last step."""
+    eval_windows: int = 0
+    """Held-out windows (sequences) of one evaluation; 0: all."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm, larger ones are scaled down to it; 0: never."""
+    max_skips: int = 10
+    """Skipped steps (non-finite gradients) in a row after which the run ends with code 93."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch * self.seq_len
+
+    def problems(self, path: str = "train") -> Iterator[Problem]:
+        ones = dict.fromkeys(("steps", "seq_len", "global_batch", "micro_batch", "max_skips"), 1)
+        yield from _at_least(self, path, ones | dict.fromkeys(("stop_after", "eval_every", "eval_windows"), 0))
+        if 1 <= self.steps < self.stop_after:
+            what = f"{self.stop_after} is after the last step, train.steps {self.steps}"
+            yield f"{path}.stop_after", what, f"1 to {self.steps}, or 0 for none"
+        if not (math.isfinite(self.grad_clip) and self.grad_clip >= 0):
+            yield f"{path}.grad_clip", f"{self.grad_clip} is not a norm", "1.0, or 0 to never clip"
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """When a run is saved, how many are kept, whether it goes on from the last."""
+
+    every: int = 0
+    """Steps between checkpoints; 0: only when the run stops."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest durable checkpoint of the run folder, if any; never: start from step 0."""
+
+    def problems(self, path: str = "checkpoint") -> Iterator[Problem]:
+        yield from _at_least(self, path, {"every": 0, "keep": 1})
+
+
+@dataclass(kw_only=True)
+class LogConfig:
+    """What is written while training."""
+
+    every: int = 10
+    """Steps between lines on the console and in metrics.jsonl."""
+    tensorboard: bool = True
+    """Write the same numbers for TensorBoard."""
+    histograms: int = 0
+    """Steps between TensorBoard histograms of the memories' eta and alpha gates; 0: never."""
+
+    def problems(self, path: str = "log") -> Iterator[Problem]:
+        yield from _at_least(self, path, {"every": 1, "histograms": 0})
+        if self.histograms > 0 and not self.tensorboard:
+            what = f"histograms every {self.histograms} steps need TensorBoard, which is off"
+            yield f"{path}.histograms", what, "log.tensorboard=true, or log.histograms=0"

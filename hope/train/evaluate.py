@@ -1,0 +1,27 @@
+"""Held-out loss, with whoever runs the batches and averages over ranks passed in."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+
+def heldout_loss(
+    batches: Iterable[Any],
+    forward: Callable[[Any], dict[str, torch.Tensor]],
+    average: Callable[[torch.Tensor], torch.Tensor],
+) -> float:
+    """Mean next-token loss in nats over equally large batches.
+
+    Args:
+        batches: this rank's share; every rank has as many batches of one size.
+        forward: runs one batch without gradients and reports {"loss": scalar}.
+        average: mean over the data-parallel ranks.
+
+    Raises:
+        ValueError: there are no batches.
+    """
+    losses = [forward(batch)["loss"] for batch in batches]
+    if not losses:
+        raise ValueError("no held-out batches to evaluate on")
+    return average(torch.stack(losses).mean()).item()

@@ -1,0 +1,9 @@
+"""Errors of this package that a user can act on; the message says what to do."""
+
+
+class LaunchError(RuntimeError):
+    """The processes were started in a way that cannot form one job."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, is damaged, or belongs to another model or layout."""

@@ -1,0 +1,225 @@
+"""Process groups: megatron-core owns them, DeepSpeed asks for them through `Mpu`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from parallel import cpu, launcher
+from parallel.errors import LaunchError
+from parallel.topology import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place in the job, and the device that it computes on."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    dp_rank: int
+    dp_size: int
+    device: torch.device
+
+
+@contextlib.contextmanager
+def start(config: ParallelConfig, timeout_s: float = 1800.0) -> Iterator[Ranks]:
+    """Join the job and build its process groups; leave them on exit.
+
+    NCCL when CUDA is present, else gloo. Works under torchrun, under srun, and with no launcher (one process).
+    `timeout_s`: a collective that waits longer fails and names itself, so a lost peer is no endless hang.
+
+    Raises:
+        LaunchError: the launcher's variables do not fit this machine or the layout.
+    """
+    launch = launcher.from_environment(os.environ)
+    device = _device(launch.local_rank)
+    import_quietly()
+    # DeepSpeed reads its rank from these three and sets its device to LOCAL_RANK, which under srun with one
+    # visible GPU per task is 0 for everybody.
+    names = {"RANK": launch.rank, "WORLD_SIZE": launch.world_size, "LOCAL_RANK": device.index or 0}
+    with _environment({name: str(value) for name, value in names.items()}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated")  # DeepSpeed's call
+        _init_torch(launch, device, timeout_s)
+        try:
+            yield _init_libraries(config, launch, device, timeout_s)
+        finally:
+            _destroy()
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is true on at least one rank; every rank gets the same answer."""
+    count = torch.tensor([int(flag)], device=_collective_device())
+    dist.all_reduce(count, op=dist.ReduceOp.MAX)
+    return bool(count.item())
+
+
+def mean_over_data(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean of `tensor` over the data-parallel ranks, same shape, detached; the argument stays as it is."""
+    total = tensor.detach().clone()
+    dist.all_reduce(total, group=data_group())
+    return total / dist.get_world_size(data_group())
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    any_rank(False)  # dist.barrier() guesses a device under NCCL; an all-reduce of one number does not
+
+
+def data_group() -> dist.ProcessGroup:
+    """The data-parallel process group of this rank."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_group()
+
+
+def import_quietly() -> None:
+    """Import megatron-core and DeepSpeed (7 s) without their notices about optional packages."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found no accelerator
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+        import megatron.core.pipeline_parallel.schedules
+        import megatron.core.transformer.multi_token_prediction  # noqa: F401  the schedule imports it when it runs
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Else the first init compiles shm.cpp, and a run killed in it leaves a lock that hangs every later run.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    cpu.enable()
+
+
+class Mpu:
+    """megatron-core's groups under the names that DeepSpeed 0.19.8 asks a "model parallel unit" for."""
+
+    @staticmethod
+    def get_data_parallel_group() -> dist.ProcessGroup:
+        return data_group()
+
+    @staticmethod
+    def get_data_parallel_world_size() -> int:
+        return dist.get_world_size(data_group())
+
+    @staticmethod
+    def get_data_parallel_rank() -> int:
+        return dist.get_rank(data_group())
+
+    @staticmethod
+    def get_model_parallel_group() -> dist.ProcessGroup:
+        return _megatron().get_model_parallel_group()
+
+    @staticmethod
+    def get_model_parallel_world_size() -> int:
+        return dist.get_world_size(_megatron().get_model_parallel_group())
+
+    @staticmethod
+    def get_model_parallel_rank() -> int:
+        return dist.get_rank(_megatron().get_model_parallel_group())
+
+    @staticmethod
+    def get_tensor_model_parallel_group() -> dist.ProcessGroup:
+        return _megatron().get_tensor_model_parallel_group()
+
+    @staticmethod
+    def get_tensor_model_parallel_world_size() -> int:
+        return _megatron().get_tensor_model_parallel_world_size()
+
+    @staticmethod
+    def get_tensor_model_parallel_rank() -> int:
+        return _megatron().get_tensor_model_parallel_rank()
+
+    @staticmethod
+    def get_pipeline_model_parallel_group() -> dist.ProcessGroup:
+        return _megatron().get_pipeline_model_parallel_group()
+
+    @staticmethod
+    def get_pipeline_model_parallel_world_size() -> int:
+        return _megatron().get_pipeline_model_parallel_world_size()
+
+
+def _megatron() -> Any:
+    from megatron.core import parallel_state
+
+    return parallel_state
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    if visible > 1 and local_rank >= visible:
+        raise LaunchError(
+            f"local rank {local_rank} has no GPU: this node shows {visible}; start at most {visible} processes here"
+        )
+    return torch.device("cuda", local_rank if visible > 1 else 0)
+
+
+def _collective_device() -> torch.device:
+    on_gpu = dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _init_torch(launch: launcher.Launch, device: torch.device, timeout_s: float) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        backend="nccl" if device.type == "cuda" else "gloo",
+        init_method=f"tcp://{launch.address}:{launch.port}",
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+
+
+def _init_libraries(config: ParallelConfig, launch: launcher.Launch, device: torch.device, timeout_s: float) -> Ranks:
+    import deepspeed
+
+    _megatron().initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor,
+        pipeline_model_parallel_size=config.pipeline,
+        context_parallel_size=config.context,
+        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+        create_gloo_process_groups=False,
+    )
+    deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    group = data_group()
+    return Ranks(
+        rank=launch.rank,
+        world_size=launch.world_size,
+        local_rank=launch.local_rank,
+        dp_rank=dist.get_rank(group),
+        dp_size=dist.get_world_size(group),
+        device=device,
+    )
+
+
+def _destroy() -> None:
+    from deepspeed import comm
+    from deepspeed.utils import groups as deepspeed_groups
+
+    _megatron().destroy_model_parallel()
+    deepspeed_groups.mpu = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    comm.comm.cdb = None  # DeepSpeed would go on using the destroyed groups in a second run of this process

@@ -1,0 +1,92 @@
+"""Who am I: rank and rendezvous from torchrun, srun, or no launcher at all. No torch, no process group."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from parallel.errors import LaunchError
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process's place in the job, and where rank 0 listens."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    address: str
+    port: int
+
+
+def from_environment(env: Mapping[str, str]) -> Launch:
+    """Read torchrun's variables (RANK ...), else srun's (SLURM_PROCID ...), else start alone.
+
+    Raises:
+        LaunchError: a variable that its launcher always sets is missing or not a number.
+    """
+    if "RANK" in env or "WORLD_SIZE" in env:
+        return _from_torchrun(env)
+    if _is_srun_task(env):
+        return _from_srun(env)
+    return Launch(0, 1, 0, "127.0.0.1", free_port())
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _number(env: Mapping[str, str], key: str, launcher: str) -> int:
+    try:
+        return int(env[key])
+    except (KeyError, ValueError):
+        found = repr(env[key]) if key in env else "unset"
+        raise LaunchError(f"{key} is {found}, but {launcher} sets it to a number; start with {launcher}") from None
+
+
+def _from_torchrun(env: Mapping[str, str]) -> Launch:
+    launcher = "torchrun (or unset RANK and WORLD_SIZE to run one process)"
+    if "MASTER_ADDR" not in env:
+        raise LaunchError(f"RANK or WORLD_SIZE is set but MASTER_ADDR is not; start with {launcher}")
+    return Launch(
+        rank=_number(env, "RANK", launcher),
+        world_size=_number(env, "WORLD_SIZE", launcher),
+        local_rank=_number(env, "LOCAL_RANK", launcher),
+        address=env["MASTER_ADDR"],
+        port=_number(env, "MASTER_PORT", launcher),
+    )
+
+
+def _is_srun_task(env: Mapping[str, str]) -> bool:
+    # An sbatch script itself also has SLURM_PROCID=0 and SLURM_NTASKS=n, but no step: a plain
+    # `python` in it is one process and would wait for n-1 peers that nobody starts.
+    return "SLURM_PROCID" in env and ("SLURM_STEP_ID" in env or "SLURM_JOB_ID" not in env)
+
+
+def _from_srun(env: Mapping[str, str]) -> Launch:
+    tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
+    # Two jobs may share a node, so the port follows the job id; 15000-31999 lies below the ephemeral ports
+    # that Linux hands out to others (32768-60999).
+    port = 15000 + int(env.get("SLURM_JOB_ID", "0")) % 17000
+    return Launch(
+        rank=_number(env, "SLURM_PROCID", "srun"),
+        world_size=_number(env, tasks, "srun"),
+        local_rank=_number(env, "SLURM_LOCALID", "srun"),
+        address=env.get("MASTER_ADDR") or first_host(nodes),
+        port=_number(env, "MASTER_PORT", "srun") if "MASTER_PORT" in env else port,
+    )
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a SLURM node list: `gpu[03-07,11],x1` gives `gpu03`."""
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodelist)
+    if match is None:
+        raise LaunchError(f"cannot read a host name out of SLURM's node list {nodelist!r}; set MASTER_ADDR")
+    prefix, number, suffix = match.groups()
+    return prefix + (number or "") + (suffix or "")

@@ -1,0 +1,50 @@
+"""A small real corpus, its tokenizer and its token files, made once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from data_prep.corpus import topic_documents, write_corpus
+from data_prep.jsonl import read_texts
+from data_prep.manifest import Manifest
+from data_prep.tokenize import tokenize
+from data_prep.tokenizer import Tokenizer, train_tokenizer
+
+VOCAB = 1000
+
+
+@dataclass(frozen=True)
+class TinyData:
+    """Read-only files shared by the tests of this folder."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    train: Manifest
+
+    @property
+    def train_prefix(self) -> str:
+        return str(self.folder / "train")
+
+    @property
+    def heldout_prefix(self) -> str:
+        return str(self.folder / "heldout")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
+    folder = tmp_path_factory.mktemp("tiny")
+    write_corpus(folder, list(topic_documents())[:40])
+    tokenizer = train_tokenizer(read_texts(folder / "train.jsonl"), VOCAB, folder / "tokenizer.model")
+    manifest = tokenize(folder / "train.jsonl", tokenizer, folder / "train")
+    tokenize(folder / "heldout.jsonl", tokenizer, folder / "heldout")
+    return TinyData(folder, tokenizer, manifest)
+
+
+@pytest.fixture
+def copied(tiny: TinyData, tmp_path: Path) -> TinyData:
+    """The same files in a folder of the test's own, to be damaged."""
+    for path in tiny.folder.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    return TinyData(tmp_path, tiny.tokenizer, tiny.train)

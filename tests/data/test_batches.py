@@ -1,0 +1,123 @@
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.errors import DataError
+from data_prep.reading import Batch, BatchLoader, HeldoutSet, TrainingSet, global_batch_slice, heldout_batches
+
+T = 32
+GLOBAL_BATCH = 12
+
+
+@pytest.fixture(scope="module")
+def dataset(tiny, tmp_path_factory):
+    return TrainingSet(tiny.train_prefix, T, 1234, str(tmp_path_factory.mktemp("cache")))
+
+
+def rows(batches):
+    """Windows [samples, T + 1] of micro-batches, in order."""
+    windows = [torch.cat([b.tokens_TB, b.targets_TB[-1:]]).T for b in batches]
+    return torch.cat(windows).tolist()
+
+
+@pytest.mark.parametrize(("dp_size", "micro_batch"), [(1, 1), (1, 12), (2, 3), (3, 2), (4, 3), (12, 1), (6, 2)])
+@pytest.mark.parametrize("epochs_before", [0, 1])
+def test_the_global_batch_is_the_same_for_every_layout(dataset, dp_size, micro_batch, epochs_before):
+    consumed = epochs_before * len(dataset) - 5 * epochs_before + 24  # with 1 it runs over the epoch's end
+    found = []
+    for rank in range(dp_size):
+        loader = BatchLoader(dataset, GLOBAL_BATCH, micro_batch, rank, dp_size, prefetch=False)
+        batches = loader.batches(consumed)
+        assert [b.tokens_TB.shape for b in batches] == [(T, micro_batch)] * (12 // dp_size // micro_batch)
+        found += rows(batches)
+    assert found == [dataset.sample(consumed + i).tolist() for i in range(GLOBAL_BATCH)]
+
+
+def test_prefetching_changes_nothing(dataset):
+    plain = BatchLoader(dataset, GLOBAL_BATCH, 4, 1, 3, prefetch=False)
+    ahead = BatchLoader(dataset, GLOBAL_BATCH, 4, 1, 3, prefetch=True)
+    for consumed in (0, 12, 24, 240, 252, 0, 12):  # also jumps, as after a reload
+        assert rows(ahead.batches(consumed)) == rows(plain.batches(consumed))
+    ahead.close()
+    assert rows(ahead.batches(36)) == rows(plain.batches(36))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+class FailsAt:
+    eos_id = 1
+
+    def __init__(self, number):
+        self.number = number
+
+    def sample(self, number):
+        if number >= self.number:
+            raise OSError(f"cannot read sample {number}")
+        return np.arange(T + 1) + number
+
+
+def test_an_error_in_the_background_reaches_the_caller():
+    loader = BatchLoader(FailsAt(8), 4, 4)
+    loader.batches(0)
+    loader.batches(4)
+    for _ in range(2):
+        with pytest.raises(OSError, match="cannot read sample 8"):
+            loader.batches(8)
+    loader.close()
+
+
+def test_starts_mark_first_tokens_of_documents():
+    eos = 1
+    windows = [np.array([5, 6, eos, 7, eos, eos, 8, 9]), np.array([eos, 5, 6, 7, 8, 9, 10, eos])]
+    batch = Batch.from_windows(windows, "reset", eos)
+    assert batch.tokens_TB.T.tolist() == [window[:-1].tolist() for window in windows]
+    assert batch.targets_TB.T.tolist() == [window[1:].tolist() for window in windows]
+    assert batch.tokens_TB.dtype == batch.targets_TB.dtype == torch.int64
+    assert batch.tokens_TB.is_contiguous()
+    expected = [[1, 0, 0, 1, 0, 1, 1], [1, 1, 0, 0, 0, 0, 0]]
+    assert batch.starts_TB.T.int().tolist() == expected
+    assert Batch.from_windows(windows, "carry", eos).starts_TB is None
+
+
+def test_starts_in_real_data_follow_eos(dataset):
+    (batch,) = BatchLoader(dataset, 48, 48, documents="reset", prefetch=False).batches(0)
+    assert batch.starts_TB[0].all()
+    assert torch.equal(batch.starts_TB[1:], batch.tokens_TB[:-1] == dataset.eos_id)
+
+
+def test_to_moves_every_tensor():
+    batch = Batch.from_windows([np.arange(5)], "reset", 1).to("meta")
+    assert {t.device.type for t in (batch.tokens_TB, batch.targets_TB, batch.starts_TB)} == {"meta"}
+    assert Batch.from_windows([np.arange(5)], "carry", 1).to("meta").starts_TB is None
+
+
+def test_slices_are_contiguous_and_disjoint():
+    slices = [global_batch_slice(100, 12, rank, 4) for rank in range(4)]
+    assert [i for part in slices for i in part] == list(range(100, 112))
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "micro_batch", "dp_size", "works"),
+    [(12, 5, 1, "10 or 15"), (12, 4, 2, "8 or 16"), (2, 4, 1, "4 works"), (0, 1, 1, "1 works"), (4, 0, 1, "1 or more")],
+)
+def test_sizes_that_do_not_divide_name_those_that_do(dataset, global_batch, micro_batch, dp_size, works):
+    with pytest.raises(DataError, match=rf"train\.global_batch {global_batch} .*{works}"):
+        BatchLoader(dataset, global_batch, micro_batch, 0, dp_size)
+
+
+@pytest.mark.parametrize(("dp_size", "micro_batch"), [(1, 4), (2, 2), (4, 1)])
+def test_heldout_windows_are_the_same_for_every_layout(tiny, dp_size, micro_batch):
+    heldout = HeldoutSet(tiny.heldout_prefix, T)
+    found = []
+    for rank in range(dp_size):
+        found += rows(heldout_batches(heldout, 8, micro_batch, rank, dp_size))
+    assert found == [heldout.window(k).tolist() for k in range(8)]
+
+
+def test_heldout_windows_that_do_not_divide_are_refused(tiny):
+    heldout = HeldoutSet(tiny.heldout_prefix, T)
+    with pytest.raises(DataError, match="a multiple of 6 up to"):
+        list(heldout_batches(heldout, 8, 3, 0, 2))
+    with pytest.raises(DataError, match=f"up to {len(heldout) // 2 * 2} works"):
+        list(heldout_batches(heldout, 10_000, 2))

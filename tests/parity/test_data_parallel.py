@@ -1,0 +1,111 @@
+"""Data parallel training through megatron-core's schedule and DeepSpeed's ZeRO-1 equals plain torch."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from multirank import run_ranks
+from toy_run import Momentum, Run, Toy, batch, groups_of, loss_fn
+
+from parallel.groups import start
+from parallel.topology import ParallelConfig
+from parallel.zero import ShardedOptimizer
+
+STEPS = 4
+Result = tuple[list[float], dict[str, torch.Tensor], int]
+
+
+def train(precision: str, micro: int, clip_scale: float) -> Result:
+    with start(ParallelConfig(), timeout_s=30) as ranks:
+        run = Run(ranks, precision, micro=micro)
+        losses = run.train(range(STEPS), clip_scale)
+        return losses, run.parameters(), run.inner.calls
+
+
+@functools.lru_cache
+def plain_torch(clip_scale: float = 1.0) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The same training without megatron-core, DeepSpeed or processes: one batch, whole parameters."""
+    model = Toy()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = Momentum(groups_of(model))
+    losses = []
+    for step in range(STEPS):
+        optimizer.zero_grad(set_to_none=False)
+        loss, _ = loss_fn(model, batch(step))
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["grad_scale"] = clip_scale
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Largest difference of any parameter, relative to that parameter's largest element."""
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max() / b[name].abs().max()) for name in b)
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (1, 4), (1, 8), (2, 1), (2, 4), (4, 1), (4, 2)])
+def test_fp32_equals_plain_torch(ranks: int, micro: int) -> None:
+    losses, parameters = plain_torch()
+    for rank_losses, rank_parameters, calls in run_ranks(train, ranks, "fp32", micro, 1.0):
+        assert rank_losses == pytest.approx(losses, rel=1e-6)
+        assert distance(rank_parameters, parameters) <= 1e-6
+        assert calls == STEPS  # the optimizer sees all groups in one call
+
+
+def test_bf16_on_two_ranks_equals_one() -> None:
+    """The forward passes are the same, and fp32 sums in another order; parameters may round to the next bf16."""
+    [(losses, parameters, _)] = run_ranks(train, 1, "bf16", 1, 1.0)
+    for rank_losses, rank_parameters, calls in run_ranks(train, 2, "bf16", 1, 1.0):
+        assert rank_losses == pytest.approx(losses, rel=1e-4)
+        assert distance(rank_parameters, parameters) <= 2**-8
+        assert calls == STEPS
+    assert losses == pytest.approx(plain_torch()[0], rel=1e-2)
+    assert losses != pytest.approx(plain_torch()[0], rel=1e-6)  # it did compute in bf16
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_clip_scale_reaches_the_optimizer(precision: str) -> None:
+    losses, parameters = plain_torch(0.25)
+    rel, apart = (1e-6, 1e-6) if precision == "fp32" else (1e-2, 2e-2)
+    for rank_losses, rank_parameters, _ in run_ranks(train, 2, precision, 4, 0.25):
+        assert rank_losses == pytest.approx(losses, rel=rel)
+        assert distance(rank_parameters, parameters) <= apart
+    assert distance(parameters, plain_torch(1.0)[1]) > 0.1  # else the scale could be ignored unseen
+
+
+def small_steps(lr: float) -> tuple[float, float]:
+    with start(ParallelConfig(), timeout_s=30) as ranks:
+        run = Run(ranks, "bf16")
+        run.optimizer.set_lr(lr)
+        masters = [m.detach().clone() for m in run.optimizer.state_dict()["masters"]]
+        before = run.parameters()
+        run.train(range(1))
+        moved = max(
+            (m - old).abs().max().item() for m, old in zip(run.optimizer.state_dict()["masters"], masters, strict=True)
+        )
+        return moved, distance(run.parameters(), before)
+
+
+def test_bf16_masters_keep_updates_below_bf16_resolution() -> None:
+    for moved, visible in run_ranks(small_steps, 2, 1e-6):
+        assert 0 < moved < 1e-5
+        assert visible == 0
+
+
+def weights_after_start() -> torch.Tensor:
+    with start(ParallelConfig(), timeout_s=30) as ranks:
+        model = Toy(seed=50 + ranks.rank)
+        ShardedOptimizer(model, Momentum(groups_of(model)), "fp32", ranks)
+        return model.up.weight.detach().clone()
+
+
+def test_every_rank_starts_from_rank_zero() -> None:
+    first, second = run_ranks(weights_after_start, 2)
+    assert torch.equal(first, second)
+    assert torch.equal(first, Toy(seed=50).up.weight)

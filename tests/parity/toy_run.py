@@ -1,0 +1,112 @@
+"""A tiny model, an element-wise optimizer that honours grad_scale, and a training loop over ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from parallel.groups import Ranks, mean_over_data
+from parallel.pipeline import Stage, forward_backward
+from parallel.zero import ShardedOptimizer
+
+VOCAB, DIM = 31, 10
+GLOBAL_BATCH, SEQ = 8, 6
+
+
+class Toy(nn.Module):
+    """A language model whose groups differ by 60 times in size, with one that never gets a gradient."""
+
+    def __init__(self, dim: int = DIM, seed: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.emb = nn.Embedding(VOCAB, dim)
+        self.gain = nn.Parameter(torch.ones(dim // 2))
+        self.up = nn.Linear(dim, 3 * dim)
+        self.down = nn.Linear(3 * dim, dim)
+        self.unused = nn.Parameter(torch.full((3,), 0.5))
+        self.register_buffer("scale", torch.tensor([0.7]))
+
+    def forward(self, tokens_TB: torch.Tensor) -> torch.Tensor:
+        x = self.emb(tokens_TB)
+        x = x * torch.cat([self.gain, self.gain])
+        x = x + self.down(torch.tanh(self.up(x))) * self.scale.to(x.dtype)
+        return x @ self.emb.weight.T
+
+
+class Momentum(torch.optim.Optimizer):
+    """Momentum SGD; keeps a count and an odd-shaped integer tensor to see what a checkpoint does to them."""
+
+    def __init__(self, groups: list[dict]) -> None:
+        super().__init__(groups, {"lr": 0.05, "beta": 0.9, "grad_scale": 1.0})
+        self.calls = 0
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        self.calls += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state.update(m=torch.zeros_like(p), count=0, odd=torch.zeros(3, 5, dtype=torch.int64))
+                state["m"].mul_(group["beta"]).add_(p.grad, alpha=group["grad_scale"])
+                state["count"] += 1
+                state["odd"] += 2**40 + state["count"]  # 2**40 + 1 is not an fp32 number
+                p.add_(state["m"], alpha=-group["lr"])
+
+
+def groups_of(model: Toy) -> list[dict]:
+    return [
+        {"params": [model.emb.weight, model.up.weight, model.up.bias, model.down.weight], "name": "matrices"},
+        {"params": [model.gain], "name": "gain", "period": 4, "lr": 0.02},
+        {"params": [model.down.bias], "name": "bias"},
+        {"params": [model.unused], "name": "unused"},
+    ]
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens, targets), both [GLOBAL_BATCH, SEQ]."""
+    generator = torch.Generator().manual_seed(100 + step)
+    tokens = torch.randint(0, VOCAB, (GLOBAL_BATCH, SEQ + 1), generator=generator)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def micro_batches(step: int, ranks: Ranks, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """This rank's part of the global batch, in micro-batches of `size` sequences."""
+    tokens, targets = (x.chunk(ranks.dp_size)[ranks.dp_rank].to(ranks.device) for x in batch(step))
+    return list(zip(tokens.split(size), targets.split(size), strict=True))
+
+
+def loss_fn(model: nn.Module, pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, dict]:
+    tokens, targets = pair
+    logits = model(tokens.T)
+    loss = F.cross_entropy(logits.float().flatten(0, 1), targets.T.reshape(-1))
+    return loss, {"loss": loss.detach()}
+
+
+class Run:
+    """Model, stage and optimizer of one rank."""
+
+    def __init__(self, ranks: Ranks, precision: str = "fp32", dim: int = DIM, micro: int = 1) -> None:
+        self.ranks, self.micro = ranks, micro
+        self.model = Toy(dim).to(ranks.device)
+        self.stage = Stage(self.model, precision)
+        self.inner = Momentum(groups_of(self.model))
+        self.optimizer = ShardedOptimizer(self.model, self.inner, precision, ranks)
+
+    def backward(self, step: int) -> float:
+        """Accumulate and reduce the gradients of `step`; returns the mean loss of the global batch."""
+        reports = forward_backward(self.stage, micro_batches(step, self.ranks, self.micro), loss_fn)
+        self.optimizer.reduce()
+        local = torch.stack([report["loss"] for report in reports]).mean()
+        return mean_over_data(local).item()
+
+    def train(self, steps: range, clip_scale: float = 1.0) -> list[float]:
+        losses = []
+        for step in steps:
+            losses.append(self.backward(step))
+            self.optimizer.step(clip_scale)
+        return losses
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach().float().cpu().clone() for name, p in self.model.named_parameters()}
