@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -37,8 +38,8 @@ def parse(text: str) -> list[dict]:
 
 def run(cell: dict, args: argparse.Namespace, devices: Queue) -> dict:
     device = devices.get()
-    words = [w.split(".")[-1].replace("=", "") for w in cell["extra"]]
-    name = "_".join([cell["kind"], str(cell["steps"]), f"{cell['lr']:g}", *words]).replace("[", "").replace("]", "")
+    words = [w.split(".")[-1] for w in cell["extra"]]
+    name = re.sub(r"[^\w.]", "", "_".join([cell["kind"], str(cell["steps"]), f"{cell['lr']:g}", *words]))
     overrides = [
         *KINDS[cell["kind"]],
         f"run.name={name}",

@@ -13,6 +13,7 @@ inside the chunk by default. Sequential depth is T / projection_chunk: k_t depen
 Trunk activations are [T, B, D]; inside, per head, [B, H, T, K]. Memory states are fp32 whatever the model's dtype.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -131,9 +132,10 @@ class SelfModifyingTitans(nn.Module):
         banks = self._banks(dtype, shared)
         initial = (banks[0].start(batch), banks[1].start(batch))
         now = initial if state is None else (state.projections, state.main)
-        static_k, static_v = self._static(x)
+        # whatever does not depend on the state is computed here for all chunks at once
+        sequence = (x, q, *self._static(x), *self._static_gates(x))
         # cut into windows by unbind: slices inside the loop would make the backward quadratic in the number of chunks
-        windows = zip(*(_cut(t, config.window) for t in (x, q, static_k, static_v)), strict=True)
+        windows = zip(*(_cut(t, config.window) for t in sequence), strict=True)
         valid = [None] * (layout.padded // config.window)
         if layout.valid is not None:
             valid = list(layout.valid.to(dtype).unsqueeze(1).unflatten(-1, (-1, config.window)).unbind(2))
@@ -163,8 +165,8 @@ class SelfModifyingTitans(nn.Module):
         masks = [None] * len(parts[0]) if valid is None else _cut(valid.unsqueeze(-1), config.projection_chunk)
         projections, main = now
         made, features = [], []
-        for x, q, static_k, static_v, mask in zip(*parts, masks, strict=True):
-            k, v, q, gates = self._project(banks[0], projections, x, q, static_k, static_v, mask)
+        for *chunk, mask in zip(*parts, masks, strict=True):
+            k, v, q, gates = self._project(banks[0], projections, chunk, mask)
             before = projections
             projections, reads = banks[0].write(before, k, v, gates)
             if shared:
@@ -186,23 +188,33 @@ class SelfModifyingTitans(nn.Module):
     def _read_main(self, bank: Bank, before: State, reads, queries: Tensor) -> Tensor:
         return reads.causal(queries) if self.memory_config.read == "causal" else bank.boundary(before, queries)
 
-    def _project(self, bank: Bank, state: State, x, q, static_k, static_v, mask):
+    def _project(self, bank: Bank, state: State, tensors: Sequence[Tensor], mask: Tensor | None):
         """k, v, q and the gates of one chunk, all read at the chunk's start state."""
         config, scale = self.memory_config, self.memory_config.contribution
-        reads = (scale * bank.read(state, x)).unbind(2)
-        k = unit(static_k + reads[0])
-        v = static_v + reads[1]
+        x, q, static_k, static_v, static_eta, static_alpha = tensors
+        reads = bank.read(state, x)
+        read_k, read_v, read_eta, read_alpha, *read_q = reads.unbind(2)
+        k = unit(torch.add(static_k, read_k, alpha=scale))
+        v = torch.add(static_v, read_v, alpha=scale)
         v = unit(v) if config.normalise_values else v
         if config.adaptive_query:
-            q = unit(q + reads[4])
-        logit_eta = GATE_SCALE * ((x + reads[2]) @ self.eta_weight.to(x.dtype).unsqueeze(-1)).squeeze(-1)
-        logit_alpha = GATE_SCALE * ((x + reads[3]) @ self.alpha_weight.to(x.dtype).unsqueeze(-1)).squeeze(-1)
-        eta = config.eta_bound * torch.sigmoid(logit_eta + self.eta_bias.to(x.dtype).unsqueeze(-1))
-        log_alpha = F.logsigmoid(logit_alpha + self.alpha_bias.to(x.dtype).unsqueeze(-1))
+            q = unit(torch.add(q, read_q[0], alpha=scale))
+        eta = config.eta_bound * torch.sigmoid(self._gate(static_eta, read_eta, self.eta_weight))
+        log_alpha = F.logsigmoid(self._gate(static_alpha, read_alpha, self.alpha_weight))
         if mask is None:
             return k, v, q, Gates(eta, log_alpha)
         mask = mask.squeeze(-1)
         return k, v, q, Gates(eta * mask, log_alpha * mask, mask)
+
+    def _gate(self, static: Tensor, read: Tensor, weight: Tensor) -> Tensor:
+        """Logit [B, H, C]: the static part plus 8 c w . M(x)."""
+        column = (GATE_SCALE * self.memory_config.contribution * weight.to(read.dtype)).unsqueeze(-1)
+        return (static + read @ column).squeeze(-1)
+
+    def _static_gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """8 w . x + b of both gates for the whole sequence, [B, H, L, 1] each."""
+        logit = lambda w, b: GATE_SCALE * (x @ w.to(x.dtype).unsqueeze(-1)) + b.to(x.dtype)[:, None, None]
+        return logit(self.eta_weight, self.eta_bias), logit(self.alpha_weight, self.alpha_bias)
 
     @torch.no_grad()
     def _summarise(self, bank: Bank, main: State, gates: list[Gates]) -> GateStatistics:

@@ -1,4 +1,4 @@
-"""Process groups: megatron-core owns them, DeepSpeed asks for them through `Mpu`."""
+"""Process groups: torch.distributed starts them, megatron-core owns them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def start(config: ParallelConfig, timeout_s: float = 1800.0) -> Iterator[Ranks]:
     """Join the job and build its process groups; leave them on exit.
 
     NCCL when CUDA is present, else gloo. Works under torchrun, under srun, and with no launcher (one process).
-    `timeout_s`: a collective that waits longer fails and names itself, so a lost peer is no endless hang.
+    `timeout_s`: a collective that waits longer fails and names itself, so a lost peer is no endless hang;
+    megatron-core's groups round it to whole minutes, at least one.
 
     Raises:
         LaunchError: the launcher's variables do not fit this machine or the layout.
@@ -77,9 +78,14 @@ def barrier() -> None:
 
 def data_group() -> dist.ProcessGroup:
     """The data-parallel process group of this rank."""
-    from megatron.core import parallel_state
+    return parallel_state().get_data_parallel_group()
 
-    return parallel_state.get_data_parallel_group()
+
+def parallel_state() -> Any:
+    """megatron-core's module of process groups, imported when it is needed: it takes seconds."""
+    from megatron.core import parallel_state as module
+
+    return module
 
 
 def import_quietly() -> None:
@@ -95,60 +101,6 @@ def import_quietly() -> None:
     # Else the first init compiles shm.cpp, and a run killed in it leaves a lock that hangs every later run.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     cpu.enable()
-
-
-class Mpu:
-    """megatron-core's groups under the names that DeepSpeed 0.19.8 asks a "model parallel unit" for."""
-
-    @staticmethod
-    def get_data_parallel_group() -> dist.ProcessGroup:
-        return data_group()
-
-    @staticmethod
-    def get_data_parallel_world_size() -> int:
-        return dist.get_world_size(data_group())
-
-    @staticmethod
-    def get_data_parallel_rank() -> int:
-        return dist.get_rank(data_group())
-
-    @staticmethod
-    def get_model_parallel_group() -> dist.ProcessGroup:
-        return _megatron().get_model_parallel_group()
-
-    @staticmethod
-    def get_model_parallel_world_size() -> int:
-        return dist.get_world_size(_megatron().get_model_parallel_group())
-
-    @staticmethod
-    def get_model_parallel_rank() -> int:
-        return dist.get_rank(_megatron().get_model_parallel_group())
-
-    @staticmethod
-    def get_tensor_model_parallel_group() -> dist.ProcessGroup:
-        return _megatron().get_tensor_model_parallel_group()
-
-    @staticmethod
-    def get_tensor_model_parallel_world_size() -> int:
-        return _megatron().get_tensor_model_parallel_world_size()
-
-    @staticmethod
-    def get_tensor_model_parallel_rank() -> int:
-        return _megatron().get_tensor_model_parallel_rank()
-
-    @staticmethod
-    def get_pipeline_model_parallel_group() -> dist.ProcessGroup:
-        return _megatron().get_pipeline_model_parallel_group()
-
-    @staticmethod
-    def get_pipeline_model_parallel_world_size() -> int:
-        return _megatron().get_pipeline_model_parallel_world_size()
-
-
-def _megatron() -> Any:
-    from megatron.core import parallel_state
-
-    return parallel_state
 
 
 def _device(local_rank: int) -> torch.device:
@@ -195,7 +147,7 @@ def _init_torch(launch: launcher.Launch, device: torch.device, timeout_s: float)
 def _init_libraries(config: ParallelConfig, launch: launcher.Launch, device: torch.device, timeout_s: float) -> Ranks:
     import deepspeed
 
-    _megatron().initialize_model_parallel(
+    parallel_state().initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
         context_parallel_size=config.context,
@@ -215,11 +167,6 @@ def _init_libraries(config: ParallelConfig, launch: launcher.Launch, device: tor
 
 
 def _destroy() -> None:
-    from deepspeed import comm
-    from deepspeed.utils import groups as deepspeed_groups
-
-    _megatron().destroy_model_parallel()
-    deepspeed_groups.mpu = None
+    parallel_state().destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
-    comm.comm.cdb = None  # DeepSpeed would go on using the destroyed groups in a second run of this process

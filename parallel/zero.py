@@ -6,8 +6,6 @@ or `discard`. One reduction and one all-gather (per parameter group) of the mode
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,11 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from parallel import engine
 from parallel.errors import CheckpointError
-from parallel.groups import Mpu, Ranks, data_group, import_quietly
+from parallel.groups import Ranks, data_group
 from parallel.partitions import Slice, partitions_of, slices_of
-
-_BUCKET_ELEMENTS = 500_000_000  # one collective up to 2 GB of fp32 gradients
 
 
 class ShardedOptimizer:
@@ -45,7 +42,7 @@ class ShardedOptimizer:
         self.optimizer = optimizer
         self.ranks = ranks
         self._layout = _layout(model, optimizer)
-        self._engine, wrapped = _initialize(model, optimizer, precision, zero)
+        self._engine, wrapped = engine.initialize(model, optimizer, precision, zero)
         self._partitions = partitions_of(wrapped)
         self._gradients: list[torch.Tensor] | None = None
         self.slices: list[list[Slice]] = [
@@ -121,13 +118,19 @@ class ShardedOptimizer:
             group["lr"] = lr(group) if callable(lr) else lr
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's masters and optimizer states, by reference: save them before the next step."""
+        """This rank's masters and optimizer states, by reference: save them before the next step.
+
+        For a checkpoint, states and group keys must be tensors, numbers, strings, and lists, tuples and dicts
+        of these; torch's safe loader takes nothing else.
+        """
+        states = self.optimizer.state_dict()
         return {
             "dp_size": self.ranks.dp_size,
             "dp_rank": self.ranks.dp_rank,
             "layout": [[(name, numel) for _, name, numel in group] for group in self._layout],
             "masters": [master.detach() for master in self._partitions.masters],
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": states,
+            "on_host": _on_host(states["state"], self.ranks.device),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -141,7 +144,7 @@ class ShardedOptimizer:
             for master, saved in zip(self._partitions.masters, state["masters"], strict=True):
                 master.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
-        _restore_dtypes(self.optimizer, state["optimizer"])
+        _restore_tensors(self.optimizer, state["optimizer"], {(n, key) for n, key in state["on_host"]})
         self._partitions.publish()
         self.discard()
 
@@ -177,53 +180,6 @@ class ShardedOptimizer:
             )
 
 
-def engine_config(precision: str, zero: int) -> dict[str, Any]:
-    """DeepSpeed's configuration, all of it: it ignores misspelt keys and has defaults that change the numbers."""
-    if precision not in ("fp32", "bf16"):
-        raise ValueError(f"precision is {precision!r}; it must be 'fp32' or 'bf16'")
-    config: dict[str, Any] = {
-        # Batches are ours: gradients arrive here already accumulated, so to DeepSpeed a step is one micro-batch.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,  # the default, 1.0, would clip behind our back
-        "prescale_gradients": False,
-        "communication_data_type": "fp32",  # the default under bf16 would reduce in bf16
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 1_000_000_000,
-        "wall_clock_breakdown": False,
-        "zero_optimization": {
-            "stage": zero,
-            "overlap_comm": False,
-            "contiguous_gradients": False,  # its buffers are filled by hooks of engine.backward, unused here
-            "reduce_scatter": False,
-            "round_robin_gradients": False,
-            "parameter_alignment": False,  # padding between parameters would move our slices
-            "reduce_bucket_size": _BUCKET_ELEMENTS,
-            "allgather_bucket_size": _BUCKET_ELEMENTS,
-        },
-    }
-    if precision == "bf16":
-        config["bf16"] = {"enabled": True, "immediate_grad_update": True}
-    return config
-
-
-def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, precision: str, zero: int) -> tuple[Any, Any]:
-    import_quietly()
-    import deepspeed
-
-    with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints memory use unconditionally
-        engine, wrapped, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=engine_config(precision, zero), mpu=Mpu
-        )
-    engine.enable_backward_allreduce = False
-    engine.set_gradient_accumulation_boundary(True)
-    if engine.gradient_clipping() != 0.0 or engine.communication_data_type != torch.float32:
-        raise AssertionError("DeepSpeed did not take its configuration: clipping or reduction type differ")
-    return engine, wrapped
-
-
 def _layout(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[tuple[int, str, int]]]:
     """(position in the model, name, elements) of every parameter, per group; checks them on the way."""
     known = {parameter: (index, name) for index, (name, parameter) in enumerate(model.named_parameters())}
@@ -244,11 +200,24 @@ def _layout(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[tup
     return layout
 
 
-def _restore_dtypes(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Undo torch's cast: `Optimizer.load_state_dict` turns every tensor into the parameter's dtype."""
+def _on_host(states: dict[int, Any], device: torch.device) -> list[tuple[int, str]]:
+    """(parameter number, key) of the states that their optimizer keeps in host memory beside a GPU."""
+    if device.type == "cpu":
+        return []
+    return [
+        (number, key)
+        for number, state in states.items()
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor) and value.device.type == "cpu"
+    ]
+
+
+def _restore_tensors(optimizer: torch.optim.Optimizer, saved: dict[str, Any], on_host: set[tuple[int, str]]) -> None:
+    """Undo torch's casts: `Optimizer.load_state_dict` gives every tensor its parameter's dtype and device."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = [n for group in saved["param_groups"] for n in group["params"]]
     for number, parameter in zip(numbers, parameters, strict=True):
         for key, value in saved["state"].get(number, {}).items():
             if isinstance(value, torch.Tensor):
-                optimizer.state[parameter][key] = value.detach().to(parameter.device, copy=True)
+                device = torch.device("cpu") if (number, key) in on_host else parameter.device
+                optimizer.state[parameter][key] = value.detach().to(device, copy=True)

@@ -60,8 +60,9 @@ class DeltaChunk:
         self.to_end = (self.log_gamma[..., -1:] - self.log_gamma).exp().unsqueeze(-1)
         self.system: Tensor | None = None
         if erase:
-            scores = keys @ keys.mT * decay_ratios(before, self.log_gamma, -1)
-            self.system = scores * gates.eta.unsqueeze(-1)
+            # the solve reads the strict lower triangle only, so what exp(0) leaves above it does no harm
+            decay = (before.unsqueeze(-1) - self.log_gamma.unsqueeze(-2)).tril(-1).exp()
+            self.system = (keys * gates.eta.unsqueeze(-1)) @ keys.mT * decay
         self.momentum = MomentumChunk(self.log_gamma, gates, momentum) if momentum else None
 
     def write(self, state: "DeltaState", read_keys: Tensor, errors: Tensor) -> "Written":
@@ -75,7 +76,9 @@ class DeltaChunk:
         eta = self.gates.eta.unsqueeze(-1)
         if self.momentum is None:
             # erased and written content share the right factor x_t, so that one vector per token holds both
-            content = self._solve(eta * (self.gamma_before * read_keys + errors)) if self.erase else eta * errors
+            content = eta * errors
+            if self.erase:
+                content = self._solve(eta * torch.addcmul(errors, self.gamma_before, read_keys))
             gamma = self.log_gamma[..., -1].exp()[..., None, None]
             end = gamma * state.weight - content.mT @ (self.to_end * self.keys)
             return Written(DeltaState(end), self, state, content, None)

@@ -48,44 +48,50 @@ class Dmgd(torch.optim.Optimizer):
             if not present:
                 continue
             group["clock"] += 1
-            due = group["clock"] % group["period"] == 0
-            group["updates"] += int(due)
-            for p in present:
-                gradient = self._collect(p, group, due)
-                if gradient is not None:
-                    self._update(p, gradient, group)
+            gradients = self._collect(present, group)
+            if gradients is not None:
+                group["updates"] += 1
+                self._update(present, gradients, group)
 
-    def _collect(self, p: Tensor, group: dict, due: bool) -> Tensor | None:
-        """This step's gradient, or at a due step the mean over the level's period, or None while it accumulates."""
-        gradient = p.grad if group["grad_scale"] == 1.0 else p.grad * group["grad_scale"]
+    def _state(self, params: list[Tensor], key: str) -> list[Tensor]:
+        for p in params:
+            if key not in self.state[p]:
+                self.state[p][key] = torch.zeros_like(p)
+        return [self.state[p][key] for p in params]
+
+    def _collect(self, params: list[Tensor], group: dict) -> list[Tensor] | None:
+        """This step's gradients, or at a due step their means over the level's period, or None in between."""
+        gradients = [p.grad for p in params]
+        if group["grad_scale"] != 1.0:
+            gradients = torch._foreach_mul(gradients, group["grad_scale"])
         if group["period"] == 1:
-            return gradient
-        state = self.state[p]
-        if "accumulator" not in state:
-            state["accumulator"] = torch.zeros_like(p)
-        state["accumulator"].add_(gradient, alpha=1.0 / group["period"])
-        if not due:
+            return gradients
+        sums = self._state(params, "accumulator")
+        torch._foreach_add_(sums, gradients, alpha=1.0 / group["period"])
+        if group["clock"] % group["period"]:
             return None
-        mean = state["accumulator"]
-        state["accumulator"] = torch.zeros_like(p)
-        return mean
+        means = torch._foreach_mul(sums, 1.0)  # a copy: the accumulators start anew
+        torch._foreach_zero_(sums)
+        return means
 
-    def _update(self, p: Tensor, gradient: Tensor, group: dict) -> None:
-        config, state = self.config, self.state[p]
-        if "memory" not in state:
-            state["memory"] = torch.zeros_like(p)
-            if config.preconditioner == "adam":
-                state["square"] = torch.zeros_like(p)
-        memory = state["memory"]
+    def _update(self, params: list[Tensor], gradients: list[Tensor], group: dict) -> None:
+        config, rate, updates = self.config, group["lr"], group["updates"]
         l2 = config.objective == "l2"
-        memory.mul_(config.beta1).add_(gradient, alpha=1 - config.beta1 if l2 else 1.0)
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        rate = group["lr"]
+        memories = self._state(params, "memory")
+        torch._foreach_mul_(memories, config.beta1)
+        torch._foreach_add_(memories, gradients, alpha=1 - config.beta1 if l2 else 1.0)
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - rate * group["weight_decay"])
         if l2 and config.bias_correction:
-            rate = rate / (1 - config.beta1 ** group["updates"])
+            rate = rate / (1 - config.beta1**updates)
         if config.preconditioner == "none":
-            p.add_(memory, alpha=-rate)
+            torch._foreach_add_(params, memories, alpha=-rate)
             return
-        square = state["square"].mul_(config.beta2).addcmul_(gradient, gradient, value=1 - config.beta2)
-        correction = 1 - config.beta2 ** group["updates"] if config.bias_correction else 1.0
-        p.addcdiv_(memory, (square / correction).sqrt_().add_(config.eps), value=-rate)
+        squares = self._state(params, "square")
+        torch._foreach_mul_(squares, config.beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, value=1 - config.beta2)
+        scales = torch._foreach_sqrt(squares)
+        if config.bias_correction:
+            torch._foreach_div_(scales, (1 - config.beta2**updates) ** 0.5)
+        torch._foreach_add_(scales, config.eps)
+        torch._foreach_addcdiv_(params, memories, scales, value=-rate)

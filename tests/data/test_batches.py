@@ -57,6 +57,32 @@ class FailsAt:
         return np.arange(T + 1) + number
 
 
+class Recording:
+    eos_id = 1
+
+    def __init__(self):
+        self.read = []
+        self.seventh = threading.Event()
+
+    def sample(self, number):
+        self.read.append(number)
+        if number == 7:
+            self.seventh.set()
+        return np.arange(T + 1) + number
+
+
+def test_the_following_batch_is_read_once_and_ahead():
+    dataset = Recording()
+    loader = BatchLoader(dataset, 4, 2)
+    loader.batches(0)
+    assert dataset.seventh.wait(10)
+    assert dataset.read == list(range(8))
+    loader.batches(4)
+    loader.close()
+    assert dataset.read[:8] == list(range(8))
+    assert not set(range(8)) & set(dataset.read[8:])
+
+
 def test_an_error_in_the_background_reaches_the_caller():
     loader = BatchLoader(FailsAt(8), 4, 4)
     loader.batches(0)

@@ -1,3 +1,4 @@
+import hashlib
 import os
 import shutil
 
@@ -53,7 +54,8 @@ def test_order_is_a_function_of_seed_and_consumed_samples_only(dataset, tiny, tm
 
 
 def test_fingerprint_follows_the_token_ids(dataset):
-    assert dataset.fingerprint(8, 4) == dataset.fingerprint(8, 4)
+    ids = b"".join(dataset.sample(number).tobytes() for number in (8, 9, 10, 11))
+    assert dataset.fingerprint(8, 4) == hashlib.sha256(ids).hexdigest()
     assert len({dataset.fingerprint(c, 4) for c in range(20)}) == 20
     assert dataset.fingerprint(8, 4) != dataset.fingerprint(8, 5)
 
@@ -87,6 +89,7 @@ def test_data_tokenized_anew_is_not_read_through_the_old_cache(copied):
     assert len(new) == (manifest.tokens - 1) // T < len(old)
     assert all(len(new.window(i)) == T + 1 for i in range(len(new)))
     assert new.fingerprint_of_data != old.fingerprint_of_data
+    assert len(list((copied.folder / "train.cache").iterdir())) == 2
 
 
 def test_cache_is_reused_after_the_data_was_moved_and_holds_no_rubbish(copied, monkeypatch):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from multirank import run_ranks
 from toy_run import Momentum, Run, Toy, batch, groups_of, loss_fn, micro_batches
 
@@ -166,3 +168,34 @@ def test_reported_losses_are_not_divided_by_the_number_of_micro_batches() -> Non
     tokens, targets = batch(0)
     pairs = zip(tokens.split(2), targets.split(2), strict=True)
     assert losses == pytest.approx([loss_fn(Toy(), pair)[0].item() for pair in pairs], rel=1e-6)
+
+
+def collectives_of_a_step(precision: str) -> list[list[str]]:
+    seen: list[str] = []
+    for name in ("all_reduce", "all_gather_into_tensor", "all_gather", "reduce", "broadcast", "barrier"):
+        setattr(dist, name, counted(getattr(dist, name), name, seen))  # DeepSpeed keeps what it finds at start
+    with start(ParallelConfig(), timeout_s=30) as ranks:
+        run = Run(ranks, precision)
+        phases = []
+        forward_backward(run.stage, micro_batches(0, ranks, 1), loss_fn)
+        for phase in (run.optimizer.reduce, run.optimizer.grad_norms, run.optimizer.step):
+            seen.clear()
+            phase()
+            phases.append(list(seen))
+        return phases
+
+
+def counted(call: Callable, name: str, seen: list[str]) -> Callable:
+    def wrapper(*args: Any, **options: Any) -> Any:
+        seen.append(name)
+        return call(*args, **options)
+
+    return wrapper
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_reduces_once_and_gathers_once_per_group(precision: str) -> None:
+    for reduce, norms_, step in run_ranks(collectives_of_a_step, 2, precision):
+        assert reduce == ["all_reduce"]
+        assert norms_ == ["all_reduce"]
+        assert step == ["all_gather_into_tensor"] * 4
