@@ -147,7 +147,8 @@ class Run:
                     saved = self.step
                 if stopping:
                     log.event("SIGNAL", name=stop.name or "on another rank", agreed_step=self.step, saved=saved)
-                    return DONE if stop.name == "INT" else REQUEUE
+                    # SIGINT is a person who wants to stop; the others come from a scheduler that can start us again
+                    return REQUEUE if groups.any_rank(stop.name in ("TERM", "USR1")) else DONE
             log.say(f"done at step {self.step}: {self.folder}")
         return DONE
 

@@ -1,6 +1,7 @@
 """Stopping on a signal between two steps, with everything saved."""
 
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -14,15 +15,17 @@ class StopRequest:
             if stop.requested:      # stop.name is "INT", "TERM" or "USR1"
                 save(); break
 
-    The first signal sets `name`, later ones leave it. A second SIGINT raises KeyboardInterrupt, for a step
-    that hangs. Each process sees only its own signals: agreeing on a step among ranks is the caller's task.
+    The first signal sets `name`, later ones leave it. A second SIGINT after `grace_s` seconds raises
+    KeyboardInterrupt, for a step that hangs; sooner it is the same Ctrl-C, which the terminal sends to every process
+    and torchrun passes on to its workers once more. Each process sees only its own signals: agreeing on a step among ranks is the caller's task.
     The previous handlers are put back on exit. Main thread only (signal.signal raises ValueError elsewhere).
     """
 
-    def __init__(self, *, usr1: bool = False):
+    def __init__(self, *, usr1: bool = False, grace_s: float = 3.0):
         self.name: str | None = None
+        self._grace_s = grace_s
         self._signals = [signal.SIGINT, signal.SIGTERM] + ([signal.SIGUSR1] if usr1 else [])
-        self._interrupts = 0
+        self._first_interrupt: float | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     @property
@@ -44,8 +47,12 @@ class StopRequest:
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         caught = signal.Signals(number)
-        self._interrupts += caught == signal.SIGINT
         if self.name is None:
             self.name = caught.name.removeprefix("SIG")
-        if self._interrupts >= 2:
+        if caught != signal.SIGINT:
+            return
+        now = time.monotonic()
+        if self._first_interrupt is None:
+            self._first_interrupt = now
+        elif now - self._first_interrupt >= self._grace_s:
             raise KeyboardInterrupt

@@ -11,7 +11,7 @@ from hope.train.signals import StopRequest
 LOOP = """
 import sys, time
 from hope.train.signals import StopRequest
-with StopRequest(usr1=True) as stop:
+with StopRequest(usr1=True, grace_s=0.1) as stop:
     print("ready", flush=True)
     for step in range(2000):
         time.sleep(0.01)
@@ -44,6 +44,14 @@ def test_a_second_interrupt_breaks_a_step_that_hangs():
     child.send_signal(signal.SIGINT)
     _, error = child.communicate(timeout=30)
     assert b"KeyboardInterrupt" in error
+
+
+def test_one_ctrl_c_may_arrive_twice():
+    """The terminal signals every process of the group, and torchrun its workers once more."""
+    with StopRequest(grace_s=60.0) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.name == "INT"
 
 
 def test_nothing_is_requested_without_a_signal():

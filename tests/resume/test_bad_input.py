@@ -1,0 +1,129 @@
+"""Bad input ends with exit code 2 and a message that says what, where and what would work."""
+
+import re
+from pathlib import Path
+
+import pytest
+from multirank import run_ranks
+from tiny import config_file, token_set
+
+import pretrain_hope
+
+
+def run(path: str, *overrides: str) -> int:
+    return pretrain_hope.main([path, *overrides])
+
+
+def refuse(capsys, path: str, *overrides: str) -> str:
+    assert run(path, *overrides) == 2
+    return capsys.readouterr().err
+
+
+CASES = [
+    (["model.layerz=3"], r"model\.layerz .*unknown key.*did you mean: model\.layers"),
+    (["train.steps=two"], r"train\.steps .*'two' is not a whole number"),
+    (["model.memory.kind=tensor"], r"model\.memory\.kind .*one of matrix, mlp"),
+    (["train.global_batch=9", "train.micro_batch=2"], r"global 9 .*micro 2 × dp 1 = 2.*nearest: 8, 10"),
+    (["data.train=/nowhere/train"], r"data\.train .*/nowhere/train\.idx: no such file"),
+    (["model.vocab_size=32"], r"model\.vocab_size .*32 is smaller .*64.*model\.vocab_size=64"),
+    (["model.heads=3"], r"model\.heads .*width 16 is not a multiple of heads 3.*heads 2, 4, 1"),
+    (["model.memory.main_chunk=6"], r"main_chunk 6 and projection_chunk 4: one must divide the other"),
+    (["train.seq_len=100000"], r"data\.train .*fewer than one window of train\.seq_len 100000"),
+    (["parallel.tensor=2"], r"parallel\.tensor .*data parallel only"),
+    (["optim.name=adamw", "optim.objective=dot"], r"optim\.name .*adamw is objective l2"),
+    (["model.cms.periods=[4,1]"], r"model\.cms\.periods .*fastest first.*\[1, 4\]"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), CASES, ids=[c[0][0] for c in CASES])
+def test_refused_with_a_message(tmp_path, capsys, overrides, message):
+    error = refuse(capsys, config_file(tmp_path), *overrides)
+    assert re.search(message, re.sub(r"\s+", " ", error)), error
+    assert not list(tmp_path.glob("runs/*/metrics.jsonl")), "something was written"
+
+
+def test_too_few_heldout_windows(tmp_path, capfd):
+    """Known only once the data is open and the ranks are counted."""
+    assert run_ranks(run, 2, config_file(tmp_path), "train.eval_windows=3", timeout=60) == [2, 2]
+    error = capfd.readouterr().err
+    assert "train.eval_windows" in error
+    assert "3 is too few: micro_batch x data-parallel ranks = 4 windows at least" in error
+
+
+def test_all_problems_come_at_once(tmp_path, capsys):
+    error = refuse(capsys, config_file(tmp_path), "model.heads=3", "train.global_batch=9", "optim.lr=-1")
+    assert "3 problems" in error
+    assert all(path in error for path in ("model.heads", "train.global_batch", "optim.lr"))
+
+
+def test_truncated_data(tmp_path, capsys):
+    path = config_file(tmp_path)
+    file = tmp_path / "train.bin"
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[:100])
+    assert f"train.bin: 100 bytes, but {tmp_path}/train.idx speaks of {size // 2} tokens" in refuse(capsys, path)
+
+
+def test_dry_run_writes_nothing_and_names_the_layout(tmp_path, capsys):
+    path = config_file(tmp_path)
+    assert run(path, "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "cms1" in out
+    assert "every 3" in out
+    assert "8 x 16 = 128 tokens per step" in out
+    assert not (tmp_path / "runs").exists()
+
+
+def refused_on_resume(tmp_path: Path, capfd, ranks: int, *overrides: str) -> str:
+    path = config_file(tmp_path)
+    assert run_ranks(run, 2, path, "train.stop_after=2", timeout=60) == [0, 0]
+    assert set(run_ranks(run, ranks, path, *overrides, timeout=60)) == {2}
+    return capfd.readouterr().err
+
+
+def test_checkpoint_of_another_model(tmp_path, capfd):
+    error = refused_on_resume(tmp_path, capfd, 2, "model.width=32")
+    assert "step_00000002 belongs to another model" in error
+    assert "embedding.weight: checkpoint (64, 16), model (64, 32)" in error
+
+
+def test_checkpoint_of_another_number_of_devices(tmp_path, capfd):
+    assert "saved at data-parallel size 2, and this run has 1" in refused_on_resume(tmp_path, capfd, 1)
+
+
+def test_resume_that_would_change_the_order_of_data(tmp_path, capfd):
+    error = refused_on_resume(tmp_path, capfd, 2, "train.seq_len=8", "data.seed=5")
+    assert "the order of the data would change" in error
+    assert "train.seq_len: checkpoint 16, now 8" in error
+    assert "data.seed: checkpoint 1234, now 5" in error
+
+
+def test_resume_on_other_data(tmp_path, capfd):
+    path = config_file(tmp_path)
+    assert run_ranks(run, 1, path, "train.stop_after=2", timeout=60) == [0]
+    token_set(tmp_path / "train", 60, 7)
+    assert run_ranks(run, 1, path, timeout=60) == [2]
+    assert "data.train: checkpoint" in capfd.readouterr().err
+
+
+def test_never_resume_does_not_mix_two_runs(tmp_path, capfd):
+    error = refused_on_resume(tmp_path, capfd, 2, "checkpoint.resume=never")
+    assert "holds checkpoints" in error
+    assert "another run.name" in error
+
+
+def test_every_config_in_the_project_loads():
+    """Complete and consistent on the devices in its name, but for the data, which a fresh clone does not have."""
+    from configs.errors import ConfigError
+    from configs.schema import load
+
+    files = sorted((Path(pretrain_hope.__file__).parent / "configs").glob("*.yaml"))
+    assert len(files) >= 2
+    for file in files:
+        devices = re.search(r"_(\d+)x", file.name)
+        try:
+            config = load(str(file), [], world_size=int(devices[1]) if devices else 2)
+        except ConfigError as error:
+            assert {where for where, _, _ in error.problems} <= {"data.train", "data.heldout"}, str(error)
+            config = load(str(file), [], check=False)
+        assert pretrain_hope.facts(config, 2).startswith("model")

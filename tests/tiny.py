@@ -1,0 +1,60 @@
+"""A token set and a config small enough that a whole run takes a second."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.indexed import IndexedWriter
+from data_prep.manifest import Manifest
+
+VOCAB, EOS = 64, 1
+
+CONFIG = """
+run: {name: tiny, dir: RUNS}
+model:
+  vocab_size: 64
+  width: 16
+  layers: 2
+  heads: 2
+  memory: {kind: MEMORY, projection_chunk: 4, main_chunk: 8}
+  cms: {periods: [1, 3]}
+data: {train: DATA/train, heldout: DATA/heldout}
+optim: {lr: 1e-2, warmup: 2}
+train: {steps: 8, seq_len: 16, global_batch: 8, micro_batch: 2, eval_every: 4, eval_windows: 8}
+checkpoint: {every: 0}
+log: {every: 1, tensorboard: false}
+"""
+
+
+def token_set(prefix: Path, documents: int, seed: int, vocab_size: int = VOCAB) -> None:
+    """Documents of a noisy counting language: learnable, so that a loss can fall."""
+    generator = np.random.default_rng(seed)
+    with IndexedWriter(prefix, vocab_size) as writer:
+        for _ in range(documents):
+            length = int(generator.integers(10, 60))
+            ids = (generator.integers(2, vocab_size) + np.arange(length)) % (vocab_size - 2) + 2
+            writer.add_document([*ids.tolist(), EOS])
+    tokens = sum(writer.lengths)
+    Manifest(
+        documents=documents,
+        tokens=tokens,
+        text_bytes=tokens,
+        bytes_per_token=1.0,
+        vocab_size=vocab_size,
+        eos_id=EOS,
+        sha256_bin=writer.sha256_bin,
+        sha256_idx=writer.sha256_idx,
+        sha256_tokenizer=hashlib.sha256(b"counting").hexdigest(),
+        sha256_source="",
+    ).save(prefix)
+
+
+def config_file(folder: Path, memory: str = "matrix") -> str:
+    """Token sets and a config in `folder`; returns the config's path."""
+    token_set(folder / "train", 60, 0)
+    token_set(folder / "heldout", 20, 1)
+    path = folder / "tiny.yaml"
+    text = CONFIG.replace("RUNS", str(folder / "runs")).replace("DATA", str(folder)).replace("MEMORY", memory)
+    path.write_text(text)
+    return str(path)
