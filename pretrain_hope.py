@@ -14,7 +14,6 @@ import os
 import sys
 import time
 from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +32,10 @@ from hope.train.metrics import NoLog, open_log
 from hope.train.schedule import learning_rate
 from hope.train.signals import StopRequest
 from hope.train.throughput import Devices, StepTimer, memory_gb, mfu
-from parallel import checkpoint, groups, launcher, report
+from parallel import groups, launcher, report
 from parallel.errors import CheckpointError, LaunchError
 from parallel.pipeline import Stage, forward_backward
+from parallel.resume import refuse_to_mix, resume_run, save_run
 from parallel.zero import ShardedOptimizer
 
 DONE, CONFIG_ERROR, REQUEUE, DO_NOT_RESTART = 0, 2, 85, 93
@@ -103,15 +103,16 @@ class Run:
         sizes = (train.global_batch, train.micro_batch, ranks.dp_rank, ranks.dp_size)
         self.loader = BatchLoader(self.training, *sizes, documents=data.documents)
         # 3. where it stands
-        self.step = 0
-        self.skips = 0
-        self.resumed: checkpoint.Loaded | None = None
-        self._resume()
-
-    @property
-    def consumed(self) -> int:
-        """Training samples used so far: the data position."""
-        return self.step * self.config.train.global_batch
+        self.checkpoints = self.folder / "checkpoints"
+        self.resumed = None
+        if config.checkpoint.resume == "never":
+            refuse_to_mix(self.checkpoints)
+        else:
+            self.resumed = resume_run(
+                self.checkpoints, ranks, self.model, self.optimizer, self._order(), self._next_batch
+            )
+        self.step = self.resumed.step if self.resumed else 0
+        self.skips = self.resumed.extra["skips"] if self.resumed else 0
 
     def train(self) -> int:
         """Run to the last step, `train.stop_after`, or a signal."""
@@ -135,18 +136,17 @@ class Run:
             self.timer = StepTimer(config.train.tokens_per_step, devices)
             if self.step == 0:
                 log.scalars({**self._empty_record(), "heldout_loss": self.evaluate()})
-            saved = self.step
             while self.step < last:
                 self._one_step(log, last, devices)
                 if self.skips >= config.train.max_skips:
                     log.event("STOP", step=self.step, reason="nonfinite_gradients", in_a_row=self.skips)
                     return DO_NOT_RESTART
                 stopping = groups.any_rank(stop.requested)
-                if stopping or self.step == last or (config.checkpoint.every and self.step % config.checkpoint.every == 0):
+                due = config.checkpoint.every > 0 and self.step % config.checkpoint.every == 0
+                if stopping or due or self.step == last:
                     self._save(log)
-                    saved = self.step
                 if stopping:
-                    log.event("SIGNAL", name=stop.name or "on another rank", agreed_step=self.step, saved=saved)
+                    log.event("SIGNAL", name=stop.name or "on another rank", agreed_step=self.step)
                     # SIGINT is a person who wants to stop; the others come from a scheduler that can start us again
                     return REQUEUE if groups.any_rank(stop.name in ("TERM", "USR1")) else DONE
             log.say(f"done at step {self.step}: {self.folder}")
@@ -160,7 +160,7 @@ class Run:
         drawn = config.log.histograms > 0 and step % config.log.histograms == 0
         self.probe.arm(logged or drawn)
         self.timer.begin()
-        batches = [batch.to(self.ranks.device) for batch in self.loader.batches(self.consumed)]
+        batches = [batch.to(self.ranks.device) for batch in self.loader.batches(self.step * config.train.global_batch)]
         self.timer.got_data()
         reports = forward_backward(self.stage, batches, loss_of)
         self.optimizer.reduce()
@@ -235,42 +235,39 @@ class Run:
         wanted = self.config.train.eval_windows or len(self.heldout)
         windows = min(wanted, len(self.heldout)) // unit * unit
         if windows == 0:
-            fit = f"micro_batch x data-parallel ranks = {unit} windows at least, and the held-out set has {len(self.heldout)}"
-            raise ConfigError("config", [("train.eval_windows", f"{wanted} is too few: {fit}", "a smaller train.micro_batch")])
+            need = f"micro_batch x data-parallel ranks = {unit} windows at least"
+            what = f"{wanted} is too few: {need}, and the held-out set has {len(self.heldout)}"
+            raise ConfigError("config", [("train.eval_windows", what, "a smaller train.micro_batch")])
         return windows
 
     def _announce(self, log: NoLog) -> None:
         if self.ranks.rank == 0:
             (self.folder / "logs").mkdir(exist_ok=True)
             (self.folder / "config.yaml").write_text(to_yaml(self.config))
-            (self.folder / "env.txt").write_text(environment(self.ranks.device))
+            (self.folder / "env.txt").write_text(report.environment(self.ranks.device))
         if self.resumed:
             for note in self.resumed.notes:
                 log.say(f"RESUME note: {note}")
             log.event("RESUME", step=self.step, checkpoint=self.resumed.path)
-        log.say(
-            f"{len(self.training):,} training windows per epoch, {self.heldout_windows} of {len(self.heldout)} held-out "
-            f"windows per evaluation"
-        )
+        held_out = f"{self.heldout_windows} of {len(self.heldout)} held-out windows per evaluation"
+        log.say(f"{len(self.training):,} training windows per epoch, {held_out}")
 
     def _save(self, log: NoLog) -> None:
         began = time.perf_counter()
-        path = checkpoint.save(
-            self.folder / "checkpoints",
-            self.step,
-            self.ranks,
-            self.model.state_dict() if self.ranks.rank == 0 else None,
-            self.optimizer.state_dict(),
-            {
-                "order": self._order(),
-                "next_batch": self.training.fingerprint(self.consumed, self.config.train.global_batch),
-                "model": dataclasses.asdict(self.config.model),
-                "skips": self.skips,
-            },
-            keep=self.config.checkpoint.keep,
-        )
-        size = sum(f.stat().st_size for f in path.iterdir()) if self.ranks.rank == 0 else 0
+        extra = {
+            "order": self._order(),
+            "next_batch": self._next_batch(self.step),
+            "model": dataclasses.asdict(self.config.model),
+            "skips": self.skips,
+        }
+        keep = self.config.checkpoint.keep
+        size = save_run(self.checkpoints, self.step, self.ranks, self.model, self.optimizer, extra, keep)
         log.event("SAVE", step=self.step, total_s=time.perf_counter() - began, bytes=size)
+
+    def _next_batch(self, step: int) -> str:
+        """Hash of the token ids of the global batch after `step`."""
+        batch = self.config.train.global_batch
+        return self.training.fingerprint(step * batch, batch)
 
     def _order(self) -> dict[str, Any]:
         """What decides which tokens come next; a resumed run must agree."""
@@ -281,40 +278,6 @@ class Run:
             "data.seed": data.seed,
             "data.train": self.training.fingerprint_of_data,
         }
-
-    def _resume(self) -> None:
-        """Go on from the newest checkpoint of the run folder, if there is one.
-
-        Raises CheckpointError: it belongs to another model, layout, batch or data.
-        """
-        folder = self.folder / "checkpoints"
-        if self.config.checkpoint.resume == "never":
-            if any(folder.glob("step_*")):
-                what = f"never, but {folder} holds checkpoints, which this run would mix with its own"
-                raise ConfigError("config", [("checkpoint.resume", what, "auto, another run.name, or remove the folder")])
-            return
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
-        loaded = checkpoint.load(folder, self.ranks, shapes)
-        if loaded is None:
-            return
-        saved, own = loaded.extra["order"], self._order()
-        differing = [f"{key}: checkpoint {saved[key]}, now {own[key]}" for key in own if saved[key] != own[key]]
-        if differing:
-            raise CheckpointError(
-                f"{loaded.path}: the order of the data would change\n  " + "\n  ".join(differing)
-                + "\n  put these back, or start another run.name"
-            )  # fmt: skip
-        self.optimizer.load_state_dict(loaded.shard)
-        self.step, self.skips, self.resumed = loaded.step, loaded.extra["skips"], loaded
-        if self.training.fingerprint(self.consumed, self.config.train.global_batch) != loaded.extra["next_batch"]:
-            raise CheckpointError(f"{loaded.path}: the next batch is not the one that was recorded when it was saved")
-
-
-def environment(device: torch.device) -> str:
-    """Versions and device; never environment variables, which may hold secrets."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    packages = [f"{p} {version(p)}" for p in ("torch", "megatron-core", "deepspeed", "numpy", "sentencepiece")]
-    return "\n".join([f"python {sys.version.split()[0]}", *packages, f"device {name}", ""])
 
 
 if __name__ == "__main__":

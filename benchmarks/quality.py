@@ -82,7 +82,10 @@ def summarise(cell: dict, folder: Path, log: Path, code: int, seconds: float) ->
 
 
 def table(results: list[dict]) -> str:
-    rows = ["| model | steps | lr | overrides | held-out | tokens/s | GiB | skipped |", "|---|---|---|---|---|---|---|---|"]
+    rows = [
+        "| model | steps | lr | overrides | held-out | tokens/s | GiB | skipped |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for r in results:
         if not r["heldout"]:
             continue

@@ -26,6 +26,14 @@ class Level(nn.Module):
         return self.mlp.flops()
 
 
+def _flops(levels: nn.ModuleList) -> Flops:
+    total = Flops()
+    for level in levels:
+        assert isinstance(level, Level)
+        total = total + level.flops()
+    return total
+
+
 class SequentialCms(nn.Module):
     """Eq. 70/73: y = x, then y <- y + f_l(norm_l(y)) from the fastest level to the slowest. [T, B, D] -> [T, B, D].
 
@@ -43,7 +51,7 @@ class SequentialCms(nn.Module):
         return x
 
     def flops(self) -> Flops:
-        return sum((level.flops() for level in self.levels), Flops())
+        return _flops(self.levels)
 
 
 class IndependentCms(nn.Module):
@@ -60,7 +68,7 @@ class IndependentCms(nn.Module):
         return x + outputs @ self.aggregate
 
     def flops(self) -> Flops:
-        return sum((level.flops() for level in self.levels), Flops())
+        return _flops(self.levels)
 
 
 def build_cms(config: ModelConfig) -> SequentialCms | IndependentCms:

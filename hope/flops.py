@@ -6,6 +6,7 @@ the fast weights, counted apart so that an MFU can be given with and without the
 
 from dataclasses import dataclass
 
+
 @dataclass(frozen=True)
 class Flops:
     """Forward FLOPs per token."""

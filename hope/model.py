@@ -83,7 +83,10 @@ class Model(nn.Module):
 
     def flops(self, length: int) -> Flops:
         """Per token, forward, at this sequence length. The embedding is a look-up and counts nothing."""
-        total = sum((block.flops(length) for block in self.blocks.values()), Flops())
+        total = Flops()
+        for block in self.blocks.values():
+            assert isinstance(block, Block)
+            total = total + block.flops(length)
         if self.has_head:
             total = total + Flops(dense=2.0 * self.config.vocab_size * self.config.width)
         return total

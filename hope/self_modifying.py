@@ -24,7 +24,7 @@ from hope.config import ModelConfig
 from hope.documents import ChunkLayout, Documents, plain_layout
 from hope.flops import Flops
 from hope.layers import CausalConv, Linear, RMSNorm, constant, new_parameter, normal, unit
-from hope.memory.bank import Bank, State, reset_rows
+from hope.memory.bank import Bank, ChunkReads, State, reset_rows
 from hope.memory.delta import Gates
 from hope.memory.matrix import MatrixMemories
 from hope.memory.mlp import MlpMemories
@@ -158,37 +158,51 @@ class SelfModifyingTitans(nn.Module):
             return bank, bank
         return self.memories.bank(self.boxes, dtype), self.memories.bank(("main",), dtype)
 
-    def _window(self, banks, now, tensors, valid, shared):
+    def _window(
+        self,
+        banks: tuple[Bank, Bank],
+        now: tuple[State, State],
+        tensors: Sequence[Tensor],
+        valid: Tensor | None,
+        shared: bool,
+    ) -> tuple[Tensor, tuple[State, State], Gates]:
         """One window: all projection chunks in it, then all main chunks in it. Returns features, states, gates."""
         config = self.memory_config
         parts = [_cut(t, config.projection_chunk) for t in tensors]
         masks = [None] * len(parts[0]) if valid is None else _cut(valid.unsqueeze(-1), config.projection_chunk)
         projections, main = now
-        made, features = [], []
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        queries: list[Tensor] = []
+        gates: list[Gates] = []
+        features: list[Tensor] = []
         for *chunk, mask in zip(*parts, masks, strict=True):
-            k, v, q, gates = self._project(banks[0], projections, chunk, mask)
+            k, v, q, used = self._project(banks[0], projections, chunk, mask)
             before = projections
-            projections, reads = banks[0].write(before, k, v, gates)
+            projections, reads = banks[0].write(before, k, v, used)
             if shared:
                 features.append(self._read_main(banks[0], before, reads, q))
-            made.append((k, v, q, gates))
+            keys.append(k)
+            values.append(v)
+            queries.append(q)
+            gates.append(used)
+        joined = _join_gates(gates)
         if shared:
-            return torch.cat(features, 2), (projections, projections), _join_gates([m[3] for m in made])
-        k, v, q = (torch.cat([m[i] for m in made], 2) for i in range(3))
-        joined = _join_gates([m[3] for m in made])
-        size = config.main_chunk
-        for kc, vc, qc, gates in zip(
-            _cut(k, size), _cut(v, size), _cut(q, size), _cut_gates(joined, size), strict=True
-        ):
+            return torch.cat(features, 2), (projections, projections), joined
+        cut = lambda made: _cut(torch.cat(made, 2), config.main_chunk)
+        main_chunks = zip(cut(keys), cut(values), cut(queries), _cut_gates(joined, config.main_chunk), strict=True)
+        for k, v, q, used in main_chunks:
             before = main
-            main, reads = banks[1].write(before, kc, vc, gates)
-            features.append(self._read_main(banks[1], before, reads, qc))
+            main, reads = banks[1].write(before, k, v, used)
+            features.append(self._read_main(banks[1], before, reads, q))
         return torch.cat(features, 2), (projections, main), joined
 
-    def _read_main(self, bank: Bank, before: State, reads, queries: Tensor) -> Tensor:
+    def _read_main(self, bank: Bank, before: State, reads: ChunkReads, queries: Tensor) -> Tensor:
         return reads.causal(queries) if self.memory_config.read == "causal" else bank.boundary(before, queries)
 
-    def _project(self, bank: Bank, state: State, tensors: Sequence[Tensor], mask: Tensor | None):
+    def _project(
+        self, bank: Bank, state: State, tensors: Sequence[Tensor], mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Gates]:
         """k, v, q and the gates of one chunk, all read at the chunk's start state."""
         config, scale = self.memory_config, self.memory_config.contribution
         x, q, static_k, static_v, static_eta, static_alpha = tensors

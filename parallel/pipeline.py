@@ -12,7 +12,7 @@ from torch import nn
 from parallel.groups import import_quietly
 
 Report = dict[str, torch.Tensor]
-LossFn = Callable[[nn.Module, Any], tuple[torch.Tensor, Report]]
+LossFn = Callable[[Any, Any], tuple[torch.Tensor, Report]]
 
 
 class Stage(nn.Module):

@@ -1,5 +1,8 @@
 """What a run will be, from its configuration alone: layout, parameters, memory, FLOPs."""
 
+import sys
+from importlib.metadata import version
+
 import torch
 
 from hope.config import ModelConfig
@@ -44,7 +47,8 @@ def describe(
     state = sum(count * optimizer_bytes_per_parameter([period], adam) for period, count in levels.values()) / dims.data
     weights = total * (2 + 4 if bf16 else 4 + 4)  # with the gradients: fp32 in both cases
     rows = [
-        ("model", f"{config.kind}  {config.layers} layers  width {config.width}  {config.heads} heads of {config.head_dim}"),
+        ("model", f"{config.kind}  {config.layers} layers  width {config.width}  {config.heads} heads of "
+                  f"{config.head_dim}"),
         ("parameters", f"{total:,}  " + "  ".join(f"{k} {n:,} every {p}" for k, (p, n) in levels.items())),
         ("layout", f"{dims.world_size} devices = tensor {dims.tensor} x pipeline {dims.pipeline} x context "
                    f"{dims.context} x data {dims.data} (ZeRO-1)"),
@@ -54,3 +58,10 @@ def describe(
         ("FLOPs", f"{flops:.3e} per trained token, {writes / flops:.1%} of them memory writes"),
     ]  # fmt: skip
     return "\n".join(f"{name:<11} {text}" for name, text in rows)
+
+
+def environment(device: torch.device) -> str:
+    """Versions and device; never environment variables, which may hold secrets."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    packages = [f"{p} {version(p)}" for p in ("torch", "megatron-core", "deepspeed", "numpy", "sentencepiece")]
+    return "\n".join([f"python {sys.version.split()[0]}", *packages, f"device {name}", ""])

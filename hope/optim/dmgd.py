@@ -41,7 +41,7 @@ class Dmgd(torch.optim.Optimizer):
         super().__init__(groups, defaults)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closures: gradients are given
         """One step of every group whose parameters are present; a parameter without gradient is left alone."""
         for group in self.param_groups:
             present = [p for p in group["params"] if p.grad is not None]
@@ -61,16 +61,16 @@ class Dmgd(torch.optim.Optimizer):
 
     def _collect(self, params: list[Tensor], group: dict) -> list[Tensor] | None:
         """This step's gradients, or at a due step their means over the level's period, or None in between."""
-        gradients = [p.grad for p in params]
+        gradients = [p.grad for p in params if p.grad is not None]
         if group["grad_scale"] != 1.0:
-            gradients = torch._foreach_mul(gradients, group["grad_scale"])
+            gradients = list(torch._foreach_mul(gradients, group["grad_scale"]))
         if group["period"] == 1:
             return gradients
         sums = self._state(params, "accumulator")
         torch._foreach_add_(sums, gradients, alpha=1.0 / group["period"])
         if group["clock"] % group["period"]:
             return None
-        means = torch._foreach_mul(sums, 1.0)  # a copy: the accumulators start anew
+        means = [total.clone() for total in sums]  # a copy: the accumulators start anew
         torch._foreach_zero_(sums)
         return means
 

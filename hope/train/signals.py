@@ -17,7 +17,8 @@ class StopRequest:
 
     The first signal sets `name`, later ones leave it. A second SIGINT after `grace_s` seconds raises
     KeyboardInterrupt, for a step that hangs; sooner it is the same Ctrl-C, which the terminal sends to every process
-    and torchrun passes on to its workers once more. Each process sees only its own signals: agreeing on a step among ranks is the caller's task.
+    and torchrun passes on to its workers once more. Each process sees only its own signals: agreeing on a step among
+    ranks is the caller's task.
     The previous handlers are put back on exit. Main thread only (signal.signal raises ValueError elsewhere).
     """
 

@@ -49,7 +49,9 @@ def test_loss_falls_and_the_run_folder_is_complete(tmp_path, memory):
     assert records[-1]["step"] == 40
     assert records[0]["heldout_loss"] == pytest.approx(4.1589, rel=0.02)  # ln 64
     assert records[-1]["heldout_loss"] < records[0]["heldout_loss"] - 0.5
-    contract = "step tokens loss grad_norm lr step_time_s data_time_s tokens_per_s tokens_per_s_per_device mfu memory_gb"
+    contract = (
+        "step tokens loss grad_norm lr step_time_s data_time_s tokens_per_s tokens_per_s_per_device mfu memory_gb"
+    )
     assert set(contract.split()) <= set(records[-1])
     assert records[-1]["tokens"] == 40 * 8 * 16
     assert {"memory_norm.0", "memory_norm.1", "grad_norm.base", "grad_norm.cms1"} <= set(records[-1])

@@ -1,0 +1,41 @@
+# `make train` and `make test` do all the set-up that they need; nothing outside this folder is touched.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DATA := data/quickstart
+PROCESSES ?= 2
+
+.PHONY: train test lint format bench clean
+
+train: $(DATA)/heldout.manifest.json
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(PROCESSES) pretrain_hope.py configs/quickstart.yaml
+
+test: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/cpu_speed.py
+	$(BIN)/python benchmarks/cpu_speed.py --lengths
+
+$(DATA)/heldout.manifest.json: $(VENV)/.installed
+	$(BIN)/python -m data_prep quickstart --out $(DATA)
+
+# DeepSpeed comes as source: without DS_BUILD_OPS=0 its build looks for CUDA
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/pip install --quiet "torch>=2.11,<2.14"
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs data .pytest_cache .mypy_cache .ruff_cache
