@@ -1,0 +1,52 @@
+"""Draw loss curves of runs as an SVG picture: `python benchmarks/curves.py OUT.svg LABEL=RUN_FOLDER ...`.
+
+Thin lines: training loss of each logged step; dots: held-out loss. Reads metrics.jsonl of every folder.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 420, 60, 190, 20, 45
+COLOURS = ["#1f6feb", "#d1242f", "#1a7f37", "#8250df", "#bf8700", "#57606a"]
+
+
+def series(folder: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """(training, held-out) points (step, nats) of one run."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    train = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
+    return train, [(r["step"], r["heldout_loss"]) for r in records if r.get("heldout_loss") is not None]
+
+
+def draw(runs: dict[str, Path]) -> str:
+    curves = {label: series(folder) for label, folder in runs.items()}
+    last = max(step for train, held in curves.values() for step, _ in train + held)
+    values = [loss for train, held in curves.values() for _, loss in train + held]
+    low, high = min(values) // 0.5 * 0.5, (max(values) // 0.5 + 1) * 0.5
+    x = lambda step: LEFT + (WIDTH - LEFT - RIGHT) * step / last
+    y = lambda loss: TOP + (HEIGHT - TOP - BOTTOM) * (high - loss) / (high - low)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+    ]
+    for tick in range(int(high - low) + 1):
+        level = low + tick
+        parts.append(f'<path d="M{LEFT} {y(level):.0f}H{WIDTH - RIGHT}" stroke="#d0d7de"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y(level) + 4:.0f}" text-anchor="end">{level:g}</text>')
+    for step in range(0, last + 1, 100):
+        parts.append(f'<text x="{x(step):.0f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{step}</text>')
+    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">optimizer step</text>')
+    for index, (label, (train, held)) in enumerate(curves.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        points = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in train)
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1" opacity="0.6"/>')
+        parts += [f'<circle cx="{x(s):.1f}" cy="{y(v):.1f}" r="3" fill="{colour}"/>' for s, v in held]
+        final = f"{label}  {held[-1][1]:.3f}" if held else label
+        parts.append(f'<text x="{WIDTH - RIGHT + 10}" y="{TOP + 20 + 20 * index}" fill="{colour}">{final}</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        raise SystemExit(__doc__)
+    Path(sys.argv[1]).write_text(draw({a.split("=", 1)[0]: Path(a.split("=", 1)[1]) for a in sys.argv[2:]}))
