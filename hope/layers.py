@@ -1,5 +1,8 @@
 """Parts that every kind of model shares: parameters with a declared initial value, SwiGLU, causal convolution, RoPE.
 
+A mixer, an MLP and the embedding are *regions* that a tensor-parallel layout divides: activations pass `enter` before
+the first of their sharded products and `leave` after the last. Both are the identity until parallel/ replaces them.
+
 Trunk activations are [T, B, D] (time, batch, width), as megatron-core's sequence parallelism and p2p expect.
 """
 
@@ -89,9 +92,11 @@ class SwiGlu(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.gate, self.up, self.down = Linear(width, hidden), Linear(width, hidden), Linear(hidden, width)
+        self.enter, self.leave = nn.Identity(), nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        x = self.enter(x)
+        return self.leave(self.down(F.silu(self.gate(x)) * self.up(x)))
 
     def flops(self) -> Flops:
         return self.gate.flops() + self.up.flops() + self.down.flops()

@@ -29,11 +29,30 @@ class Slice:
 
 
 class Embedding(nn.Module):
-    """Token embedding [V, D]. N(0, 0.09 / D): as the head it adds 0.045 nats to a first loss of ln V."""
+    """Rows of the vocabulary [V, D]. N(0, 0.09 / D): as the head it adds 0.045 nats to a first loss of ln V.
+
+    A tensor-parallel rank holds the rows from `first_row` on; it looks up zeros for the others, and `leave` sums.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.weight = new_parameter(config.vocab_size, config.width, init=normal(0.3 * config.width**-0.5))
+        self.vocab_size, self.first_row = config.vocab_size, 0
+        self.enter, self.leave = nn.Identity(), nn.Identity()
+
+    def forward(self, tokens_TB: Tensor) -> Tensor:
+        """Token ids [T, B] -> [T, B, D]."""
+        rows = self.weight.shape[0]
+        if rows == self.vocab_size:
+            return F.embedding(tokens_TB, self.weight)
+        local = tokens_TB - self.first_row
+        elsewhere = (local < 0) | (local >= rows)
+        found = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return self.leave(found.masked_fill(elsewhere.unsqueeze(-1), 0.0))
+
+    def logits(self, x_TBD: Tensor) -> Tensor:
+        """[T, B, D] -> scores of this rank's rows [T, B, V]."""
+        return F.linear(self.enter(x_TBD), self.weight)
 
 
 class Model(nn.Module):
@@ -68,18 +87,15 @@ class Model(nn.Module):
     def forward(
         self, inputs: Tensor, state: States | None = None, starts: Tensor | None = None
     ) -> tuple[Tensor, States]:
-        x = F.embedding(inputs, self.embedding.weight) if self.has_embedding else inputs
+        x = self.embedding(inputs) if self.has_embedding else inputs
         documents = None if starts is None else Documents(starts)
         after: States = {}
         for name, block in self.blocks.items():
             x, after[int(name)] = block(x, None if state is None else state[int(name)], documents)
         if self.has_head:
-            x = F.linear(self.norm(x), self.output_weight)
+            head = self.embedding if self.config.tie_embeddings else self.head
+            x = head.logits(self.norm(x))
         return x, after
-
-    @property
-    def output_weight(self) -> Tensor:
-        return self.embedding.weight if self.config.tie_embeddings else self.head.weight
 
     def flops(self, length: int) -> Flops:
         """Per token, forward, at this sequence length. The embedding is a look-up and counts nothing."""

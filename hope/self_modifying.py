@@ -86,13 +86,16 @@ class SelfModifyingTitans(nn.Module):
         self.eta_bias = new_parameter(heads, init=constant(0.0))
         self.alpha_bias = new_parameter(heads, init=constant(memory.alpha_bias_start))
         self.norm = RMSNorm(head_dim)
+        self.enter, self.leave = nn.Identity(), nn.Identity()
         self.statistics: GateStatistics | None = None
         self.collect_statistics = False
 
     def forward(
         self, x_TBD: Tensor, state: MixerState | None = None, documents: Documents | None = None
     ) -> tuple[Tensor, MixerState]:
-        length, batch, width = x_TBD.shape
+        x_TBD = self.enter(x_TBD)
+        length, batch, _ = x_TBD.shape
+        width = self.conv_input.weight.shape[0]  # of the heads that are here
         past = self.memory_config.conv_width - 1
         history = x_TBD.new_zeros(past, batch, 2 * width) if state is None else state.history
         same = None if documents is None or past == 0 else documents.same(past + 1)
@@ -104,8 +107,8 @@ class SelfModifyingTitans(nn.Module):
         x_BHLK, q_BHLK = (layout.spread(unit(self._heads(z).to(dtype))) for z in (xs, qs))
         y_BHLK, projections, main = self._memory_loop(x_BHLK, q_BHLK, layout, state)
         y_BHTK = self.norm_heads(layout.collect(y_BHLK)).to(x_TBD.dtype)
-        merged = y_BHTK.permute(2, 0, 1, 3).reshape(length, batch, width)
-        out = self.output(merged * F.silu(self.gate(x_TBD)))
+        merged = y_BHTK.permute(2, 0, 1, 3).flatten(-2)
+        out = self.leave(self.output(merged * F.silu(self.gate(x_TBD))))
         return out, MixerState(projections, main, torch.cat([past_x, past_q], -1).to(dtype))
 
     def norm_heads(self, y: Tensor) -> Tensor:
@@ -113,7 +116,7 @@ class SelfModifyingTitans(nn.Module):
         return F.rms_norm(y, (y.shape[-1],), self.norm.weight.to(y.dtype), eps=1e-6)
 
     def _heads(self, x_TBD: Tensor) -> Tensor:
-        return x_TBD.unflatten(-1, (self.config.heads, -1)).permute(1, 2, 0, 3)
+        return x_TBD.unflatten(-1, (-1, self.config.head_dim)).permute(1, 2, 0, 3)
 
     def _static(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Static path of k and v for the whole sequence at once, [B, H, L, K] each."""

@@ -15,22 +15,24 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads, self.rope_base, width = config.heads, config.rope_base, config.width
+        self.head_dim, self.rope_base, width = config.head_dim, config.rope_base, config.width
         self.query, self.key, self.value = Linear(width, width), Linear(width, width), Linear(width, width)
         self.output = Linear(width, width)
+        self.enter, self.leave = nn.Identity(), nn.Identity()
 
     def forward(self, x_TBD: Tensor, state: None = None, documents: Documents | None = None) -> tuple[Tensor, None]:
         """Raises ValueError if a state is handed in: attention keeps none between calls."""
         if state is not None:
             raise ValueError("attention carries no state between calls; pass state=None")
-        heads = lambda z: z.unflatten(-1, (self.heads, -1)).permute(1, 2, 0, 3)
+        x_TBD = self.enter(x_TBD)
+        heads = lambda z: z.unflatten(-1, (-1, self.head_dim)).permute(1, 2, 0, 3)
         q = rotate(heads(self.query(x_TBD)), self.rope_base)
         k = rotate(heads(self.key(x_TBD)), self.rope_base)
         v = heads(self.value(x_TBD))
         mask = None if documents is None else documents.attention_mask()
         y_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        merged = y_BHTK.permute(2, 0, 1, 3).reshape(x_TBD.shape)
-        return self.output(merged), None
+        merged = y_BHTK.permute(2, 0, 1, 3).flatten(-2)
+        return self.leave(self.output(merged)), None
 
     def flops(self, length: int) -> Flops:
         """Per token, forward; causal scores count half of the square."""
