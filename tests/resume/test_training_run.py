@@ -11,6 +11,8 @@ from multirank import run_ranks
 from tiny import config_file
 
 import pretrain_hope
+from configs.schema import load
+from hope.model import Model
 
 
 def run(path: str, *overrides: str) -> int:
@@ -98,6 +100,19 @@ def test_resume_is_bit_equal(tmp_path, precision):
     whole, parts = weights(tmp_path, 8, "whole"), weights(tmp_path, 8, "parts")
     for name in whole:
         assert torch.equal(whole[name], parts[name]), name
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_gradients_are_clipped_to_the_global_norm(tmp_path, ranks):
+    """Plain gradient descent (no memory, no normaliser, no decay) moves the weights by exactly lr x clip."""
+    path = config_file(tmp_path)
+    plain = ["optim.objective=dot", "optim.preconditioner=none", "optim.beta1=0", "optim.weight_decay=0"]
+    more = ["optim.lr=0.5", "optim.warmup=0", "optim.decay=constant", "train.grad_clip=0.01", "model.cms.periods=[1,1]"]
+    assert set(run_ranks(run, ranks, path, *plain, *more, "train.stop_after=1", timeout=60)) == {0}
+    assert metrics(tmp_path)[1]["grad_norm"] > 0.5
+    start = Model(load(path, more).model).initialise(1).state_dict()
+    moved = sum((w - start[name]).square().sum().item() for name, w in weights(tmp_path, 1).items()) ** 0.5
+    assert moved == pytest.approx(0.5 * 0.01, rel=1e-3)
 
 
 def test_a_finished_run_is_not_repeated(tmp_path):

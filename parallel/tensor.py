@@ -1,0 +1,78 @@
+"""Tensor and sequence parallelism: cut the parameters by the plan, put megatron-core's mappings at region borders.
+
+The modules stay hope's own. A region (mixer, MLP, embedding, head) begins with `enter` and ends with `leave`:
+
+                        enter (backward)                      leave (backward)
+    tensor              identity (all-reduce)                 all-reduce (identity)
+    tensor + sequence   all-gather tokens (reduce-scatter)    reduce-scatter tokens (all-gather)
+
+One pair per region: the projections of a mixer share their `enter`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hope.model import Embedding, Model, next_token_loss
+from parallel.plan import layout_of
+
+
+class Mapping(nn.Module):
+    """A region border: one of megatron-core's autograd functions as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._function(x)
+
+
+def shard_model(model: Model, tp_rank: int, tp_size: int, sequence: bool = False) -> Model:
+    """Turn a whole (initialised) model, or a slice of layers, into this tensor-parallel rank's part, in place.
+
+    With `sequence`, trunk activations are [T / tp_size, B, D]. Needs megatron-core's groups when tp_size > 1.
+
+    Raises:
+        PlanError: a parameter has no layout; ValueError: a dimension does not divide.
+    """
+    for name, parameter in model.named_parameters():
+        part = layout_of(name).cut(parameter.data, tp_rank, tp_size)
+        parameter.data = part.clone(memory_format=torch.contiguous_format)
+    if tp_size == 1:
+        return model
+    enter, leave = _borders(sequence)
+    for module in model.modules():
+        if isinstance(module, Embedding):
+            module.first_row = tp_rank * module.weight.shape[0]
+        if hasattr(module, "enter"):
+            module.enter, module.leave = enter, leave
+    return model
+
+
+def _borders(sequence: bool) -> tuple[Mapping, Mapping]:
+    from megatron.core.tensor_parallel import mappings
+
+    if sequence:
+        return (
+            Mapping(mappings.gather_from_sequence_parallel_region),
+            Mapping(mappings.reduce_scatter_to_sequence_parallel_region),
+        )
+    return (
+        Mapping(mappings.copy_to_tensor_model_parallel_region),
+        Mapping(mappings.reduce_from_tensor_model_parallel_region),
+    )
+
+
+def sharded_loss(logits_TBV: Tensor, targets_TB: Tensor, tp_size: int, *weights: Any) -> Tensor:
+    """`hope.model.next_token_loss` where each tensor-parallel rank holds V / tp_size scores; the same on every rank."""
+    if tp_size == 1:
+        return next_token_loss(logits_TBV, targets_TB, *weights)
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    losses_TB = vocab_parallel_cross_entropy(logits_TBV.float(), targets_TB)
+    if not weights or weights[0] is None:
+        return losses_TB.mean()
+    return (losses_TB * weights[0]).sum() / weights[0].sum()
