@@ -84,6 +84,12 @@ class Model(nn.Module):
         initialise(self, seed)
         return self
 
+    def set_recompute(self, what: str) -> None:
+        """Trade compute for memory in the backward pass: "none", "block" or "memory" (see `hope.block.Block`)."""
+        for block in self.blocks.values():
+            assert isinstance(block, Block)
+            block.recompute = what
+
     def forward(
         self, inputs: Tensor, state: States | None = None, starts: Tensor | None = None
     ) -> tuple[Tensor, States]:
@@ -108,7 +114,14 @@ class Model(nn.Module):
         return total
 
 
-def next_token_loss(logits_TBV: Tensor, targets_TB: Tensor) -> Tensor:
-    """Mean cross-entropy in nats, taken in fp32 (or fp64)."""
+def next_token_loss(logits_TBV: Tensor, targets_TB: Tensor, weights_TB: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy in nats, taken in fp32 (or fp64).
+
+    With `weights_TB` [T, B] the mean over all T B places of weight times cross-entropy: weights that average 1 over a
+    global batch give its mean over the places that count, however it is divided over micro-batches and ranks.
+    """
     dtype = torch.promote_types(logits_TBV.dtype, torch.float32)
-    return F.cross_entropy(logits_TBV.flatten(0, 1).to(dtype), targets_TB.flatten())
+    scores, targets = logits_TBV.flatten(0, 1).to(dtype), targets_TB.flatten()
+    if weights_TB is None:
+        return F.cross_entropy(scores, targets)
+    return (F.cross_entropy(scores, targets, reduction="none") * weights_TB.flatten()).mean()

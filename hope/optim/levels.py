@@ -5,19 +5,22 @@ period 1; block i's l-th MLP belongs to level "cms<l>".
 """
 
 import re
+from collections.abc import Sequence
 
 from hope.model import Model
 
 _LEVEL = re.compile(r"\.cms\.levels\.(\d+)\.")
 
 
-def parameter_groups(model: Model, weight_decay: float) -> list[dict]:
+def parameter_groups(models: Model | Sequence[Model], weight_decay: float) -> list[dict]:
     """Groups with keys name, period, weight_decay, params, names; every parameter in exactly one.
 
-    Order and membership are a pure function of the model, so that every rank cuts the same flat buffers.
+    `models`: the model, or several slices of it. Order and membership are a pure function of them, so that every
+    data-parallel rank cuts the same flat buffers.
     """
+    parts = [models] if isinstance(models, Model) else list(models)
     groups: dict[str, dict] = {}
-    for name, parameter in model.named_parameters():
+    for model, name, parameter in ((m, n, p) for m in parts for n, p in m.named_parameters()):
         found = _LEVEL.search(name)
         level = "base" if found is None else f"cms{found[1]}"
         decayed = parameter.ndim >= 2

@@ -1,0 +1,167 @@
+"""Bytes of a training step on one rank, from the configuration alone.
+
+Activations are not estimated by formula: the rank's part of the model runs one micro-batch on the meta device, where
+tensors have shapes and no data, and everything that autograd saves for the backward pass is summed up, each storage
+once. That counts exactly what a chunk loop keeps. docs/performance.md compares the result with measured peaks.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from hope.config import ModelConfig
+from hope.model import Model, Slice, next_token_loss
+from hope.optim.levels import parameter_groups
+from hope.self_modifying import SelfModifyingTitans
+from parallel.plan import layout_of
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on one rank. `activations`: saved for backward over all micro-batches in flight; `fast_weights`: the
+    memory states of one micro-batch at one time (part of what activations hold per chunk); `loss`: the fp32 gradient
+    of the scores, which is made while all activations are still there."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    fast_weights: int
+    loss: int
+
+    @property
+    def peak(self) -> int:
+        """All but the fast weights, which activations include; other temporaries and allocator slack come on top."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.loss
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What decides activation sizes: tokens and sequences of a micro-batch, precision, division over ranks."""
+
+    seq_len: int
+    micro_batch: int
+    bf16: bool
+    tensor: int = 1
+    sequence: bool = False
+    data: int = 1
+    recompute: str = "none"
+
+
+class _FlashAttention(torch.autograd.Function):
+    """Saves what a fused attention kernel saves: q, k, v, the output, and one fp32 number per query and head."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        raise NotImplementedError("sizes only")
+
+
+class _FusedAttention(TorchFunctionMode):
+    """On the meta device torch would take the unfused path, whose T x T scores no GPU keeps."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.scaled_dot_product_attention:
+            return _FlashAttention.apply(*args[:3])
+        return function(*args, **(kwargs or {}))
+
+
+class _Gather(nn.Module):
+    """The size of an all-gather of tokens."""
+
+    def __init__(self, ranks: int) -> None:
+        super().__init__()
+        self.ranks = ranks
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_empty(x.shape[0] * self.ranks, *x.shape[1:]).requires_grad_() if self.ranks > 1 else x
+
+
+class _Scatter(_Gather):
+    """The size of a reduce-scatter of tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[: x.shape[0] // self.ranks]
+
+
+def build_part(config: ModelConfig, part: Slice, shape: StepShape) -> Model:
+    """The rank's part of the model on the meta device: its slice of layers, its shard of every parameter."""
+    with torch.device("meta"):
+        model = Model(config, part).to(torch.bfloat16 if shape.bf16 else torch.float32)
+    model.set_recompute(shape.recompute)
+    ranks = shape.tensor if shape.sequence else 1
+    for name, parameter in model.named_parameters():
+        parameter.data = layout_of(name).cut(parameter.data, 0, shape.tensor)
+    for module in model.modules():
+        if hasattr(module, "enter"):
+            module.enter, module.leave = _Gather(ranks), _Scatter(ranks)
+    return model
+
+
+def activation_bytes(model: Model, shape: StepShape) -> int:
+    """Bytes saved for backward by one micro-batch through `model` (from `build_part`)."""
+    tokens = torch.zeros(shape.seq_len, shape.micro_batch, dtype=torch.long, device="meta")
+    kept: dict[int, Tensor] = {}
+
+    def keep(saved: Tensor) -> Tensor:
+        kept[saved.untyped_storage()._cdata] = saved
+        return saved
+
+    inputs = tokens
+    if not model.has_embedding:
+        length = shape.seq_len // (shape.tensor if shape.sequence else 1)
+        dtype = next(model.parameters()).dtype
+        inputs = torch.empty(length, shape.micro_batch, model.config.width, dtype=dtype, device="meta")
+        inputs.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved), _FusedAttention():
+        out = model(inputs)[0]
+        if model.has_head:
+            next_token_loss(out, tokens)
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
+
+
+def fast_weight_bytes(model: Model, micro_batch: int) -> int:
+    """fp32 states of all memories on this rank for one micro-batch, at one moment."""
+    mixers = [module for module in model.modules() if isinstance(module, SelfModifyingTitans)]
+    starts = [mixer.memories.bank((*mixer.boxes, "main"), torch.float32).start(1) for mixer in mixers]
+    return sum(4 * layer.weight.numel() * micro_batch for start in starts for layer in start)
+
+
+def rank_memory(config: ModelConfig, parts: list[Slice], in_flight: int, shape: StepShape, adam: bool) -> RankMemory:
+    """Bytes of a rank that holds `parts` and has `in_flight` micro-batches between forward and backward (1F1B)."""
+    models = [build_part(config, part, shape) for part in parts]
+    groups = [group for model in models for group in parameter_groups(model, 0.0)]
+    sizes = [(group["period"], sum(p.numel() for p in group["params"])) for group in groups]
+    numbers = sum(size for _, size in sizes)
+    # fp32 master, memory, squares, and the gradient accumulator of a level with a period above 1
+    states = sum(size * 4 * (2 + int(adam) + int(period > 1)) for period, size in sizes) // shape.data
+    activations = sum(activation_bytes(model, shape) for model in models)
+    return RankMemory(
+        weights=numbers * (2 if shape.bf16 else 4),
+        gradients=numbers * 4,
+        optimizer=states,
+        activations=activations * in_flight + _recomputed(config, shape),
+        fast_weights=sum(fast_weight_bytes(model, shape.micro_batch) for model in models),
+        loss=4 * shape.seq_len * shape.micro_batch * config.vocab_size // shape.tensor if models[-1].has_head else 0,
+    )
+
+
+def _recomputed(config: ModelConfig, shape: StepShape) -> int:
+    """With recomputation, the activations of one block are alive while its backward pass runs."""
+    if shape.recompute == "none":
+        return 0
+    plain = StepShape(**{**shape.__dict__, "recompute": "none"})
+    middle = Slice(1, 2) if config.layers > 2 else Slice(0, 1)
+    return activation_bytes(build_part(config, middle, plain), plain)
