@@ -21,11 +21,9 @@ import torch
 
 from configs.errors import ConfigError
 from configs.schema import Config, load, to_yaml
+from data_prep.batches import Batch, BatchLoader
+from data_prep.blend import open_blend, open_heldout
 from data_prep.errors import DataError
-from data_prep.reading import Batch, BatchLoader, HeldoutSet, TrainingSet, heldout_batches
-from hope.model import Model, next_token_loss
-from hope.optim.dmgd import Dmgd
-from hope.optim.levels import parameter_groups
 from hope.train.diagnostics import MemoryProbe
 from hope.train.evaluate import heldout_loss
 from hope.train.metrics import NoLog, open_log
@@ -34,9 +32,10 @@ from hope.train.signals import StopRequest
 from hope.train.throughput import Devices, StepTimer, memory_gb, mfu
 from parallel import groups, launcher, report
 from parallel.errors import CheckpointError, LaunchError
-from parallel.pipeline import Stage, forward_backward
+from parallel.memory import StepShape
+from parallel.pipeline import mean_loss
+from parallel.replica import build_replica
 from parallel.resume import refuse_to_mix, resume_run, save_run
-from parallel.zero import ShardedOptimizer
 
 DONE, CONFIG_ERROR, REQUEUE, DO_NOT_RESTART = 0, 2, 85, 93
 
@@ -64,21 +63,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def facts(config: Config, world_size: int) -> str:
-    return report.describe(
-        config.model,
-        config.parallel.dims(world_size),
-        seq_len=config.train.seq_len,
-        global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
-        bf16=config.train.precision == "bf16",
-        adam=config.optim.preconditioner == "adam",
+    train, layout = config.train, config.parallel
+    dims = layout.dims(world_size)
+    shape = StepShape(
+        train.seq_len,
+        train.micro_batch,
+        train.precision == "bf16",
+        dims.tensor,
+        layout.sequence,
+        dims.data,
+        train.recompute,
     )
-
-
-def loss_of(model: Model, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    logits, _ = model(batch.tokens_TB, starts=batch.starts_TB)
-    loss = next_token_loss(logits, batch.targets_TB)
-    return loss, {"loss": loss}
+    adam = config.optim.preconditioner == "adam"
+    return report.describe(config.model, dims, shape, train.global_batch, adam)
 
 
 class Run:
@@ -89,17 +86,25 @@ class Run:
         self.folder = Path(config.run.dir) / config.run.name
         if config.train.precision == "bf16":
             torch.set_float32_matmul_precision("high")  # fp32 memory states through tf32 products
-        # 1. the model and its optimizer
-        self.model = Model(config.model).initialise(config.run.seed).to(ranks.device)
-        self.stage = Stage(self.model, config.train.precision)
-        inner = Dmgd(parameter_groups(self.model, config.optim.weight_decay), config.optim)
-        self.optimizer = ShardedOptimizer(self.model, inner, config.train.precision, ranks, config.parallel.zero)
-        self.probe = MemoryProbe(self.model)
+        # 1. this rank's part of the model, and its optimizer
+        train = config.train
+        self.replica = build_replica(
+            config.model,
+            config.optim,
+            config.parallel,
+            ranks,
+            seq_len=train.seq_len,
+            precision=train.precision,
+            seed=config.run.seed,
+            recompute=train.recompute,
+        )
+        self.optimizer = self.replica.optimizer
+        self.probe = MemoryProbe(self.replica.models)
+        self.flops = report.model_flops(config.model)
         # 2. the data
-        data, train = config.data, config.train
-        self.training = TrainingSet(data.train, train.seq_len, data.seed, data.cache)
-        self.heldout = HeldoutSet(data.heldout, train.seq_len)
-        self.heldout_windows = self._heldout_windows()
+        data = config.data
+        self.training = open_blend(data, train.seq_len)
+        self.heldout = open_heldout(data, train.seq_len, train.eval_windows, train.micro_batch * ranks.dp_size)
         sizes = (train.global_batch, train.micro_batch, ranks.dp_rank, ranks.dp_size)
         self.loader = BatchLoader(self.training, *sizes, documents=data.documents)
         # 3. where it stands
@@ -109,7 +114,7 @@ class Run:
             refuse_to_mix(self.checkpoints)
         else:
             self.resumed = resume_run(
-                self.checkpoints, ranks, self.model, self.optimizer, self._order(), self._next_batch
+                self.checkpoints, ranks, self.replica.models, self.optimizer, self._order(), self._next_batch
             )
         self.step = self.resumed.step if self.resumed else 0
         self.skips = self.resumed.extra["skips"] if self.resumed else 0
@@ -135,7 +140,7 @@ class Run:
             self._announce(log)
             self.timer = StepTimer(config.train.tokens_per_step, devices)
             if self.step == 0:
-                log.scalars({**self._empty_record(), "heldout_loss": self.evaluate()})
+                log.scalars({**self._empty_record(), **self.evaluate()})
             while self.step < last:
                 self._one_step(log, last, devices)
                 if self.skips >= config.train.max_skips:
@@ -160,10 +165,11 @@ class Run:
         drawn = config.log.histograms > 0 and step % config.log.histograms == 0
         self.probe.arm(logged or drawn)
         self.timer.begin()
-        batches = [batch.to(self.ranks.device) for batch in self.loader.batches(self.step * config.train.global_batch)]
+        mine = self.loader.batches(self.step * config.train.global_batch, config.train.seq_len_at(step))
+        batches = [batch.to(self.ranks.device) for batch in mine]
         self.timer.got_data()
-        reports = forward_backward(self.stage, batches, loss_of)
-        self.optimizer.reduce()
+        reports = self.replica.run(batches)
+        self.replica.reduce()
         norms = self.optimizer.grad_norms()
         total = math.sqrt(sum(n * n for n in norms.values()))
         rate = self._rate(step)
@@ -182,10 +188,10 @@ class Run:
             for name, values in self.probe.histograms():
                 log.histogram(name, values, step)
         if logged or evaluated:
-            loss = groups.mean_over_data(torch.stack([r["loss"] for r in reports]).mean()).item()
+            loss = groups.loss_on_all_ranks(mean_loss(reports, self.ranks.device), self.ranks).item()
             record = self._record(loss, total, rate, norms, devices)
             self.probe.arm(False)
-            log.scalars({**record, "heldout_loss": self.evaluate()} if evaluated else record)
+            log.scalars({**record, **self.evaluate()} if evaluated else record)
 
     def _rate(self, step: int) -> float:
         optim = self.config.optim
@@ -202,7 +208,7 @@ class Run:
         self, loss: float, grad_norm: float, rate: float, norms: dict[str, float], devices: Devices
     ) -> dict[str, Any]:
         speed = self.timer.report()
-        flops = self.model.flops(self.config.train.seq_len).training
+        flops = self.flops(self.config.train.seq_len_at(self.step)).training
         return {
             "step": self.step,
             "tokens": self.step * self.config.train.tokens_per_step,
@@ -214,31 +220,28 @@ class Run:
             "memory_gb": memory_gb(self.ranks.device),
             "eta_s": self.timer.eta_s(self.config.train.steps - self.step),
             **{f"grad_norm.{name}": norm for name, norm in norms.items()},
-            **self.probe.scalars(),
+            **groups.merged(self.probe.scalars()),
         }
 
     def _empty_record(self) -> dict[str, Any]:
         keys = ("loss", "grad_norm", "lr", "step_time_s", "data_time_s", "tokens_per_s", "tokens_per_s_per_device")
         return {"step": 0, "tokens": 0, **dict.fromkeys((*keys, "mfu", "memory_gb"))}
 
-    def evaluate(self) -> float:
-        """Mean loss in nats over the held-out windows."""
-        micro, ranks = self.config.train.micro_batch, self.ranks
-        documents = self.config.data.documents
-        batches = heldout_batches(self.heldout, self.heldout_windows, micro, ranks.dp_rank, ranks.dp_size, documents)
-        forward = lambda batch: forward_backward(self.stage, [batch.to(ranks.device)], loss_of, forward_only=True)[0]
-        return heldout_loss(batches, forward, groups.mean_over_data)
+    def evaluate(self) -> dict[str, float]:
+        """Mean loss in nats over the held-out windows, of every source and of the blend."""
+        micro, ranks, documents = self.config.train.micro_batch, self.ranks, self.config.data.documents
+        copies = ranks.pp_size if ranks.vp_size > 1 else 1  # the interleaved schedule wants a multiple of its stages
 
-    def _heldout_windows(self) -> int:
-        """The configured number, or as many as divide evenly over ranks and micro-batches."""
-        unit = self.config.train.micro_batch * self.ranks.dp_size
-        wanted = self.config.train.eval_windows or len(self.heldout)
-        windows = min(wanted, len(self.heldout)) // unit * unit
-        if windows == 0:
-            need = f"micro_batch x data-parallel ranks = {unit} windows at least"
-            what = f"{wanted} is too few: {need}, and the held-out set has {len(self.heldout)}"
-            raise ConfigError("config", [("train.eval_windows", what, "a smaller train.micro_batch")])
-        return windows
+        def forward(batch: Batch) -> dict[str, torch.Tensor]:
+            reports = self.replica.run([batch.to(ranks.device)] * copies, forward_only=True)
+            return {"loss": mean_loss(reports, ranks.device)}
+
+        average = lambda loss: groups.loss_on_all_ranks(loss, ranks)
+        losses = {}
+        for name in self.heldout.sets:
+            batches = self.heldout.batches(name, micro, ranks.dp_rank, ranks.dp_size, documents)
+            losses[name] = heldout_loss(batches, forward, average)
+        return self.heldout.summary(losses)
 
     def _announce(self, log: NoLog) -> None:
         if self.ranks.rank == 0:
@@ -249,19 +252,19 @@ class Run:
             for note in self.resumed.notes:
                 log.say(f"RESUME note: {note}")
             log.event("RESUME", step=self.step, checkpoint=self.resumed.path)
-        held_out = f"{self.heldout_windows} of {len(self.heldout)} held-out windows per evaluation"
-        log.say(f"{len(self.training):,} training windows per epoch, {held_out}")
+        log.say(f"{self.training.describe()}, {self.heldout.describe()}")
 
     def _save(self, log: NoLog) -> None:
         began = time.perf_counter()
         extra = {
             "order": self._order(),
             "next_batch": self._next_batch(self.step),
+            "consumed": self.training.consumed_by_source(self.step * self.config.train.global_batch),
             "model": dataclasses.asdict(self.config.model),
             "skips": self.skips,
         }
         keep = self.config.checkpoint.keep
-        size = save_run(self.checkpoints, self.step, self.ranks, self.model, self.optimizer, extra, keep)
+        size = save_run(self.checkpoints, self.step, self.ranks, self.replica.models, self.optimizer, extra, keep)
         log.event("SAVE", step=self.step, total_s=time.perf_counter() - began, bytes=size)
 
     def _next_batch(self, step: int) -> str:
@@ -276,7 +279,7 @@ class Run:
             "train.seq_len": train.seq_len,
             "train.global_batch": train.global_batch,
             "data.seed": data.seed,
-            "data.train": self.training.fingerprint_of_data,
+            **self.training.identity(),
         }
 
 

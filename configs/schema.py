@@ -121,7 +121,8 @@ def _section_problems(sections: dict[str, Any], world_size: int | None) -> Itera
         yield "optim.warmup", what, f"at most {train.steps - 1}; usual: {train.steps // 20}"
     parallel = sections.get("parallel")
     if world_size is not None and parallel and train and min(train.global_batch, train.micro_batch) >= 1:
-        yield from parallel.problems(world_size, train.global_batch, train.micro_batch)
+        whole = model if model and min(model.heads, model.vocab_size, model.layers, model.width) >= 1 else None
+        yield from parallel.problems(world_size, train.global_batch, train.micro_batch, whole, train.seq_len)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,11 @@
-"""Global batches cut for one data-parallel rank, as [time, batch] tensors."""
+"""Global batches cut for one data-parallel rank, as [time, batch] tensors.
 
-from collections.abc import Iterator, Sequence
+Rows padded behind their document (`documents="doc"`) carry weights: 0 at padding and, elsewhere, places of the global
+batch / real targets of the global batch. The mean of weight x loss over all places, averaged over equal micro-batches
+and ranks, is then the mean over the real targets of the global batch, for every layout and without communication.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,12 +14,17 @@ import numpy as np
 import torch
 
 from data_prep.errors import DataError
+from data_prep.index_rows import PAD
+from data_prep.stages import split_windows
 
 
 class _Samples(Protocol):
     eos_id: int
 
     def sample(self, number: int) -> np.ndarray: ...
+
+    def real_targets(self, number: int) -> int:
+        """Asked only with documents="doc"."""
 
 
 class _Windows(Protocol):
@@ -23,6 +33,8 @@ class _Windows(Protocol):
     def __len__(self) -> int: ...
 
     def window(self, index: int) -> np.ndarray: ...
+
+    def real_targets(self, index: int) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -33,29 +45,41 @@ class Batch:
         tokens_TB: inputs, int64 [T, B].
         targets_TB: the token after each input, int64 [T, B].
         starts_TB: bool [T, B], True where an input is the first of a document or of the window; None
-            if state is carried over document boundaries.
+            if state is carried over document boundaries, or if every row is one document.
+        weights_TB: float32 [T, B], what each target's loss counts; None if all count 1.
     """
 
     tokens_TB: torch.Tensor
     targets_TB: torch.Tensor
     starts_TB: torch.Tensor | None
+    weights_TB: torch.Tensor | None = None
 
     @classmethod
-    def from_windows(cls, windows: Sequence[np.ndarray], documents: str, eos_id: int) -> "Batch":
-        """Stack windows (each int64 [T + 1]); `documents` is "carry" (no starts) or "reset"."""
+    def from_windows(
+        cls, windows: Sequence[np.ndarray], documents: str, eos_id: int, real_weight: float = 1.0
+    ) -> "Batch":
+        """Stack windows (each int64 [T + 1]).
+
+        `documents` is "carry" (no starts), "reset" (starts) or "doc" (weights: `real_weight` at targets, 0 at PAD;
+        PAD itself becomes `eos_id`, an id that every model has a row for).
+        """
         windows_TB = torch.from_numpy(np.stack(windows, axis=1))
         tokens_TB, targets_TB = windows_TB[:-1].contiguous(), windows_TB[1:].contiguous()
-        starts_TB = None
+        starts_TB = weights_TB = None
         if documents == "reset":
             starts_TB = torch.ones_like(tokens_TB, dtype=torch.bool)
             starts_TB[1:] = tokens_TB[:-1] == eos_id
-        return cls(tokens_TB, targets_TB, starts_TB)
+        elif documents == "doc":
+            weights_TB = (targets_TB != PAD).float() * real_weight
+            tokens_TB, targets_TB = (ids.masked_fill(ids == PAD, eos_id) for ids in (tokens_TB, targets_TB))
+        return cls(tokens_TB, targets_TB, starts_TB, weights_TB)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        starts_TB = None if self.starts_TB is None else self.starts_TB.to(device, non_blocking=True)
-        tokens_TB = self.tokens_TB.to(device, non_blocking=True)
-        return Batch(tokens_TB, self.targets_TB.to(device, non_blocking=True), starts_TB)
+        move = lambda tensor: tensor.to(device, non_blocking=True)
+        starts_TB = None if self.starts_TB is None else move(self.starts_TB)
+        weights_TB = None if self.weights_TB is None else move(self.weights_TB)
+        return Batch(move(self.tokens_TB), move(self.targets_TB), starts_TB, weights_TB)
 
 
 def global_batch_slice(consumed: int, global_batch: int, dp_rank: int, dp_size: int) -> range:
@@ -100,15 +124,19 @@ class BatchLoader:
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._documents = documents
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") if prefetch else None
-        self._next: tuple[int, Future[list[Batch]]] | None = None
+        self._next: tuple[tuple[int, int], Future[list[Batch]]] | None = None
 
-    def batches(self, consumed: int) -> list[Batch]:
-        """This rank's micro-batches (global_batch / dp_size / micro_batch of them), in order."""
+    def batches(self, consumed: int, row_tokens: int = 0) -> list[Batch]:
+        """This rank's micro-batches (global_batch / dp_size / micro_batch of them), in order.
+
+        `row_tokens` below the window's seq_len cuts every window into rows of that many tokens; 0: one row each.
+        """
         held, self._next = self._next, None
-        result = held[1].result() if held and held[0] == consumed else self._read(consumed)
+        wanted = (consumed, row_tokens)
+        result = held[1].result() if held and held[0] == wanted else self._read(*wanted)
         if self._executor is not None:
-            following = consumed + self._global_batch
-            self._next = following, self._executor.submit(self._read, following)
+            following = (consumed + self._global_batch, row_tokens)
+            self._next = following, self._executor.submit(self._read, *following)
         return result
 
     def close(self) -> None:
@@ -117,14 +145,25 @@ class BatchLoader:
             self._executor.shutdown(cancel_futures=True)
         self._executor = self._next = None
 
-    def _read(self, consumed: int) -> list[Batch]:
+    def _read(self, consumed: int, row_tokens: int) -> list[Batch]:
         numbers = global_batch_slice(consumed, self._global_batch, self._dp_rank, self._dp_size)
         windows = [self._dataset.sample(number) for number in numbers]
+        real_weight = 1.0
+        if self._documents == "doc":
+            everybody = range(consumed, consumed + self._global_batch)
+            real_weight = weight_of_real(self._dataset.real_targets, everybody, len(windows[0]) - 1)
         step = self._micro_batch
         return [
-            Batch.from_windows(windows[start : start + step], self._documents, self._dataset.eos_id)
-            for start in range(0, len(windows), step)
+            Batch.from_windows(rows, self._documents, self._dataset.eos_id, real_weight)
+            for rows in (
+                split_windows(windows[start : start + step], row_tokens) for start in range(0, len(windows), step)
+            )
         ]
+
+
+def weight_of_real(real_targets: Callable[[int], int], numbers: Sequence[int], seq_len: int) -> float:
+    """Places of these samples / their real targets: what a target counts so that the mean weight is 1."""
+    return len(numbers) * seq_len / sum(real_targets(number) for number in numbers)
 
 
 def _nearest_multiples(value: int, unit: int) -> str:
@@ -156,6 +195,9 @@ def heldout_batches(
             f" with {len(heldout)} windows in the set; a multiple of {unit} up to {largest} works"
         )
     numbers = global_batch_slice(0, windows, dp_rank, dp_size)
+    real_weight = 1.0
+    if documents == "doc":
+        real_weight = weight_of_real(heldout.real_targets, range(windows), len(heldout.window(0)) - 1)
     for start in range(0, len(numbers), micro_batch):
         chosen = [heldout.window(number) for number in numbers[start : start + micro_batch]]
-        yield Batch.from_windows(chosen, documents, heldout.eos_id)
+        yield Batch.from_windows(chosen, documents, heldout.eos_id, real_weight)

@@ -13,7 +13,7 @@ import platform
 import sysconfig
 import tokenize
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,8 +123,14 @@ def deduplicate(documents: Iterable[Document]) -> Iterator[Document]:
             yield document
 
 
-def split(documents: list[Document], share: float = HELDOUT_SHARE) -> tuple[list[Document], list[Document]]:
-    """(train, heldout) by hash of the document id, so that new documents never move old ones.
+def _identity(document: Document) -> str:
+    return document.id
+
+
+def split(
+    documents: list[Document], share: float = HELDOUT_SHARE, key: Callable[[Document], str] = _identity
+) -> tuple[list[Document], list[Document]]:
+    """(train, heldout) by hash of `key` (the document id), so that new documents never move old ones.
 
     Held-out documents stand in hash order: the first windows of the set then mix the sources. At least
     one document is held out.
@@ -134,8 +140,8 @@ def split(documents: list[Document], share: float = HELDOUT_SHARE) -> tuple[list
     """
     if len(documents) < 2:
         raise DataError(f"{len(documents)} documents cannot be split in training and held-out text; need at least 2")
-    ranked = sorted(documents, key=lambda document: _hash_fraction(document.id))
-    count = sum(_hash_fraction(document.id) < share for document in ranked)
+    ranked = sorted(documents, key=lambda document: _hash_fraction(key(document)))
+    count = sum(_hash_fraction(key(document)) < share for document in ranked)
     heldout = ranked[: min(max(count, 1), len(ranked) - 1)]
     held_ids = {document.id for document in heldout}
     return [document for document in documents if document.id not in held_ids], heldout
@@ -152,16 +158,18 @@ def write_corpus(out: str | Path, documents: Iterable[Document], licence: str = 
     (out / "manifest.json").unlink(missing_ok=True)
     manifest: dict = {"python": platform.python_version(), "licence": licence, "files": {}}
     for name, part in zip(FILES, split(list(deduplicate(documents))), strict=True):
-        with atomic_write(out / name) as stream:
-            for document in part:
-                stream.write((json.dumps(vars(document), ensure_ascii=False) + "\n").encode())
-        manifest["files"][name] = {
-            "documents": len(part),
-            "bytes": sum(len(document.text.encode()) for document in part),
-            "sha256": sha256_file(out / name),
-        }
+        manifest["files"][name] = write_documents(out / name, part)
     write_json(out / "manifest.json", manifest)
     return manifest
+
+
+def write_documents(path: Path, documents: list[Document]) -> dict:
+    """Write JSON lines; returns {"documents", "bytes" (of text), "sha256" (of the file)}."""
+    with atomic_write(path) as stream:
+        for document in documents:
+            stream.write((json.dumps(vars(document), ensure_ascii=False) + "\n").encode())
+    size = sum(len(document.text.encode()) for document in documents)
+    return {"documents": len(documents), "bytes": size, "sha256": sha256_file(path)}
 
 
 def quickstart_documents() -> Iterator[Document]:

@@ -4,19 +4,33 @@ import dataclasses
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from data_prep.errors import DataError
 from data_prep.files import sha256_file, write_json
 from data_prep.indexed import Header, check_bin, read_header
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)  # format 1 had the fields up to `format`
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Facts about PREFIX.bin/.idx. Digests are hex sha256; `text_bytes` is UTF-8, without EOS tokens."""
+    """Facts about PREFIX.bin/.idx. Digests are hex sha256; `text_bytes` is UTF-8, without EOS tokens.
+
+    Attributes:
+        sha256_source: of the one source file; of several, of their digests in order.
+        licence: of the text, as its corpus says; empty if nobody said.
+        sources: one {"name", "bytes", "sha256", "licence"} per input file, in order.
+        bad: records that were not as they should be, by kind (`data_prep.tokenize_records.BAD_KINDS`).
+        dropped: good documents left out: {"hook": n, "repeated": n}.
+        length_histogram: {"2^k": documents with 2^k <= tokens < 2^(k+1)}, EOS counted; "0" for empty ones.
+        recipe: digest of the settings, tokenizer and sources that the set was made with.
+    """
 
     documents: int
     tokens: int
@@ -29,6 +43,12 @@ class Manifest:
     sha256_tokenizer: str
     sha256_source: str
     format: int = FORMAT
+    licence: str = ""
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    bad: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    length_histogram: dict[str, int] = field(default_factory=dict)
+    recipe: str = ""
 
     @property
     def fingerprint(self) -> str:
@@ -51,13 +71,22 @@ def load_manifest(prefix: str | Path) -> Manifest:
     try:
         with open(path, "rb") as stream:
             fields = json.load(stream)
-        if fields.get("format") != FORMAT:
-            raise DataError(f"{path}: format {fields.get('format')}, this version reads format {FORMAT}")
+        if fields.get("format") not in READABLE:
+            known = " and ".join(map(str, READABLE))
+            raise DataError(f"{path}: format {fields.get('format')}, this version reads formats {known}")
         return Manifest(**fields)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; tokenize again to make it") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not a manifest ({error}); tokenize again to make it") from None
+
+
+def length_histogram(lengths: np.ndarray) -> dict[str, int]:
+    """Documents per power of two of their length in tokens: {"0": n, "2^0": n, ...}, empty classes left out."""
+    # frexp gives the exponent exactly; log2 in floating point would put 2^29 - 1 beside 2^29
+    exponents = np.frexp(np.asarray(lengths, dtype=np.float64))[1]
+    counts = np.bincount(exponents, minlength=1)
+    return {"0" if k == 0 else f"2^{k - 1}": int(count) for k, count in enumerate(counts) if count}
 
 
 def open_checked(prefix: str | Path) -> tuple[Header, Manifest]:

@@ -1,4 +1,4 @@
-"""The order of training windows: a pure function of (seed, epoch, position)."""
+"""The order of training windows: a pure function of (seed, source, epoch, position)."""
 
 import hashlib
 import struct
@@ -8,18 +8,19 @@ _MASK = (1 << 64) - 1
 
 
 class EpochOrder:
-    """A pseudo-random permutation of range(n) for one (seed, epoch), computed entry by entry.
+    """A pseudo-random permutation of range(n) for one (seed, epoch) and source of a blend, computed entry by entry.
 
     A Feistel network on the next even power of two, walked until it lands inside range(n). It takes no
     memory (a stored permutation of 5e8 windows is 4 GB per rank), starts at any position at once, and
     does not depend on a numpy version's generator.
     """
 
-    def __init__(self, n: int, seed: int, epoch: int) -> None:
+    def __init__(self, n: int, seed: int, epoch: int, source: str = "") -> None:
         self.n = n
         self.epoch = epoch
         self._half = (max((n - 1).bit_length(), 2) + 1) // 2
-        digest = hashlib.sha512(f"window order {seed} {epoch}".encode()).digest()
+        name = f"window order {seed} {epoch}" + (f" {source}" if source else "")
+        digest = hashlib.sha512(name.encode()).digest()
         self._keys = struct.unpack(f"<{_ROUNDS}Q", digest[: 8 * _ROUNDS])
 
     def __getitem__(self, position: int) -> int:

@@ -1,12 +1,13 @@
 """Save and resume: every rank writes its shard, the folder becomes visible whole or not at all.
 
     checkpoints/latest                       name of the newest folder, for people and tools
-    checkpoints/step_00001200/meta.json      step, sizes, parameters, whatever the caller adds; and all file sizes
-                             /model.pt       the model's state dict, single-device names (rank 0)
+    checkpoints/step_00001200/meta.json      step, layout, parameters, whatever the caller adds; and all file sizes
+                             /model.pt       the model's state dict, single-device names
                              /optimizer_00000.pt ...   one per data-parallel rank
 
-A folder is written as `step_00001200.tmp` and renamed after all its files are on disk. This version resumes only at
-the data-parallel size that saved.
+With tensor or pipeline parallelism each (tensor, pipeline) rank writes its part of both, `model_tp01_pp00.pt` and
+`optimizer_tp01_pp00_00000.pt`. A folder is written as `step_00001200.tmp` and renamed after all its files are on disk.
+This version resumes only in the layout that saved.
 """
 
 from __future__ import annotations
@@ -56,8 +57,9 @@ def save(
 ) -> Path:
     """Write the checkpoint of `step`; all ranks call it. Returns its folder, durable when this returns.
 
-    `model_state` is needed on rank 0 only; `shard` is this rank's optimizer state; `extra` is plain JSON (consumed
-    samples, batch fingerprint, model config). The `keep` newest checkpoints stay.
+    `model_state`, this rank's part of the model, is needed on data-parallel rank 0 only; `shard` is this rank's
+    optimizer state; `extra` is plain JSON (consumed samples, batch fingerprint, model config). The `keep` newest
+    checkpoints stay.
 
     Raises:
         CheckpointError: on every rank, if any rank could not write; nothing of it stays, older ones do.
@@ -67,7 +69,8 @@ def save(
     try:
         _together(lambda: _prepare(unfinished) if ranks.rank == 0 else None, unfinished)
         _together(lambda: _write_files(unfinished, ranks, model_state, shard), unfinished)
-        _together(lambda: _publish(final, unfinished, step, ranks, model_state, extra, keep), unfinished)
+        parameters = _parameters(ranks, model_state)
+        _together(lambda: _publish(final, unfinished, step, ranks, parameters, extra, keep), unfinished)
     except CheckpointError:
         if ranks.rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -78,10 +81,10 @@ def save(
 def load(folder: Path, ranks: Ranks, shapes: Mapping[str, tuple[int, ...]]) -> Loaded | None:
     """Read the newest complete checkpoint in `folder`, or return None if there is none. All ranks call it.
 
-    `shapes`: name -> shape of the tensors of this run's model state dict, to refuse another model's checkpoint.
+    `shapes`: name -> shape of the tensors of this rank's model state dict, to refuse another model's checkpoint.
 
     Raises:
-        CheckpointError: it belongs to another model or data-parallel size, or a file in it cannot be read.
+        CheckpointError: it belongs to another model or layout, or a file in it cannot be read.
     """
     choice: list[Any] = [None]
     if ranks.rank == 0:
@@ -91,7 +94,8 @@ def load(folder: Path, ranks: Ranks, shapes: Mapping[str, tuple[int, ...]]) -> L
     if name is None:
         return None
     path = folder / name
-    _check(path, meta, ranks, shapes)
+    _check_layout(path, meta, ranks)
+    _together(lambda: _check_model(path, meta["parameters"][_model_file(ranks)], shapes), path)
     loaded = _together(lambda: _read_files(path, ranks), path)
     return Loaded(meta["step"], path, loaded[0], loaded[1], meta["extra"], notes)
 
@@ -105,6 +109,8 @@ def _together(work: Callable[[], Any], path: Path) -> Any:
     except Exception as error:
         failure = error
     if any_rank(failure is not None):
+        if isinstance(failure, CheckpointError):
+            raise failure
         reason = f"{type(failure).__name__}: {failure}" if failure else "failed on another rank, see its log"
         raise CheckpointError(f"{path}: {reason}") from failure
     return result
@@ -115,14 +121,35 @@ def _prepare(unfinished: Path) -> None:
     unfinished.mkdir(parents=True)
 
 
+def _part(ranks: Ranks) -> str:
+    """What tells this rank's part of the model in a file name; nothing if every rank has the whole model."""
+    return f"_tp{ranks.tp_rank:02d}_pp{ranks.pp_rank:02d}" if ranks.tp_size * ranks.pp_size > 1 else ""
+
+
+def _model_file(ranks: Ranks) -> str:
+    return f"model{_part(ranks)}.pt"
+
+
+def _optimizer_file(ranks: Ranks) -> str:
+    return f"optimizer{_part(ranks)}_{ranks.dp_rank:05d}.pt"
+
+
 def _write_files(
     folder: Path, ranks: Ranks, model_state: Mapping[str, torch.Tensor] | None, shard: Mapping[str, Any]
 ) -> None:
-    _save_tensors(folder / f"optimizer_{ranks.dp_rank:05d}.pt", dict(shard))
-    if ranks.rank == 0:
+    _save_tensors(folder / _optimizer_file(ranks), dict(shard))
+    if ranks.dp_rank == 0:
         if model_state is None:
-            raise ValueError("rank 0 must give model_state")
-        _save_tensors(folder / "model.pt", {name: tensor.detach() for name, tensor in model_state.items()})
+            raise ValueError("data-parallel rank 0 must give model_state")
+        _save_tensors(folder / _model_file(ranks), {name: tensor.detach() for name, tensor in model_state.items()})
+
+
+def _parameters(ranks: Ranks, state: Mapping[str, torch.Tensor] | None) -> dict[str, dict[str, list[int]]]:
+    """{model file: {name: shape}} of all ranks' parts of the model. Collective."""
+    own = (_model_file(ranks), {name: list(tensor.shape) for name, tensor in (state or {}).items()})
+    everybody: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(everybody, own if ranks.dp_rank == 0 else None)
+    return dict(entry for entry in everybody if entry is not None)
 
 
 def _publish(
@@ -130,17 +157,16 @@ def _publish(
     unfinished: Path,
     step: int,
     ranks: Ranks,
-    model_state: Mapping[str, torch.Tensor] | None,
+    parameters: dict[str, dict[str, list[int]]],
     extra: Mapping[str, Any],
     keep: int,
 ) -> None:
-    if ranks.rank != 0 or model_state is None:
+    if ranks.rank != 0:
         return
     meta = {
         "step": step,
-        "dp_size": ranks.dp_size,
-        "world_size": ranks.world_size,
-        "parameters": {name: list(tensor.shape) for name, tensor in model_state.items()},
+        "layout": _layout(ranks),
+        "parameters": parameters,
         "files": {file.name: file.stat().st_size for file in sorted(unfinished.iterdir())},
         "extra": dict(extra),
     }
@@ -205,18 +231,33 @@ def _read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
-def _check(path: Path, meta: dict[str, Any], ranks: Ranks, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    differences = _differences({n: tuple(s) for n, s in meta["parameters"].items()}, shapes)
+def _layout(ranks: Ranks) -> dict[str, int]:
+    dims = ranks.dims
+    return {
+        "tensor": dims.tensor,
+        "pipeline": dims.pipeline,
+        "virtual_pipeline": dims.virtual_pipeline,
+        "data": dims.data,
+    }
+
+
+def _check_layout(path: Path, meta: dict[str, Any], ranks: Ranks) -> None:
+    saved, own = meta["layout"], _layout(ranks)
+    if saved != own:
+        say = lambda layout: " x ".join(f"{key} {degree}" for key, degree in layout.items())
+        raise CheckpointError(
+            f"{path} was saved in the layout {say(saved)}, and this run has {say(own)}; "
+            "resume in the layout that saved it"
+        )
+
+
+def _check_model(path: Path, saved: dict[str, list[int]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    differences = _differences({n: tuple(s) for n, s in saved.items()}, shapes)
     if differences:
         shown = "".join(f"\n  {line}" for line in differences[:5])
         raise CheckpointError(
             f"{path} belongs to another model, {len(differences)} tensors differ:{shown}\n"
             "  use the model section that it was trained with, or another run folder"
-        )
-    if meta["dp_size"] != ranks.dp_size:
-        raise CheckpointError(
-            f"{path} was saved at data-parallel size {meta['dp_size']}, and this run has {ranks.dp_size}; "
-            f"resume on {meta['dp_size']} data-parallel ranks"
         )
 
 
@@ -234,6 +275,5 @@ def _differences(saved: Mapping[str, tuple[int, ...]], own: Mapping[str, tuple[i
 
 
 def _read_files(path: Path, ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    shard = path / f"optimizer_{ranks.dp_rank:05d}.pt"
-    read = lambda file: torch.load(file, map_location="cpu", weights_only=True)
-    return read(path / "model.pt"), read(shard)
+    read = lambda name: torch.load(path / name, map_location="cpu", weights_only=True)
+    return read(_model_file(ranks)), read(_optimizer_file(ranks))

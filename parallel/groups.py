@@ -16,12 +16,15 @@ import torch.distributed as dist
 
 from parallel import cpu, launcher
 from parallel.errors import LaunchError
-from parallel.topology import ParallelConfig
+from parallel.topology import ParallelConfig, ParallelDims
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place in the job, and the device that it computes on."""
+    """This process's place in the job, and the device that it computes on.
+
+    `rank` = (pp_rank × dp_size + dp_rank) × tp_size + tp_rank. `vp_size`: model chunks on each pipeline rank.
+    """
 
     rank: int
     world_size: int
@@ -29,6 +32,26 @@ class Ranks:
     dp_rank: int
     dp_size: int
     device: torch.device
+    tp_rank: int = 0
+    tp_size: int = 1
+    pp_rank: int = 0
+    pp_size: int = 1
+    vp_size: int = 1
+
+    @property
+    def first_stage(self) -> bool:
+        """Whether this rank's first chunk takes token ids."""
+        return self.pp_rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        """Whether this rank's last chunk knows the loss."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def dims(self) -> ParallelDims:
+        """The layout of the job."""
+        return ParallelDims(self.world_size, self.tp_size, self.pp_size, virtual_pipeline=self.vp_size)
 
 
 @contextlib.contextmanager
@@ -71,6 +94,23 @@ def mean_over_data(tensor: torch.Tensor) -> torch.Tensor:
     return total / dist.get_world_size(data_group())
 
 
+def loss_on_all_ranks(loss: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """The mean over data-parallel ranks of a scalar that only the last pipeline stage knows, on every rank.
+
+    `loss`: on the last stage equal over its tensor ranks; what other stages give is ignored. One all-reduce.
+    """
+    known = loss.detach().clone() if ranks.last_stage else torch.zeros_like(loss)
+    dist.all_reduce(known)
+    return known / (ranks.dp_size * ranks.tp_size)
+
+
+def merged(own: dict[str, float]) -> dict[str, float]:
+    """The union of every rank's entries, on every rank; of several for one key, that of the lowest rank."""
+    everyone: list[dict[str, float]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, own)
+    return {key: value for part in reversed(everyone) for key, value in part.items()}
+
+
 def barrier() -> None:
     """Wait for every rank."""
     any_rank(False)  # dist.barrier() guesses a device under NCCL; an all-reduce of one number does not
@@ -79,6 +119,23 @@ def barrier() -> None:
 def data_group() -> dist.ProcessGroup:
     """The data-parallel process group of this rank."""
     return parallel_state().get_data_parallel_group()
+
+
+def tensor_group() -> dist.ProcessGroup:
+    """The ranks that hold the other shards of this rank's matrices."""
+    return parallel_state().get_tensor_model_parallel_group()
+
+
+def pipeline_group() -> dist.ProcessGroup:
+    """The ranks that hold the other stages of this rank's model replica, first stage first."""
+    return parallel_state().get_pipeline_model_parallel_group()
+
+
+def embedding_group(ranks: Ranks) -> dist.ProcessGroup | None:
+    """The first and the last stage of this rank's pipeline, on ranks of these two; None elsewhere and without one."""
+    if ranks.pp_size == 1 or not (ranks.first_stage or ranks.last_stage):
+        return None
+    return parallel_state().get_embedding_group()
 
 
 def parallel_state() -> Any:
@@ -150,19 +207,29 @@ def _init_libraries(config: ParallelConfig, launch: launcher.Launch, device: tor
     parallel_state().initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
         context_parallel_size=config.context,
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
         create_gloo_process_groups=False,
     )
     deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
-    group = data_group()
+    tensor, pipeline, data = config.dims(launch.world_size).coordinates(launch.rank)
+    groups = (tensor_group(), pipeline_group(), data_group())
+    if tuple(dist.get_rank(group) for group in groups) != (tensor, pipeline, data):
+        raise AssertionError(f"megatron-core numbers ranks in another order than {config.dims(launch.world_size)}")
+    sizes = [dist.get_world_size(group) for group in groups]
     return Ranks(
         rank=launch.rank,
         world_size=launch.world_size,
         local_rank=launch.local_rank,
-        dp_rank=dist.get_rank(group),
-        dp_size=dist.get_world_size(group),
+        dp_rank=data,
+        dp_size=sizes[2],
         device=device,
+        tp_rank=tensor,
+        tp_size=sizes[0],
+        pp_rank=pipeline,
+        pp_size=sizes[1],
+        vp_size=config.virtual_pipeline,
     )
 
 

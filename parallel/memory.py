@@ -139,8 +139,8 @@ def fast_weight_bytes(model: Model, micro_batch: int) -> int:
     return sum(4 * layer.weight.numel() * micro_batch for start in starts for layer in start)
 
 
-def rank_memory(config: ModelConfig, parts: list[Slice], in_flight: int, shape: StepShape, adam: bool) -> RankMemory:
-    """Bytes of a rank that holds `parts` and has `in_flight` micro-batches between forward and backward (1F1B)."""
+def rank_memory(config: ModelConfig, parts: list[Slice], in_flight: float, shape: StepShape, adam: bool) -> RankMemory:
+    """Bytes of a rank that holds `parts` and has `in_flight` micro-batches between forward and backward."""
     models = [build_part(config, part, shape) for part in parts]
     groups = [group for model in models for group in parameter_groups(model, 0.0)]
     sizes = [(group["period"], sum(p.numel() for p in group["params"])) for group in groups]
@@ -152,7 +152,7 @@ def rank_memory(config: ModelConfig, parts: list[Slice], in_flight: int, shape: 
         weights=numbers * (2 if shape.bf16 else 4),
         gradients=numbers * 4,
         optimizer=states,
-        activations=activations * in_flight + _recomputed(config, shape),
+        activations=round(activations * in_flight) + _recomputed(config, shape),
         fast_weights=sum(fast_weight_bytes(model, shape.micro_batch) for model in models),
         loss=4 * shape.seq_len * shape.micro_batch * config.vocab_size // shape.tensor if models[-1].has_head else 0,
     )

@@ -37,6 +37,9 @@ class Partitions(Protocol):
     def fill_missing(self) -> None:
         """Give a zero gradient to parameters that took no part in the backward pass."""
 
+    def accumulated(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        """The fp32 gradient of a parameter before the reduction, zeros if there was none; None if not optimized."""
+
     def gradients(self) -> list[torch.Tensor]:
         """The reduced gradients of `masters`, fp32, padding zero. Call it after the reduction."""
 
@@ -53,6 +56,7 @@ class Fp32Partitions:
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
         self.masters = optimizer.single_partition_of_fp32_groups
+        self._known = {parameter for group in optimizer.bit16_groups for parameter in group}
         if any(padding for group in optimizer.round_robin_bit16_padding for padding in group):
             raise AssertionError("DeepSpeed padded between parameters although parameter_alignment is off")
 
@@ -61,6 +65,13 @@ class Fp32Partitions:
             for parameter in group:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
+
+    def accumulated(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        if parameter not in self._known:
+            return None
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        return parameter.grad
 
     def gradients(self) -> list[torch.Tensor]:
         flat = []
@@ -92,9 +103,15 @@ class Bf16Partitions:
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
         self.masters = optimizer.fp32_groups_flat_partition
+        pairs = zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True)
+        self._buffers = {p: grad for group, grads in pairs for p, grad in zip(group, grads, strict=True)}
 
     def fill_missing(self) -> None:
         """Nothing to do: the fp32 buffers start at zero."""
+
+    def accumulated(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        gradient = self._buffers.get(parameter)
+        return None if gradient is None else gradient.view_as(parameter)
 
     def gradients(self) -> list[torch.Tensor]:
         return list(self._optimizer.fp32_groups_gradient_flat_partition)

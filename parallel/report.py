@@ -1,20 +1,30 @@
 """What a run will be, from its configuration alone: layout, parameters, memory, FLOPs."""
 
+from __future__ import annotations
+
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 
 import torch
 
 from hope.config import ModelConfig
+from hope.flops import Flops
 from hope.model import Model
 from hope.optim.levels import parameter_groups
+from parallel.memory import GIB, RankMemory, StepShape, build_part, rank_memory
+from parallel.split import describe_split, split
 from parallel.topology import ParallelDims
 
-GIB = 2**30
+
+def model_flops(config: ModelConfig) -> Callable[[int], Flops]:
+    """FLOPs per token of the whole model as a function of the sequence length."""
+    with torch.device("meta"):
+        return Model(config).flops
 
 
 def model_facts(config: ModelConfig, seq_len: int) -> tuple[dict[str, tuple[int, int]], float, float]:
-    """({level: (period, parameters)}, FLOPs per training token, of which memory writes), without allocating weights."""
+    """({level: (period, parameters)}, FLOPs per training token, of which memory writes), allocating no weights."""
     with torch.device("meta"):
         model = Model(config)
     levels: dict[str, tuple[int, int]] = {}
@@ -26,38 +36,59 @@ def model_facts(config: ModelConfig, seq_len: int) -> tuple[dict[str, tuple[int,
     return levels, flops.training, 3 * flops.writes
 
 
-def optimizer_bytes_per_parameter(periods: list[int], adam: bool) -> float:
-    """fp32 master, memory, squares and, for levels with a period above 1, the gradient accumulator."""
-    return 4 * (1 + 1 + int(adam) + int(max(periods) > 1))
+def micro_batches_in_flight(stage: int, pipeline: int, virtual: int, count: int) -> float:
+    """Micro-batches whose activations a stage holds at once, in units of all its chunks.
+
+    1F1B runs pipeline - stage forward passes before the first backward; the interleaved schedule 2 (pipeline - stage
+    - 1) + (virtual - 1) pipeline + 1 chunk passes (megatron-core 0.16.1, schedules.py).
+    """
+    if virtual == 1:
+        return min(pipeline - stage, count)
+    return min((2 * (pipeline - stage - 1) + (virtual - 1) * pipeline + 1) / virtual, count)
 
 
-def describe(
-    config: ModelConfig,
-    dims: ParallelDims,
-    *,
-    seq_len: int,
-    global_batch: int,
-    micro_batch: int,
-    bf16: bool,
-    adam: bool,
-) -> str:
-    """The table that a start or `--dry-run` prints: one line per fact."""
-    levels, flops, writes = model_facts(config, seq_len)
+def stage_lines(config: ModelConfig, dims: ParallelDims, shape: StepShape, micro_batches: int, adam: bool) -> list[str]:
+    """One line per pipeline stage: all its ranks (tensor x data) hold equally much."""
+    titles = "GiB: weights  gradients  optimizer  activations  fast weights  peak"
+    lines = [f"{'stage':<6}{'ranks':<12}{'heads':>6}{'parameters':>14}  {titles}"]
+    parts = split(config, shape.seq_len, dims.pipeline, dims.virtual_pipeline)
+    width = dims.tensor * dims.data
+    for stage, slices in enumerate(parts):
+        flight = micro_batches_in_flight(stage, dims.pipeline, dims.virtual_pipeline, micro_batches)
+        memory = rank_memory(config, slices, flight, shape, adam)
+        numbers = sum(p.numel() for s in slices for p in build_part(config, s, shape).parameters())
+        ranks = f"{stage * width}-{(stage + 1) * width - 1}" if width > 1 else str(stage)
+        lines.append(f"{stage:<6}{ranks:<12}{config.heads // dims.tensor:>6}{numbers:>14,}  {_gib(memory)}")
+    return lines
+
+
+def _gib(memory: RankMemory) -> str:
+    columns = [(memory.weights, 12), (memory.gradients, 11), (memory.optimizer, 11), (memory.activations, 13)]
+    columns += [(memory.fast_weights, 14), (memory.peak, 6)]
+    return "".join(f"{size / GIB:>{width}.2f}" for size, width in columns)
+
+
+def describe(config: ModelConfig, dims: ParallelDims, shape: StepShape, global_batch: int, adam: bool) -> str:
+    """The table that a start or `--dry-run` prints: the model, the layout, the split, and bytes per rank."""
+    levels, flops, writes = model_facts(config, shape.seq_len)
     total = sum(count for _, count in levels.values())
-    state = sum(count * optimizer_bytes_per_parameter([period], adam) for period, count in levels.values()) / dims.data
-    weights = total * (2 + 4 if bf16 else 4 + 4)  # with the gradients: fp32 in both cases
+    count = global_batch // (shape.micro_batch * dims.data)
+    clocks = "  ".join(f"{name} {size:,} every {period}" for name, (period, size) in levels.items())
+    sequence = " with sequence parallelism" if shape.sequence else ""
     rows = [
         ("model", f"{config.kind}  {config.layers} layers  width {config.width}  {config.heads} heads of "
                   f"{config.head_dim}"),
-        ("parameters", f"{total:,}  " + "  ".join(f"{k} {n:,} every {p}" for k, (p, n) in levels.items())),
+        ("parameters", f"{total:,}  {clocks}"),
         ("layout", f"{dims.world_size} devices = tensor {dims.tensor} x pipeline {dims.pipeline} x context "
-                   f"{dims.context} x data {dims.data} (ZeRO-1)"),
-        ("batch", f"{global_batch} x {seq_len} = {global_batch * seq_len:,} tokens per step, "
-                  f"{global_batch // (micro_batch * dims.data)} micro-batches of {micro_batch} per device"),
-        ("per device", f"weights and gradients {weights / GIB:.3f} GiB, optimizer state {state / GIB:.3f} GiB"),
+                   f"{dims.context} x data {dims.data} (ZeRO-1){sequence}"),
+        ("batch", f"{global_batch} x {shape.seq_len} = {global_batch * shape.seq_len:,} tokens per step, "
+                  f"{count} micro-batches of {shape.micro_batch} per device"),
         ("FLOPs", f"{flops:.3e} per trained token, {writes / flops:.1%} of them memory writes"),
     ]  # fmt: skip
-    return "\n".join(f"{name:<11} {text}" for name, text in rows)
+    text = [f"{name:<11} {fact}" for name, fact in rows]
+    if dims.pipeline > 1:
+        text += describe_split(config, shape.seq_len, dims.pipeline, dims.virtual_pipeline)
+    return "\n".join([*text, *stage_lines(config, dims, shape, count, adam)])
 
 
 def environment(device: torch.device) -> str:

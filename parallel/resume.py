@@ -6,10 +6,11 @@ is stored with every checkpoint, and so is a hash of the next batch's token ids;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from parallel import checkpoint
@@ -22,17 +23,18 @@ def save_run(
     folder: Path,
     step: int,
     ranks: Ranks,
-    model: nn.Module,
+    model: nn.Module | Sequence[nn.Module],
     optimizer: ShardedOptimizer,
     extra: Mapping[str, Any],
     keep: int,
 ) -> int:
     """Write the checkpoint of `step` and return its bytes (0 on other ranks than 0); all ranks call it.
 
-    `extra` is plain JSON and must hold `order` and `next_batch`, which `resume_run` compares.
+    `model`: the model, or this rank's parts of it, one per virtual stage. `extra` is plain JSON and must hold
+    `order` and `next_batch`, which `resume_run` compares.
     Raises CheckpointError on every rank if any could not write.
     """
-    weights = model.state_dict() if ranks.rank == 0 else None
+    weights = model_state(model) if ranks.dp_rank == 0 else None
     path = checkpoint.save(folder, step, ranks, weights, optimizer.state_dict(), extra, keep)
     return sum(file.stat().st_size for file in path.iterdir()) if ranks.rank == 0 else 0
 
@@ -40,7 +42,7 @@ def save_run(
 def resume_run(
     folder: Path,
     ranks: Ranks,
-    model: nn.Module,
+    model: nn.Module | Sequence[nn.Module],
     optimizer: ShardedOptimizer,
     order: Mapping[str, Any],
     next_batch: Callable[[int], str],
@@ -50,9 +52,9 @@ def resume_run(
     `order`: what decides the order of the data in this run. `next_batch(step)`: hash of the batch that follows `step`.
 
     Raises:
-        CheckpointError: it belongs to another model, data-parallel size, or order of data.
+        CheckpointError: it belongs to another model, layout, or order of data.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model_state(model).items()}
     loaded = checkpoint.load(folder, ranks, shapes)
     if loaded is None:
         return None
@@ -69,6 +71,12 @@ def resume_run(
         raise CheckpointError(f"{loaded.path}: the next batch is not the one that was recorded when it was saved")
     optimizer.load_state_dict(loaded.shard)
     return loaded
+
+
+def model_state(model: nn.Module | Sequence[nn.Module]) -> dict[str, torch.Tensor]:
+    """State dict of a model, or of all chunks of it on this rank under one set of names."""
+    chunks = [model] if isinstance(model, nn.Module) else model
+    return {name: tensor for chunk in chunks for name, tensor in chunk.state_dict().items()}
 
 
 def refuse_to_mix(folder: Path) -> None:

@@ -10,7 +10,6 @@ One pair per region: the projections of a mixer share their `enter`.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,13 +65,11 @@ def _borders(sequence: bool) -> tuple[Mapping, Mapping]:
     )
 
 
-def sharded_loss(logits_TBV: Tensor, targets_TB: Tensor, tp_size: int, *weights: Any) -> Tensor:
+def sharded_loss(logits_TBV: Tensor, targets_TB: Tensor, tp_size: int, weights_TB: Tensor | None = None) -> Tensor:
     """`hope.model.next_token_loss` where each tensor-parallel rank holds V / tp_size scores; the same on every rank."""
     if tp_size == 1:
-        return next_token_loss(logits_TBV, targets_TB, *weights)
+        return next_token_loss(logits_TBV, targets_TB, weights_TB)
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
     losses_TB = vocab_parallel_cross_entropy(logits_TBV.float(), targets_TB)
-    if not weights or weights[0] is None:
-        return losses_TB.mean()
-    return (losses_TB * weights[0]).sum() / weights[0].sum()
+    return losses_TB.mean() if weights_TB is None else (losses_TB * weights_TB).mean()

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-Problem = tuple[str, str, str]
+from parallel.advice import ModelSizes, Problem, batch_problems, divisors, layouts_that_fit, near, near_multiples
+
+__all__ = ["ModelSizes", "ParallelConfig", "ParallelDims", "Problem"]
 
 
 @dataclass(frozen=True)
@@ -19,79 +21,125 @@ class ParallelDims:
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
+    virtual_pipeline: int = 1
 
     @property
     def data(self) -> int:
         """Data-parallel degree: the number of model replicas."""
         return self.world_size // (self.tensor * self.pipeline * self.context)
 
+    def coordinates(self, rank: int) -> tuple[int, int, int]:
+        """(tensor, pipeline, data) rank of a global rank: rank = (pipeline × data degree + data) × tensor degree
+        + tensor; without context parallelism.
+
+        Raises:
+            ValueError: there is no such rank, or the layout has a context degree.
+        """
+        if not 0 <= rank < self.world_size or self.context != 1:
+            raise ValueError(f"rank {rank} of {self.world_size} with context {self.context}")
+        rest, tensor = divmod(rank, self.tensor)
+        pipeline, data = divmod(rest, self.data)
+        return tensor, pipeline, data
+
+    def __str__(self) -> str:
+        virtual = f" (x {self.virtual_pipeline} virtual)" if self.virtual_pipeline > 1 else ""
+        return f"tensor {self.tensor} x pipeline {self.pipeline}{virtual} x data {self.data}"
+
 
 @dataclass
 class ParallelConfig:
-    """The `parallel` section of a config.
-
-    This version runs data parallel only; the other keys are here so that a config that asks for them is
-    refused with a clear message and not silently run in another layout.
-    """
+    """The `parallel` section of a config: degrees; what they leave over of the devices is data parallel."""
 
     tensor: int = 1
-    """Tensor-parallel degree: heads and MLP columns over devices."""
+    """Tensor-parallel degree: heads, MLP columns and vocabulary over devices."""
     sequence: bool = False
     """Sequence parallelism: trunk activations divided over the tensor ranks."""
     pipeline: int = 1
-    """Pipeline stages."""
+    """Pipeline stages: consecutive blocks over devices."""
     virtual_pipeline: int = 1
-    """Model chunks per pipeline stage (interleaved schedule)."""
+    """Model chunks per pipeline stage (interleaved schedule); needs pipeline > 1."""
     context: int = 1
-    """Context-parallel degree: sequence over devices."""
+    """Context-parallel degree: sequence over devices. Only 1 in this version."""
     zero: int = 1
-    """ZeRO stage of the optimizer states."""
+    """ZeRO stage of the optimizer states. Only 1 in this version."""
 
     def dims(self, world_size: int) -> ParallelDims:
         """The layout on `world_size` devices. Call it after `problems` found none."""
-        return ParallelDims(world_size, self.tensor, self.pipeline, self.context)
+        return ParallelDims(world_size, self.tensor, self.pipeline, self.context, self.virtual_pipeline)
 
-    def problems(self, world_size: int, global_batch: int, micro_batch: int) -> Iterator[Problem]:
+    def problems(
+        self,
+        world_size: int,
+        global_batch: int,
+        micro_batch: int,
+        model: ModelSizes | None = None,
+        seq_len: int | None = None,
+    ) -> Iterator[Problem]:
         """Yield (YAML path, what is wrong, what would work) for a run on `world_size` devices.
 
         `global_batch` and `micro_batch` count sequences: per optimizer step over all devices, and per
-        forward pass of one device.
+        forward pass of one device. Without `model` or `seq_len` (tokens) what depends on them is not checked.
         """
         yield from self._unsupported()
-        yield from _batch_problems(world_size, global_batch, micro_batch)
+        below_one = [key for key in ("tensor", "pipeline", "virtual_pipeline") if getattr(self, key) < 1]
+        for key in below_one:
+            yield f"parallel.{key}", f"is {getattr(self, key)}, less than 1", "1"
+        if below_one:
+            return
+        if model is not None:
+            yield from self._sizes(model)
+        yield from self._sequence(seq_len)
+        yield from self._virtual()
+        shared = self.tensor * self.pipeline
+        if world_size % shared:
+            what = f"tensor {self.tensor} × pipeline {self.pipeline} × context 1 = {shared}"
+            virtual = self.virtual_pipeline
+            fits = layouts_that_fit(world_size, (self.tensor, self.pipeline), model, virtual)
+            yield "parallel", f"{what} does not divide {world_size} device{'s' * (world_size != 1)}", f"fits: {fits}"
+            return
+        multiple = self.pipeline if self.virtual_pipeline > 1 else 1
+        yield from batch_problems(world_size // shared, global_batch, micro_batch, multiple)
 
     def _unsupported(self) -> Iterator[Problem]:
-        for key in ("tensor", "pipeline", "virtual_pipeline", "context"):
-            degree = getattr(self, key)
-            if degree != 1:
-                yield (f"parallel.{key}", f"is {degree}; this version runs data parallel only", "1")
-        if self.sequence:
-            wrong = "is true; it divides activations over tensor ranks, and this version runs data parallel only"
-            yield ("parallel.sequence", wrong, "false")
+        if self.context != 1:
+            what = f"is {self.context}; context parallelism is not in this version"
+            yield "parallel.context", what, "1; to fit long sequences: parallel.tensor with parallel.sequence true"
         if self.zero != 1:
-            wrong = f"is {self.zero}; this version shards optimizer states only (ZeRO stage 1)"
-            yield ("parallel.zero", wrong, "1")
+            why = "is not in this version"
+            if self.zero in (2, 3):
+                why = "reduces gradients inside each backward pass, which failed under megatron-core's schedule"
+            yield "parallel.zero", f"is {self.zero}; stage {self.zero} {why}", "1, which every layout here supports"
 
+    def _sizes(self, model: ModelSizes) -> Iterator[Problem]:
+        """What the tensor ranks must divide evenly, and whether every stage gets a block."""
+        divided = (
+            ("heads", model.heads, "model.heads"),
+            ("vocabulary", model.vocab_size, "model.vocab_size"),
+            ("MLP hidden width", model.hidden_per_level(), "model.cms.hidden"),
+        )
+        for name, size, key in divided:
+            if size >= 1 and size % self.tensor:
+                fits = [d for d in divisors(size) if d <= 2 * self.tensor]
+                advice = f"tensor {near(fits, self.tensor, 3)}; or {key} {near_multiples(size, self.tensor)}"
+                yield "parallel.tensor", f"{name} {size} is not a multiple of tensor {self.tensor}", advice
+        chunks = self.pipeline * self.virtual_pipeline
+        if 1 <= model.layers < chunks:
+            virtual = f" × virtual {self.virtual_pipeline}" if self.virtual_pipeline > 1 else ""
+            what = f"pipeline {self.pipeline}{virtual} = {chunks} stages, but the model has {model.layers} layers"
+            stages = model.layers // self.virtual_pipeline
+            fewer = f"pipeline {stages}" if stages >= 2 or virtual == "" else "virtual_pipeline 1"
+            yield "parallel.pipeline", what, f"{fewer}; or model.layers {chunks}"
 
-def _batch_problems(world_size: int, global_batch: int, micro_batch: int) -> Iterator[Problem]:
-    if micro_batch < 1:
-        yield ("train.micro_batch", f"is {micro_batch}, but a forward pass needs a sequence", "1 or more")
-        return
-    unit = micro_batch * world_size
-    if global_batch >= unit and global_batch % unit == 0:
-        return
-    wrong = (
-        f"global {global_batch} sequences is not a positive multiple of micro {micro_batch} × dp {world_size} = {unit}"
-    )
-    below = global_batch // unit * unit
-    yield ("train.global_batch", wrong, _batch_advice(below, unit, world_size, global_batch, micro_batch))
+    def _sequence(self, seq_len: int | None) -> Iterator[Problem]:
+        if not self.sequence:
+            return
+        if self.tensor == 1:
+            yield "parallel.sequence", "divides tokens over the tensor ranks, but tensor is 1", "false; or tensor 2"
+        elif seq_len is not None and seq_len % self.tensor:
+            what = f"train.seq_len {seq_len} is not a multiple of tensor {self.tensor}"
+            yield "parallel.sequence", what, f"train.seq_len {near_multiples(seq_len, self.tensor)}; or false"
 
-
-def _batch_advice(below: int, unit: int, dp: int, global_batch: int, micro_batch: int) -> str:
-    nearest = [str(n) for n in (below, below + unit) if n > 0]
-    advice = f"nearest: {', '.join(nearest)}"
-    per_rank, rest = divmod(global_batch, dp)
-    if rest or per_rank < 1:
-        return advice
-    fitting = [m for m in range(min(micro_batch, per_rank), 0, -1) if per_rank % m == 0]
-    return f"{advice}; or keep {global_batch} with train.micro_batch {fitting[0]}"
+    def _virtual(self) -> Iterator[Problem]:
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            what = f"is {self.virtual_pipeline}, but pipeline is 1: there are no stages to interleave"
+            yield "parallel.virtual_pipeline", what, "1; or parallel.pipeline 2"

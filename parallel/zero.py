@@ -1,12 +1,13 @@
 """ZeRO-1: DeepSpeed averages gradients and owns the partitions, our optimizer updates them.
 
-Gradients are accumulated by `pipeline.forward_backward`; then per step: `reduce`, `grad_norms`, and either `step`
-or `discard`. One reduction and one all-gather (per parameter group) of the model per step.
+Gradients are accumulated by `pipeline.forward_backward`; what tensor ranks or tied copies must add up is added in
+place through `accumulated`; then per step: `reduce`, `grad_norms`, and either `step` or `discard`. One reduction over
+the data-parallel ranks and one all-gather (per parameter group) of this rank's part of the model per step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import nn
 
 from parallel import engine
 from parallel.errors import CheckpointError
-from parallel.groups import Ranks, data_group
+from parallel.groups import Ranks
+from parallel.members import Counts, counts_everything, drop_empty_groups, members_of, name_of, union_of_names
 from parallel.partitions import Slice, partitions_of, slices_of
 
 
@@ -28,32 +30,55 @@ class ShardedOptimizer:
     and must multiply its gradients by `group["grad_scale"]`.
 
     Args:
-        model: the plain model; moved to the device, cast to bf16 with precision "bf16" (buffers keep their
-            dtype), and broadcast from data-parallel rank 0.
-        optimizer: a fresh torch optimizer over parameters of `model`.
+        model: the plain model, or this rank's parts of it, one per virtual stage, names unique over them; moved to
+            the device, cast to bf16 with precision "bf16" (buffers keep their dtype), and broadcast from
+            data-parallel rank 0.
+        optimizer: a fresh torch optimizer over parameters of `model`. Groups without parameters (a pipeline stage
+            may hold nothing of one) are removed from it.
         precision: "fp32", or "bf16": bf16 parameters, fp32 masters, fp32 gradient accumulation.
         ranks: what `groups.start` gave.
         zero: the ZeRO stage; 1 is the only one in this version.
+        counts: `counts(name, parameter)`: whether this rank counts a parameter in norms of the whole model, so that
+            each element counts once over tensor and pipeline ranks. Default: all, and the tied copy of the embedding
+            on the last stage not; required with tensor parallelism, where the plan knows what is replicated.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, precision: str, ranks: Ranks, zero: int = 1
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        optimizer: torch.optim.Optimizer,
+        precision: str,
+        ranks: Ranks,
+        zero: int = 1,
+        counts: Counts | None = None,
     ) -> None:
+        if counts is None and ranks.tp_size > 1:
+            raise ValueError("tensor parallelism needs `counts`: which parameters are replicated over its ranks")
         self.optimizer = optimizer
         self.ranks = ranks
-        self._layout = _layout(model, optimizer)
-        self._engine, wrapped = engine.initialize(model, optimizer, precision, zero)
+        chunks = [model] if isinstance(model, nn.Module) else list(model)
+        self._names = union_of_names(optimizer)  # before empty groups go: others may hold something of them
+        drop_empty_groups(optimizer)
+        self._members = members_of(chunks, optimizer, counts or counts_everything(chunks))
+        whole = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
+        self._engine, wrapped = engine.initialize(whole, optimizer, precision, zero)
         self._partitions = partitions_of(wrapped)
         self._gradients: list[torch.Tensor] | None = None
         self.slices: list[list[Slice]] = [
-            slices_of(group, master.numel(), ranks.dp_rank)
-            for group, master in zip(self._layout, self._partitions.masters, strict=True)
+            slices_of([(m.index, m.name, m.numel) for m in group], master.numel(), ranks.dp_rank)
+            for group, master in zip(self._members, self._partitions.masters, strict=True)
         ]
 
     @property
     def group_names(self) -> list[str]:
-        """`group["name"]` of every parameter group, else its number."""
-        return [str(g.get("name", f"group{i}")) for i, g in enumerate(self.optimizer.param_groups)]
+        """`group["name"]` of every parameter group on any rank, else its number."""
+        return list(self._names)
+
+    def accumulated(self, parameter: nn.Parameter) -> torch.Tensor | None:
+        """The gradient accumulated over micro-batches and not yet reduced: fp32, this parameter's shape, to be changed
+        in place. Zeros if the backward pass did not reach it, so that ranks agree on which collectives follow; None
+        for a parameter that is not optimized."""
+        return self._partitions.accumulated(parameter)
 
     def reduce(self) -> None:
         """Average the accumulated gradients over the data-parallel ranks."""
@@ -62,17 +87,19 @@ class ShardedOptimizer:
         self._gradients = self._partitions.gradients()
 
     def grad_norms(self) -> dict[str, float]:
-        """Global L2 norm of the reduced gradient per parameter group; each element counts once, padding not."""
-        squares = [
-            sum(
-                (torch.linalg.vector_norm(piece, dtype=torch.float64) ** 2 for _, piece in self._pieces(index)),
-                start=torch.zeros((), dtype=torch.float64, device=self.ranks.device),
-            )
-            for index in range(len(self._layout))
-        ]
-        total = torch.stack(squares)
-        dist.all_reduce(total, group=data_group())
-        return dict(zip(self.group_names, total.sqrt().tolist(), strict=True))
+        """L2 norm of the reduced gradient of the whole model per parameter group, the same on every rank.
+
+        Each element counts once over data, tensor and pipeline ranks; padding not.
+        """
+        total = torch.zeros(len(self._names), dtype=torch.float64, device=self.ranks.device)
+        for index, group in enumerate(self._members):
+            counted = {member.index for member in group if member.counted}
+            for piece, values in self._pieces(index):
+                if piece.index in counted:
+                    position = self._names.index(name_of(self.optimizer.param_groups[index], index))
+                    total[position] += torch.linalg.vector_norm(values, dtype=torch.float64) ** 2
+        dist.all_reduce(total)
+        return dict(zip(self._names, total.sqrt().tolist(), strict=True))
 
     def first_nonfinite(self) -> str | None:
         """Name of the first parameter (in the model's order) with an inf or NaN in its reduced gradient.
@@ -80,17 +107,17 @@ class ShardedOptimizer:
         Every rank gets the same answer. It looks at every slice and waits for the device: call it only when a
         norm is not finite.
         """
-        names = {index: name for group in self._layout for index, name, _ in group}
-        nobody = max(names) + 1
+        orders = {member.index: member.order for group in self._members for member in group}
         bad = [
-            piece.index
-            for group in range(len(self._layout))
+            (orders[piece.index], piece.name)
+            for group in range(len(self._members))
             for piece, values in self._pieces(group)
             if not bool(torch.isfinite(values).all())
         ]
-        first = torch.tensor([min(bad, default=nobody)], device=self.ranks.device)
-        dist.all_reduce(first, op=dist.ReduceOp.MIN, group=data_group())
-        return names.get(int(first.item()))
+        firsts: list[Any] = [None] * self.ranks.world_size
+        dist.all_gather_object(firsts, min(bad, default=None))
+        found = min((first for first in firsts if first is not None), default=None)
+        return None if found is None else found[1]
 
     def step(self, clip_scale: float = 1.0) -> None:
         """Update the masters from the reduced gradients times `clip_scale`, then all-gather the parameters."""
@@ -127,7 +154,7 @@ class ShardedOptimizer:
         return {
             "dp_size": self.ranks.dp_size,
             "dp_rank": self.ranks.dp_rank,
-            "layout": [[(name, numel) for _, name, numel in group] for group in self._layout],
+            "layout": [[(member.name, member.numel) for member in group] for group in self._members],
             "masters": [master.detach() for master in self._partitions.masters],
             "optimizer": states,
             "on_host": _on_host(states["state"], self.ranks.device),
@@ -147,6 +174,19 @@ class ShardedOptimizer:
         _restore_tensors(self.optimizer, state["optimizer"], {(n, key) for n, key in state["on_host"]})
         self._partitions.publish()
         self.discard()
+
+    def gradient_pieces(self) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """(name, offset in the flattened shard, values) of this rank's reduced gradients; after `reduce`."""
+        return self._named(self._reduced())
+
+    def master_pieces(self) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """(name, offset in the flattened shard, values) of this rank's fp32 master weights."""
+        return self._named(self._partitions.masters)
+
+    def _named(self, flats: list[torch.Tensor]) -> Iterator[tuple[str, int, torch.Tensor]]:
+        for flat, pieces in zip(flats, self.slices, strict=True):
+            for piece in pieces:
+                yield piece.name, piece.offset, flat[piece.start : piece.start + piece.numel].detach()
 
     def close(self) -> None:
         """Remove DeepSpeed's hooks from the model."""
@@ -171,33 +211,13 @@ class ShardedOptimizer:
         if state["dp_rank"] != self.ranks.dp_rank:
             raise CheckpointError(f"this is the shard of rank {state['dp_rank']}, not of rank {self.ranks.dp_rank}")
         saved = [tuple(item) for group in state["layout"] for item in group]
-        own = [(name, numel) for group in self._layout for _, name, numel in group]
+        own = [(member.name, member.numel) for group in self._members for member in group]
         different = [(a, b) for a, b in zip(saved, own, strict=False) if a != b][:3]
-        if different or len(saved) != len(own) or len(state["layout"]) != len(self._layout):
+        if different or len(saved) != len(own) or len(state["layout"]) != len(self._members):
             raise CheckpointError(
                 f"the optimizer state holds {len(saved)} parameters in {len(state['layout'])} groups, this run "
-                f"{len(own)} in {len(self._layout)}; first differences (saved, now): {different}"
+                f"{len(own)} in {len(self._members)}; first differences (saved, now): {different}"
             )
-
-
-def _layout(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[tuple[int, str, int]]]:
-    """(position in the model, name, elements) of every parameter, per group; checks them on the way."""
-    known = {parameter: (index, name) for index, (name, parameter) in enumerate(model.named_parameters())}
-    layout = []
-    for number, group in enumerate(optimizer.param_groups):
-        if not group["params"]:
-            raise ValueError(f"parameter group {group.get('name', number)!r} is empty")
-        strangers = [p for p in group["params"] if p not in known]
-        if strangers:
-            raise ValueError(f"group {group.get('name', number)!r} has {len(strangers)} parameters not in the model")
-        frozen = [known[p][1] for p in group["params"] if not p.requires_grad]
-        if frozen:
-            raise ValueError(f"group {group.get('name', number)!r} has frozen parameters: {frozen[:3]}")
-        layout.append([(*known[p], p.numel()) for p in group["params"]])
-    names = [group.get("name", f"group{number}") for number, group in enumerate(optimizer.param_groups)]
-    if len(set(names)) != len(names):
-        raise ValueError(f"parameter groups share a name: {names}")
-    return layout
 
 
 def _on_host(states: dict[int, Any], device: torch.device) -> list[tuple[int, str]]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Problem = tuple[str, str, str]
@@ -14,6 +14,13 @@ def _at_least(section: object, path: str, bounds: dict[str, int]) -> Iterator[Pr
         value = getattr(section, name)
         if value < low:
             yield f"{path}.{name}", f"{value} is less than {low}", f"{low} or more"
+
+
+def _near_divisors(value: int, wanted: int) -> str:
+    """The divisors of `value` on both sides of `wanted`."""
+    divisors = [d for d in range(1, value + 1) if value % d == 0]
+    below = [d for d in divisors if d < wanted][-1:]
+    return "nearest: " + ", ".join(map(str, below + [d for d in divisors if d > wanted][:1]))
 
 
 @dataclass(kw_only=True)
@@ -37,6 +44,16 @@ class RunConfig:
 
 
 @dataclass(kw_only=True)
+class SeqLenStage:
+    """From one step on, sequences of `seq_len` tokens."""
+
+    from_step: int
+    """First step of the stage, counted from 1."""
+    seq_len: int
+    """Tokens per sequence; divides train.seq_len."""
+
+
+@dataclass(kw_only=True)
 class TrainConfig:
     """How long, how much per step, how often it is evaluated."""
 
@@ -45,17 +62,22 @@ class TrainConfig:
     stop_after: int = 0
     """Save and stop after this step while the schedule still follows `steps`; 0: run to the end."""
     seq_len: int
-    """Tokens per sequence that are predicted."""
+    """Tokens per sequence that are predicted; also the window in which data positions are counted."""
+    seq_len_stages: list[SeqLenStage] = field(default_factory=list)
+    """[{from_step: 1, seq_len: 512}, ...]: each window is cut into shorter sequences, more of them per step, so that
+    tokens per step and the order of the data stay; empty: seq_len throughout. Evaluation always takes seq_len."""
     global_batch: int
     """Sequences per optimizer step, over all devices."""
     micro_batch: int
     """Sequences per device and forward pass."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: matrix products in bfloat16; master weights and fast weights stay fp32."""
+    recompute: Literal["none", "memory", "block"] = "none"
+    """What the backward pass computes again instead of keeping: nothing, the mixers (chunk loops), or whole blocks."""
     eval_every: int = 0
     """Steps between evaluations on held-out data; 0: only before the first and after the last step."""
     eval_windows: int = 0
-    """Held-out windows (sequences) of one evaluation; 0: all."""
+    """Held-out windows (sequences) of one evaluation, per source; 0: all."""
     grad_clip: float = 1.0
     """Largest global gradient norm, larger ones are scaled down to it; 0: never."""
     max_skips: int = 10
@@ -65,6 +87,11 @@ class TrainConfig:
     def tokens_per_step(self) -> int:
         return self.global_batch * self.seq_len
 
+    def seq_len_at(self, step: int) -> int:
+        """Tokens per sequence in a step (counted from 1)."""
+        begun = [stage.seq_len for stage in self.seq_len_stages if stage.from_step <= step]
+        return begun[-1] if begun else self.seq_len
+
     def problems(self, path: str = "train") -> Iterator[Problem]:
         ones = dict.fromkeys(("steps", "seq_len", "global_batch", "micro_batch", "max_skips"), 1)
         yield from _at_least(self, path, ones | dict.fromkeys(("stop_after", "eval_every", "eval_windows"), 0))
@@ -73,6 +100,20 @@ class TrainConfig:
             yield f"{path}.stop_after", what, f"1 to {self.steps}, or 0 for none"
         if not (math.isfinite(self.grad_clip) and self.grad_clip >= 0):
             yield f"{path}.grad_clip", f"{self.grad_clip} is not a norm", "1.0, or 0 to never clip"
+        yield from self._stage_problems(f"{path}.seq_len_stages")
+
+    def _stage_problems(self, path: str) -> Iterator[Problem]:
+        before = 0
+        for number, stage in enumerate(self.seq_len_stages):
+            if number == 0 and stage.from_step != 1:
+                yield f"{path}[0].from_step", f"{stage.from_step} leaves the steps before it without a length", "1"
+            elif stage.from_step <= before:
+                what = f"{stage.from_step} is not after the stage before it, which begins at step {before}"
+                yield f"{path}[{number}].from_step", what, f"{before + 1} or more"
+            before = stage.from_step
+            if stage.seq_len < 1 or self.seq_len % stage.seq_len:
+                what = f"{stage.seq_len} does not divide train.seq_len {self.seq_len}, the window of the data"
+                yield f"{path}[{number}].seq_len", what, _near_divisors(self.seq_len, stage.seq_len)
 
 
 @dataclass(kw_only=True)

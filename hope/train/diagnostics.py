@@ -1,6 +1,6 @@
 """What the memories of a HOPE are doing, for the log: state norms per layer, distributions of eta and alpha."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
@@ -9,14 +9,15 @@ from hope.self_modifying import SelfModifyingTitans
 
 
 class MemoryProbe:
-    """Reads statistics of the last forward pass out of every self-modifying mixer of a model.
+    """Reads statistics of the last forward pass out of every self-modifying mixer of a model, or of slices of it.
 
     Collecting costs a copy of the gates, so it is off until `arm(True)`; models without memories report nothing.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, models: Sequence[Model]) -> None:
         self._mixers = {
             int(name): block.mixer
+            for model in models
             for name, block in model.blocks.items()
             if isinstance(block.mixer, SelfModifyingTitans)
         }

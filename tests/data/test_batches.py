@@ -1,11 +1,15 @@
+import itertools
 import threading
 
 import numpy as np
 import pytest
 import torch
+from tiny import token_set
 
 from data_prep.errors import DataError
 from data_prep.reading import Batch, BatchLoader, HeldoutSet, TrainingSet, global_batch_slice, heldout_batches
+from hope.config import MemoryConfig, ModelConfig
+from hope.model import Model, next_token_loss
 
 T = 32
 GLOBAL_BATCH = 12
@@ -147,3 +151,85 @@ def test_heldout_windows_that_do_not_divide_are_refused(tiny):
         list(heldout_batches(heldout, 8, 3, 0, 2))
     with pytest.raises(DataError, match=f"up to {len(heldout) // 2 * 2} works"):
         list(heldout_batches(heldout, 10_000, 2))
+
+
+@pytest.fixture(scope="module")
+def short_documents(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("short")
+    token_set(folder / "short", 40, 3)
+    return TrainingSet(str(folder / "short"), T, 1, documents="doc")
+
+
+def mean_over_layout(dataset, table, dp_size, micro_batch, consumed):
+    """Loss of a global batch as training averages it: over micro-batches, then over ranks."""
+    ranks = []
+    for rank in range(dp_size):
+        loader = BatchLoader(dataset, GLOBAL_BATCH, micro_batch, rank, dp_size, documents="doc", prefetch=False)
+        losses = [next_token_loss(table[b.tokens_TB], b.targets_TB, b.weights_TB) for b in loader.batches(consumed)]
+        ranks.append(torch.stack(losses).mean())
+    return torch.stack(ranks).mean()
+
+
+@pytest.mark.parametrize(("dp_size", "micro_batch"), [(1, 1), (1, 4), (1, 12), (2, 1), (2, 6), (4, 1), (4, 3), (12, 1)])
+def test_padded_rows_give_the_mean_over_real_tokens_for_every_layout(short_documents, dp_size, micro_batch):
+    table = torch.randn(64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    for consumed in (0, 36):
+        rows_of_documents = [short_documents.sample(consumed + i) for i in range(GLOBAL_BATCH)]
+        pairs = [(a, b) for row in rows_of_documents for a, b in itertools.pairwise(row) if b >= 0]
+        assert len(pairs) < 0.9 * GLOBAL_BATCH * T, "hardly any padding: the test would show nothing"
+        inputs, targets = (torch.tensor(np.array(ids)) for ids in zip(*pairs, strict=True))
+        expected = torch.nn.functional.cross_entropy(table[inputs], targets)
+        found = mean_over_layout(short_documents, table, dp_size, micro_batch, consumed)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)  # weights are fp32
+        gradients = [torch.autograd.grad(loss, table)[0] for loss in (found, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(("dp_size", "micro_batch"), [(1, 4), (2, 2), (4, 1)])
+def test_heldout_rows_of_documents_give_the_same_mean_for_every_layout(tmp_path, dp_size, micro_batch):
+    token_set(tmp_path / "short", 40, 3)
+    heldout = HeldoutSet(str(tmp_path / "short"), T, "doc")
+    found = []
+    for rank in range(dp_size):
+        batches = heldout_batches(heldout, 16, micro_batch, rank, dp_size, "doc")
+        found += [(b.weights_TB * b.targets_TB).double().mean() for b in batches]
+    targets = np.concatenate([heldout.window(k)[1:] for k in range(16)])
+    assert (targets < 0).mean() > 0.1
+    assert torch.stack(found).mean().item() == pytest.approx(targets[targets >= 0].mean(), rel=1e-6)
+
+
+def test_padding_is_never_a_token_or_a_target():
+    eos, pad = 1, -1
+    windows = [np.array([5, 6, 7, eos, pad, pad]), np.array([5, 6, 7, 8, 9, eos])]
+    batch = Batch.from_windows(windows, "doc", eos, real_weight=1.25)
+    assert batch.tokens_TB.T.tolist() == [[5, 6, 7, eos, eos], [5, 6, 7, 8, 9]]
+    assert batch.targets_TB.T.tolist() == [[6, 7, eos, eos, eos], [6, 7, 8, 9, eos]]
+    assert batch.weights_TB.T.tolist() == [[1.25, 1.25, 1.25, 0, 0], [1.25] * 5]
+    assert batch.starts_TB is None
+    assert batch.to("meta").weights_TB.device.type == "meta"
+
+
+@pytest.mark.parametrize("kind", ["hope", "hope_attention", "transformer"])
+@pytest.mark.parametrize("documents", ["reset", "carry"])
+def test_a_packed_document_is_what_it_is_alone(tmp_path, kind, documents):
+    """From the files through the loader and the model: memory, convolution and attention forget at document starts."""
+    token_set(tmp_path / "set", 40, 3)
+    dataset = TrainingSet(str(tmp_path / "set"), T, 1)
+    (batch,) = BatchLoader(dataset, 3, 3, documents=documents, prefetch=False).batches(0)
+    memory = MemoryConfig(projection_chunk=4, main_chunk=8)
+    config = ModelConfig(kind=kind, vocab_size=64, width=16, layers=2, heads=2, memory=memory)
+    model = Model(config).initialise(1).double()
+    packed = model(batch.tokens_TB, starts=batch.starts_TB)[0]
+    later = []
+    for row in range(3):
+        tokens = batch.tokens_TB[:, row]
+        starts = [0, *(i + 1 for i in range(T - 1) if tokens[i] == dataset.eos_id), T]
+        for begin, end in itertools.pairwise(starts):
+            alone = model(tokens[begin:end, None])[0]
+            same = torch.allclose(packed[begin:end, row], alone[:, 0], rtol=0, atol=1e-9)
+            if begin > 0:
+                later.append(same)
+            else:
+                assert same
+    assert len(later) >= 2
+    assert all(later) if documents == "reset" else not any(later)

@@ -1,6 +1,10 @@
+import io
+
 import pytest
+import sentencepiece
 
 from data_prep.errors import DataError
+from data_prep.jsonl import read_texts
 from data_prep.tokenizer import Tokenizer, train_tokenizer
 
 HOSTILE = [
@@ -90,3 +94,43 @@ def test_missing_and_broken_model_files_are_named(tmp_path):
     (tmp_path / "broken.model").write_bytes(b"not a model")
     with pytest.raises(DataError, match=r"broken\.model: not a sentencepiece model"):
         Tokenizer.load(tmp_path / "broken.model")
+
+
+@pytest.fixture(scope="module")
+def unigram(tiny, tmp_path_factory):
+    texts = list(read_texts(tiny.folder / "train.jsonl"))
+    return train_tokenizer(texts, 600, tmp_path_factory.mktemp("unigram") / "u.model", "unigram")
+
+
+def test_unigram_round_trip_is_exact(unigram):
+    assert unigram.failures(HOSTILE) == []
+    assert unigram.vocab_size == 600
+
+
+def existing_model(tiny, **settings):
+    """A model of somebody else, with sentencepiece's own defaults but for `settings`."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter((tiny.folder / "train.jsonl").read_text().splitlines()),
+        model_writer=model,
+        vocab_size=600,
+        model_type="bpe",
+        max_sentence_length=100_000,
+        minloglevel=2,
+        **settings,
+    )
+    return Tokenizer(model.getvalue())
+
+
+def test_a_llama_style_model_is_accepted(tiny):
+    """Byte fallback, no normalisation, a space before every text, no padding token."""
+    llama = existing_model(tiny, byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False)
+    assert (llama.eos_id, llama.pad_id) == (2, -1)
+    with_mark = [text for text in HOSTILE if "\u2581" in text]
+    assert llama.failures(HOSTILE) == with_mark  # its U+2581 is a space; nothing can be done from outside
+    assert llama.decode(llama.encode("a\u2581b")) == "a b"
+
+
+def test_what_another_model_changes_is_told(tiny):
+    changing = existing_model(tiny)
+    assert changing.failures(["two  spaces", "plain words"]) == ["two  spaces"]

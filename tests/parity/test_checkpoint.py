@@ -105,7 +105,10 @@ def refusal(folder: Path, dim: int) -> str:
 def test_another_size_or_model_is_refused(tmp_path: Path) -> None:
     run_ranks(train_and_save, 2, tmp_path, "fp32", [1])
     for message in run_ranks(refusal, 4, tmp_path, 10):
-        assert "saved at data-parallel size 2, and this run has 4" in message
+        assert (
+            "was saved in the layout tensor 1 x pipeline 1 x virtual_pipeline 1 x data 2, and this run has" in message
+        )
+        assert "this run has tensor 1 x pipeline 1 x virtual_pipeline 1 x data 4; resume in the layout" in message
         assert str(tmp_path / "step_00000001") in message
     for message in run_ranks(refusal, 2, tmp_path, 12):
         assert "belongs to another model, 6 tensors differ" in message
@@ -199,8 +202,8 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000003", "step_00000004"]
     assert (tmp_path / "latest").read_text() == "step_00000004\n"
     meta = json.loads((tmp_path / "step_00000004" / "meta.json").read_text())
-    assert meta["dp_size"] == 2
-    assert meta["parameters"]["down.weight"] == [10, 30]
+    assert meta["layout"] == {"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "data": 2}
+    assert meta["parameters"]["model.pt"]["down.weight"] == [10, 30]
     assert meta["extra"] == EXTRA
 
 

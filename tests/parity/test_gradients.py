@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from multirank import run_ranks
-from toy_run import Momentum, Run, Toy, batch, groups_of, loss_fn, micro_batches
+from toy_run import Momentum, Run, Toy, batch, groups_of, loss_fn, micro_batches, step_fn
 
 from parallel.groups import any_rank, mean_over_data, start
 from parallel.pipeline import Stage, forward_backward
@@ -109,7 +109,7 @@ def used_on_one_rank(precision: str) -> dict[str, float]:
         run = Run(ranks, precision)
         pairs = micro_batches(0, ranks, 4)
 
-        def with_branch(model: Toy, pair: tuple) -> tuple[torch.Tensor, dict]:
+        def with_branch(model: Toy, hidden: None, pair: tuple) -> tuple[torch.Tensor, dict]:
             loss, report = loss_fn(model, pair)
             return (loss + model.unused.sum() if ranks.rank == 1 else loss), report
 
@@ -138,7 +138,7 @@ def use_and_misuse() -> tuple[list[str], float, bool, bool, float]:
         messages.append(str(error.value))
         with pytest.raises(ValueError, match="precision is 'fp16'"):
             ShardedOptimizer(stranger, Momentum(groups_of(stranger)), "fp16", ranks)
-        evaluation = forward_backward(run.stage, micro_batches(0, ranks, 2), loss_fn, forward_only=True)
+        evaluation = forward_backward(run.stage, micro_batches(0, ranks, 2), step_fn, forward_only=True)
         untouched = all(p.grad is None for p in run.model.parameters())
         mean = mean_over_data(torch.tensor(float(ranks.rank), device=ranks.device)).item()
         asked = any_rank(ranks.rank == 1)
@@ -160,7 +160,7 @@ def test_evaluation_leaves_no_gradient_and_misuse_is_told() -> None:
 def reported_losses(micro: int) -> list[float]:
     with start(ParallelConfig(), timeout_s=30) as ranks:
         stage = Stage(Toy().to(ranks.device))
-        return [float(r["loss"]) for r in forward_backward(stage, micro_batches(0, ranks, micro), loss_fn)]
+        return [float(r["loss"]) for r in forward_backward(stage, micro_batches(0, ranks, micro), step_fn)]
 
 
 def test_reported_losses_are_not_divided_by_the_number_of_micro_batches() -> None:
@@ -177,7 +177,7 @@ def collectives_of_a_step(precision: str) -> list[list[str]]:
     with start(ParallelConfig(), timeout_s=30) as ranks:
         run = Run(ranks, precision)
         phases = []
-        forward_backward(run.stage, micro_batches(0, ranks, 1), loss_fn)
+        forward_backward(run.stage, micro_batches(0, ranks, 1), step_fn)
         for phase in (run.optimizer.reduce, run.optimizer.grad_norms, run.optimizer.step):
             seen.clear()
             phase()

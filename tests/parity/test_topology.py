@@ -2,40 +2,113 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 
+from hope.config import CmsConfig, ModelConfig
 from parallel.errors import LaunchError
 from parallel.launcher import first_host, from_environment
 from parallel.topology import ParallelConfig, ParallelDims
 
-
-def problems(config: ParallelConfig, world: int = 8, batch: int = 64, micro: int = 4) -> list[tuple[str, str, str]]:
-    return list(config.problems(world, batch, micro))
+MODEL = ModelConfig(vocab_size=8192, width=384, layers=8, heads=6, cms=CmsConfig(hidden=512))
 
 
-def test_a_layout_that_fits_has_no_problems() -> None:
-    assert problems(ParallelConfig()) == []
-    assert problems(ParallelConfig(), 1, 1, 1) == []
+def problems(
+    config: ParallelConfig, world: int = 8, batch: int = 64, micro: int = 4, model: ModelConfig | None = MODEL
+) -> list[tuple[str, str, str]]:
+    return list(config.problems(world, batch, micro, model, 1024))
 
 
-@pytest.mark.parametrize("key", ["tensor", "pipeline", "virtual_pipeline", "context"])
-@pytest.mark.parametrize("degree", [2, 0, -1])
-def test_other_degrees_are_refused(key: str, degree: int) -> None:
-    [(path, wrong, works)] = problems(ParallelConfig(**{key: degree}))
+@pytest.mark.parametrize(
+    ("config", "world"),
+    [
+        (ParallelConfig(), 8),
+        (ParallelConfig(), 1),
+        (ParallelConfig(tensor=2, sequence=True), 8),
+        (ParallelConfig(pipeline=4, virtual_pipeline=2), 4),
+        (ParallelConfig(tensor=2, pipeline=2, virtual_pipeline=4, sequence=True), 8),
+        (ParallelConfig(pipeline=8), 8),
+    ],
+)
+def test_a_layout_that_fits_has_no_problems(config: ParallelConfig, world: int) -> None:
+    assert problems(config, world) == []
+
+
+REFUSED = [
+    (ParallelConfig(context=2), "context", "is 2; context parallelism is not in this version", "1; "),
+    (ParallelConfig(zero=2), "zero", "stage 2 reduces gradients inside each backward pass", "1, which every layout"),
+    (ParallelConfig(zero=3, pipeline=2), "zero", "stage 3 reduces gradients inside each backward", "1, which every"),
+    (ParallelConfig(zero=0), "zero", "is 0; stage 0 is not in this version", "1, which every layout"),
+    (
+        ParallelConfig(tensor=4),
+        "tensor",
+        "heads 6 is not a multiple of tensor 4",
+        "tensor 3, 6, 2; or model.heads 4, 8",
+    ),
+    (ParallelConfig(sequence=True), "sequence", "but tensor is 1", "false; or tensor 2"),
+    (ParallelConfig(virtual_pipeline=2), "virtual_pipeline", "is 2, but pipeline is 1", "1; or parallel.pipeline 2"),
+    (
+        ParallelConfig(pipeline=4, virtual_pipeline=4),
+        "pipeline",
+        "pipeline 4 × virtual 4 = 16 stages, but the model has 8 layers",
+        "pipeline 2; or model.layers 16",
+    ),
+    (ParallelConfig(tensor=0), "tensor", "is 0, less than 1", "1"),
+    (ParallelConfig(pipeline=-1), "pipeline", "is -1, less than 1", "1"),
+    (ParallelConfig(virtual_pipeline=0), "virtual_pipeline", "is 0, less than 1", "1"),
+]
+
+
+@pytest.mark.parametrize(("config", "key", "what", "works"), REFUSED)
+def test_one_wrong_degree_is_one_problem(config: ParallelConfig, key: str, what: str, works: str) -> None:
+    [(path, wrong, advice)] = problems(config)
     assert path == f"parallel.{key}"
-    assert wrong == f"is {degree}; this version runs data parallel only"
-    assert works == "1"
+    assert what in wrong
+    assert advice.startswith(works)
+
+
+def test_vocabulary_hidden_width_and_length_divide_over_tensor_ranks() -> None:
+    model = ModelConfig(vocab_size=8191, width=384, layers=8, heads=6, cms=CmsConfig(hidden=515))
+    found = list(ParallelConfig(tensor=2, sequence=True).problems(8, 64, 4, model, 1023))
+    assert [(path, wrong) for path, wrong, _ in found] == [
+        ("parallel.tensor", "vocabulary 8191 is not a multiple of tensor 2"),
+        ("parallel.tensor", "MLP hidden width 515 is not a multiple of tensor 2"),
+        ("parallel.sequence", "train.seq_len 1023 is not a multiple of tensor 2"),
+    ]
+    assert found[0][2] == "tensor 1; or model.vocab_size 8190, 8192"
+    assert found[1][2] == "tensor 1; or model.cms.hidden 514, 516"
+    assert found[2][2] == "train.seq_len 1022, 1024; or false"
 
 
 def test_all_problems_come_at_once() -> None:
-    config = ParallelConfig(tensor=2, sequence=True, zero=3)
-    found = {path: works for path, _, works in problems(config, 8, 1000, 4)}
-    assert found == {
-        "parallel.tensor": "1",
-        "parallel.sequence": "false",
-        "parallel.zero": "1",
-        "train.global_batch": "nearest: 992, 1024; or keep 1000 with train.micro_batch 1",
-    }
+    config = ParallelConfig(tensor=4, context=2, virtual_pipeline=2, zero=3)
+    found = [path for path, _, _ in problems(config, 8, 1001, 4)]
+    assert found == [
+        "parallel.context",
+        "parallel.zero",
+        "parallel.tensor",
+        "parallel.virtual_pipeline",
+        "train.global_batch",
+    ]
+
+
+@pytest.mark.parametrize(("world", "tensor", "pipeline"), [(32, 3, 2), (8, 3, 1), (1, 2, 1), (6, 2, 2), (64, 6, 5)])
+def test_layouts_that_are_advised_fit(world: int, tensor: int, pipeline: int) -> None:
+    found = problems(ParallelConfig(tensor=tensor, pipeline=pipeline), world, 64 * world)
+    [(wrong, advice)] = [(wrong, advice) for path, wrong, advice in found if path == "parallel"]
+    assert f"tensor {tensor} × pipeline {pipeline} × context 1 = {tensor * pipeline} does not divide {world}" in wrong
+    layouts = re.findall(r"tensor (\d+) pipeline (\d+) \(data (\d+)\)", advice)
+    assert layouts
+    for advised in layouts:
+        t, p, d = map(int, advised)
+        assert t * p * d == world
+        assert problems(ParallelConfig(tensor=t, pipeline=p), world, 64 * world) == []
 
 
 @pytest.mark.parametrize(
@@ -58,6 +131,16 @@ def test_the_advice_about_batches_works(world: int, batch: int, micro: int, work
         assert problems(ParallelConfig(), world, batch, int(advice.split()[-1])) == []
 
 
+def test_the_interleaved_schedule_takes_rounds_of_micro_batches() -> None:
+    config = ParallelConfig(pipeline=4, virtual_pipeline=2)
+    [(path, wrong, advice)] = problems(config, 8, 48, 4)
+    assert path == "train.global_batch"
+    assert "micro 4 × dp 2 × pipeline 4 (the interleaved schedule takes micro-batches in rounds of 4) = 32" in wrong
+    assert advice == "nearest: 32, 64; or keep 48 with train.micro_batch 3"
+    assert problems(config, 8, 32, 4) == problems(config, 8, 64, 4) == problems(config, 8, 48, 3) == []
+    assert problems(ParallelConfig(pipeline=4), 8, 48, 4) == []  # 1F1B takes any number
+
+
 def test_an_empty_micro_batch_is_a_problem() -> None:
     assert [path for path, _, _ in problems(ParallelConfig(), 8, 64, 0)] == ["train.micro_batch"]
 
@@ -65,6 +148,30 @@ def test_an_empty_micro_batch_is_a_problem() -> None:
 def test_data_degree_is_what_is_left() -> None:
     assert ParallelDims(32, tensor=2, pipeline=4).data == 4
     assert ParallelConfig().dims(6).data == 6
+    assert str(ParallelConfig(2, True, 4, 2).dims(16)) == "tensor 2 x pipeline 4 (x 2 virtual) x data 2"
+
+
+def test_coordinates_number_tensor_fastest_and_pipeline_slowest() -> None:
+    dims = ParallelDims(24, tensor=2, pipeline=3)
+    expected = [(t, p, d) for p, d, t in itertools.product(range(3), range(4), range(2))]
+    assert [dims.coordinates(rank) for rank in range(24)] == expected
+    for rank in (-1, 24):
+        with pytest.raises(ValueError, match=f"rank {rank} of 24"):
+            dims.coordinates(rank)
+
+
+def test_refused_in_seconds_without_loading_the_libraries() -> None:
+    """A login node answers at once: neither torch nor megatron-core nor DeepSpeed is imported for it."""
+    code = (
+        "import sys; from parallel.topology import ParallelConfig as P\n"
+        "print(*[p for p, *_ in P(tensor=3, sequence=True, zero=2).problems(8, 10, 4)])\n"
+        "assert not {'torch', 'megatron', 'deepspeed'} & set(sys.modules)"
+    )
+    began = time.monotonic()
+    root = Path(__file__).parents[2]
+    told = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=30)
+    assert time.monotonic() - began < 5
+    assert (told.stdout.split(), told.stderr) == (["parallel.zero", "parallel"], "")
 
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "29400"}

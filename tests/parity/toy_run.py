@@ -84,6 +84,10 @@ def loss_fn(model: nn.Module, pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[
     return loss, {"loss": loss.detach()}
 
 
+def step_fn(model: nn.Module, hidden: None, pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, dict]:
+    return loss_fn(model, pair)
+
+
 class Run:
     """Model, stage and optimizer of one rank."""
 
@@ -96,7 +100,7 @@ class Run:
 
     def backward(self, step: int) -> float:
         """Accumulate and reduce the gradients of `step`; returns the mean loss of the global batch."""
-        reports = forward_backward(self.stage, micro_batches(step, self.ranks, self.micro), loss_fn)
+        reports = forward_backward(self.stage, micro_batches(step, self.ranks, self.micro), step_fn)
         self.optimizer.reduce()
         local = torch.stack([report["loss"] for report in reports]).mean()
         return mean_over_data(local).item()

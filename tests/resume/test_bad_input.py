@@ -31,7 +31,7 @@ CASES = [
     (["model.heads=3"], r"model\.heads .*width 16 is not a multiple of heads 3.*heads 2, 4, 1"),
     (["model.memory.main_chunk=6"], r"main_chunk 6 and projection_chunk 4: one must divide the other"),
     (["train.seq_len=100000"], r"data\.train .*fewer than one window of train\.seq_len 100000"),
-    (["parallel.tensor=2"], r"parallel\.tensor .*data parallel only"),
+    (["parallel.tensor=2"], r"parallel .*tensor 2 × pipeline 1 × context 1 = 2 does not divide 1 device"),
     (["optim.name=adamw", "optim.objective=dot"], r"optim\.name .*adamw is objective l2"),
     (["model.cms.periods=[4,1]"], r"model\.cms\.periods .*fastest first.*\[1, 4\]"),
 ]
@@ -90,7 +90,7 @@ def test_checkpoint_of_another_model(tmp_path, capfd):
 
 
 def test_checkpoint_of_another_number_of_devices(tmp_path, capfd):
-    assert "saved at data-parallel size 2, and this run has 1" in refused_on_resume(tmp_path, capfd, 1)
+    assert "virtual_pipeline 1 x data 2, and this run has" in refused_on_resume(tmp_path, capfd, 1)
 
 
 def test_resume_that_would_change_the_order_of_data(tmp_path, capfd):
@@ -106,6 +106,15 @@ def test_resume_on_other_data(tmp_path, capfd):
     token_set(tmp_path / "train", 60, 7)
     assert run_ranks(run, 1, path, timeout=60) == [2]
     assert "data.train: checkpoint" in capfd.readouterr().err
+
+
+def test_the_next_batch_must_be_the_recorded_one(tmp_path, capfd):
+    path = config_file(tmp_path)
+    assert run_ranks(run, 1, path, "train.stop_after=2", timeout=60) == [0]
+    meta = tmp_path / "runs/tiny/checkpoints/step_00000002/meta.json"
+    meta.write_text(re.sub(r'"next_batch": "[0-9a-f]{4}', '"next_batch": "beef', meta.read_text()))
+    assert run_ranks(run, 1, path, timeout=60) == [2]
+    assert "the next batch is not the one that was recorded" in capfd.readouterr().err
 
 
 def test_never_resume_does_not_mix_two_runs(tmp_path, capfd):

@@ -12,7 +12,9 @@ from tiny import config_file
 
 import pretrain_hope
 from configs.schema import load
-from hope.model import Model
+from data_prep.reading import Batch, TrainingSet
+from hope.model import Model, next_token_loss
+from parallel import replica
 
 
 def run(path: str, *overrides: str) -> int:
@@ -86,6 +88,27 @@ def test_two_ranks_equal_one(tmp_path):
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5)
 
 
+LAYOUTS = {
+    "tp2": (2, ["parallel.tensor=2"]),
+    "tp2-sp-pp2": (4, ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2"]),
+    "pp2-vpp2-dp2": (4, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tensor_and_pipeline_layouts_train_and_resume_alike(tmp_path, layout):
+    """The whole program under a layout: the curve of one device, and a bit-equal resume in a CMS period."""
+    path, (ranks, flags) = config_file(tmp_path), LAYOUTS[layout]
+    four = ["model.layers=4", "optim.eps=1e-4"]
+    assert run_ranks(run, 1, path, "run.name=one", *four, timeout=60) == [0]
+    assert set(run_ranks(run, ranks, path, "run.name=whole", *four, *flags, timeout=100)) == {0}
+    same_curve(metrics(tmp_path, "one"), metrics(tmp_path, "whole"), 2e-5)
+    assert {f"memory_norm.{layer}" for layer in range(4)} <= set(metrics(tmp_path, "whole")[-1])
+    for more in (["train.stop_after=4"], []):
+        assert set(run_ranks(run, ranks, path, "run.name=parts", *four, *flags, *more, timeout=100)) == {0}
+    same_curve(metrics(tmp_path, "whole"), metrics(tmp_path, "parts"))
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_resume_is_bit_equal(tmp_path, precision):
     """Stopped at step 4, in the middle of a CMS period of 3, and gone on: same losses and weights to the last bit."""
@@ -100,6 +123,22 @@ def test_resume_is_bit_equal(tmp_path, precision):
     whole, parts = weights(tmp_path, 8, "whole"), weights(tmp_path, 8, "parts")
     for name in whole:
         assert torch.equal(whole[name], parts[name]), name
+
+
+def test_every_step_sees_its_own_batch(tmp_path):
+    """At a vanishing learning rate the loss of step k is that of the untrained model on samples 8(k-1) to 8k-1."""
+    path = config_file(tmp_path)
+    assert run_ranks(run, 2, path, "optim.lr=1e-30", "train.steps=4", timeout=60) == [0, 0]
+    config = load(path, [])
+    model = Model(config.model).initialise(config.run.seed)
+    data = TrainingSet(config.data.train, config.train.seq_len, config.data.seed)
+    expected = []
+    for step in range(4):
+        batch = Batch.from_windows([data.sample(8 * step + i) for i in range(8)], "carry", data.eos_id)
+        with torch.no_grad():
+            expected.append(next_token_loss(model(batch.tokens_TB)[0], batch.targets_TB).item())
+    assert len(set(expected)) == 4
+    assert [r["loss"] for r in metrics(tmp_path)[1:]] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -125,17 +164,11 @@ def test_a_finished_run_is_not_repeated(tmp_path):
 
 def poisoned(path: str, steps: tuple[int, ...], *overrides: str) -> int:
     """A run in which rank 1's loss is NaN at the given steps."""
-    original = pretrain_hope.Run._one_step
-    original_loss = pretrain_hope.loss_of
+    original, original_loss = pretrain_hope.Run._one_step, replica.sharded_loss
 
     def one_step(self, log, last, devices):
         bad = self.ranks.rank == 1 and self.step + 1 in steps
-
-        def loss_of(model, batch):
-            loss, report = original_loss(model, batch)
-            return (loss * float("nan") if bad else loss), report
-
-        pretrain_hope.loss_of = loss_of
+        replica.sharded_loss = lambda *args: original_loss(*args) * (float("nan") if bad else 1.0)
         original(self, log, last, devices)
 
     pretrain_hope.Run._one_step = one_step

@@ -1,0 +1,197 @@
+"""What the referee compares: losses, gradients, weights and memory states of a few training steps.
+
+`single_device` makes it with nothing of parallel/: a plain model, the whole batch at once, plain autograd, the
+optimizer on whole tensors. `from_layout` makes it on the real path and gathers whole tensors on rank 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hope.config import ModelConfig
+from hope.model import Model, next_token_loss
+from hope.optim.config import OptimConfig
+from hope.optim.dmgd import Dmgd
+from hope.optim.levels import parameter_groups
+from hope.self_modifying import SelfModifyingTitans
+from parallel import groups
+from parallel.pipeline import mean_loss
+from parallel.plan import layout_of
+from parallel.replica import Replica
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Tokens, targets [T, B] and document starts [T, B] (or None); every target counts."""
+
+    tokens_TB: Tensor
+    targets_TB: Tensor
+    starts_TB: Tensor | None
+    weights_TB: None = None
+
+    def sequences(self, first: int, last: int) -> TokenBatch:
+        cut = lambda t: None if t is None else t[:, first:last].contiguous()
+        return TokenBatch(cut(self.tokens_TB), cut(self.targets_TB), cut(self.starts_TB))  # type: ignore[arg-type]
+
+    def to(self, device: torch.device) -> TokenBatch:
+        starts = None if self.starts_TB is None else self.starts_TB.to(device)
+        return TokenBatch(self.tokens_TB.to(device), self.targets_TB.to(device), starts)
+
+
+@dataclass
+class Evidence:
+    """`gradients` of the first step, before clipping, and `weights` (fp32 masters) after the last, by single-device
+    name. A name may have several copies (replicated over ranks, or tied): all of them are kept and compared."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    gradients: dict[str, list[Tensor]] = field(default_factory=dict)
+    weights: dict[str, list[Tensor]] = field(default_factory=dict)
+    state_norms: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """The few steps that both sides make."""
+
+    model: ModelConfig
+    optim: OptimConfig
+    precision: str
+    grad_clip: float
+    seed: int
+    batches: list[TokenBatch]
+
+
+def clip_scale(norm: float, limit: float) -> float:
+    return min(1.0, limit / (norm + 1e-6)) if limit else 1.0
+
+
+@contextmanager
+def state_squares(models: Sequence[Model]) -> Iterator[dict[str, Tensor]]:
+    """Sums of squares of all memories' end states per layer, over every forward pass inside the block."""
+    total: dict[str, Tensor] = {}
+    hooks = []
+
+    def watch(layer: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, outputs: Any) -> None:
+            square = sum((s.weight.detach().double().square().sum() for s in outputs[1].main), start=torch.zeros(()))
+            total[layer] = total.get(layer, torch.zeros((), dtype=torch.float64)) + square.cpu()
+
+        return hook
+
+    for model in models:
+        for name, block in model.blocks.items():
+            if isinstance(block.mixer, SelfModifyingTitans):
+                hooks.append(block.mixer.register_forward_hook(watch(name)))
+    try:
+        yield total
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def single_device(task: Task, device: torch.device) -> Evidence:
+    """The reference: one device, the whole batch in one piece."""
+    dtype = torch.bfloat16 if task.precision == "bf16" else torch.float32
+    model = Model(task.model).initialise(task.seed).to(device).to(dtype)
+    masters = {name: nn.Parameter(p.detach().float().clone()) for name, p in model.named_parameters()}
+    levels = parameter_groups(model, task.optim.weight_decay)
+    optimizer = Dmgd([{**g, "params": [masters[n] for n in g["names"]]} for g in levels], task.optim)
+    found = Evidence()
+    for batch in task.batches:
+        loss = _loss(model, batch.to(device))
+        loss.backward()
+        found.losses.append(loss.item())
+        for name, parameter in model.named_parameters():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            masters[name].grad = gradient.float().clone()
+            parameter.grad = None
+        norm = math.sqrt(sum(m.grad.double().square().sum().item() for m in masters.values() if m.grad is not None))
+        found.grad_norms.append(norm)
+        if not found.gradients:
+            found.gradients = {n: [m.grad.cpu().clone()] for n, m in masters.items() if m.grad is not None}
+        for group in optimizer.param_groups:
+            group["grad_scale"] = clip_scale(norm, task.grad_clip)
+        optimizer.step()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(masters[name])
+    found.weights = {name: [m.detach().cpu().clone()] for name, m in masters.items()}
+    with torch.no_grad(), state_squares([model]) as squares:
+        _loss(model, task.batches[0].to(device))
+    found.state_norms = {layer: square.sqrt().item() for layer, square in squares.items()}
+    return found
+
+
+def _loss(model: Model, batch: TokenBatch) -> Tensor:
+    return next_token_loss(model(batch.tokens_TB, starts=batch.starts_TB)[0], batch.targets_TB)
+
+
+def from_layout(task: Task, replica: Replica, micro_batch: int) -> Evidence | None:
+    """The same steps on the real path; whole tensors on rank 0, None elsewhere."""
+    ranks, optimizer = replica.ranks, replica.optimizer
+    found = Evidence()
+    for batch in task.batches:
+        reports = replica.run(micro_batches(batch, micro_batch, ranks))
+        replica.reduce()
+        norm = math.sqrt(sum(n * n for n in optimizer.grad_norms().values()))
+        loss = mean_loss(reports, ranks.device)
+        found.losses.append(groups.loss_on_all_ranks(loss, ranks).item())
+        found.grad_norms.append(norm)
+        if len(found.losses) == 1:
+            found.gradients = _gather(replica, optimizer.gradient_pieces())
+        optimizer.set_lr(task.optim.lr)
+        optimizer.step(clip_scale(norm, task.grad_clip))
+    found.weights = _gather(replica, optimizer.master_pieces())
+    with state_squares(replica.models) as squares:
+        replica.run(micro_batches(task.batches[0], micro_batch, ranks), forward_only=True)
+    everyone = _objects({layer: square.item() for layer, square in squares.items()}, ranks)
+    for part in everyone:
+        for layer, square in part.items():
+            found.state_norms[layer] = found.state_norms.get(layer, 0.0) + square
+    found.state_norms = {layer: math.sqrt(square) for layer, square in found.state_norms.items()}
+    return found if ranks.rank == 0 else None
+
+
+def micro_batches(batch: TokenBatch, size: int, ranks: groups.Ranks) -> list[TokenBatch]:
+    """A data-parallel rank's contiguous share of the sequences, in micro-batches."""
+    share = batch.tokens_TB.shape[1] // ranks.dp_size
+    first = ranks.dp_rank * share
+    return [batch.sequences(i, i + size).to(ranks.device) for i in range(first, first + share, size)]
+
+
+def _objects(own: Any, ranks: groups.Ranks) -> list[Any]:
+    """What every rank gave, on rank 0; [] elsewhere."""
+    everyone: list[Any] = [None] * ranks.world_size
+    dist.gather_object(own, everyone if ranks.rank == 0 else None)
+    return everyone if ranks.rank == 0 else []
+
+
+def _gather(replica: Replica, pieces: Iterator[tuple[str, int, Tensor]]) -> dict[str, list[Tensor]]:
+    """Whole tensors by name from flat (name, offset, values) pieces of all ranks: every copy there is."""
+    ranks = replica.ranks
+    shapes = {name: tuple(p.shape) for model in replica.models for name, p in model.named_parameters()}
+    own = [(name, offset, values.detach().float().cpu()) for name, offset, values in pieces]
+    shards: dict[tuple[str, int, int], tuple[tuple[int, ...], list[tuple[int, Tensor]]]] = {}
+    everyone = _objects((ranks.tp_rank, ranks.pp_rank, shapes, own), ranks)
+    for tp_rank, pp_rank, their_shapes, theirs in everyone:
+        for name, offset, values in theirs:
+            key = (name, pp_rank, tp_rank)
+            shards.setdefault(key, (their_shapes[name], []))[1].append((offset, values))
+    whole: dict[str, list[Tensor]] = {}
+    copies: dict[tuple[str, int], list[Tensor]] = {}
+    for (name, pp_rank, _), (shape, parts) in sorted(shards.items()):
+        flat = torch.cat([values for _, values in sorted(parts, key=lambda part: part[0])])
+        copies.setdefault((name, pp_rank), []).append(flat.view(shape))
+    for (name, _), over_ranks in copies.items():
+        layout = layout_of(name)
+        whole.setdefault(name, []).extend(over_ranks if layout.dim is None else [layout.join(over_ranks)])
+    return whole

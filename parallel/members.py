@@ -1,0 +1,93 @@
+"""Who is in the optimizer: every parameter of this rank, its place in the whole model, and whether it counts here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from hope.model import Model
+
+Counts = Callable[[str, nn.Parameter], bool]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A parameter of an optimizer group.
+
+    index: its position over this rank's chunks. order: sorts all parameters of the whole model, over pipeline ranks.
+    counted: whether this rank counts its elements in sums over the whole model.
+    """
+
+    index: int
+    name: str
+    numel: int
+    order: tuple[int, int]
+    counted: bool
+
+
+def name_of(group: dict[str, Any], number: int) -> str:
+    """A parameter group's name, else its number."""
+    return str(group.get("name", f"group{number}"))
+
+
+def union_of_names(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of the parameter groups of all ranks, in the same order on every rank. Collective.
+
+    Raises:
+        ValueError: two groups share a name.
+    """
+    own = [name_of(group, number) for number, group in enumerate(optimizer.param_groups)]
+    if len(set(own)) != len(own):
+        raise ValueError(f"parameter groups share a name: {own}")
+    everybody: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, own)
+    return list(dict.fromkeys(name for names in everybody for name in names))
+
+
+def drop_empty_groups(optimizer: torch.optim.Optimizer) -> None:
+    """Remove groups without parameters: DeepSpeed cannot flatten nothing."""
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+def counts_everything(chunks: Sequence[nn.Module]) -> Counts:
+    """All parameters, except a tied embedding's copy beside the head of a last pipeline stage."""
+    copies = {
+        parameter
+        for chunk in chunks
+        if isinstance(chunk, Model) and not chunk.has_embedding and hasattr(chunk, "embedding")
+        for parameter in chunk.embedding.parameters()
+    }
+    return lambda name, parameter: parameter not in copies
+
+
+def members_of(chunks: Sequence[nn.Module], optimizer: torch.optim.Optimizer, counts: Counts) -> list[list[Member]]:
+    """The members of every parameter group; checks the groups on the way.
+
+    Raises:
+        ValueError: two chunks share a name, or a group holds a parameter that is frozen or not in the model.
+    """
+    known: dict[nn.Parameter, Member] = {}
+    for chunk in chunks:
+        first = chunk.part.first if isinstance(chunk, Model) else 0
+        for position, (name, parameter) in enumerate(chunk.named_parameters()):
+            counted = counts(name, parameter)
+            known[parameter] = Member(len(known), name, parameter.numel(), (first, position), counted)
+    names = [member.name for member in known.values()]
+    if len(set(names)) != len(names):
+        raise ValueError(f"two model chunks share the parameter {max(names, key=names.count)}")
+    members = []
+    for number, group in enumerate(optimizer.param_groups):
+        name = name_of(group, number)
+        strangers = [p for p in group["params"] if p not in known]
+        if strangers:
+            raise ValueError(f"group {name!r} has {len(strangers)} parameters not in the model")
+        frozen = [known[p].name for p in group["params"] if not p.requires_grad]
+        if frozen:
+            raise ValueError(f"group {name!r} has frozen parameters: {frozen[:3]}")
+        members.append([known[p] for p in group["params"]])
+    return members

@@ -1,0 +1,80 @@
+"""One process's part of a model replica: its slices and shards, its stages, its share of the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hope.config import ModelConfig
+from hope.model import Model
+from hope.optim.config import OptimConfig
+from hope.optim.dmgd import Dmgd
+from hope.optim.levels import parameter_groups
+from parallel import gradients, groups
+from parallel.pipeline import Report, Stage, forward_backward, stages_of
+from parallel.split import split
+from parallel.tensor import shard_model, sharded_loss
+from parallel.topology import ParallelConfig
+from parallel.zero import ShardedOptimizer
+
+
+@dataclass(frozen=True)
+class Replica:
+    """What a rank computes with. `batch` objects have tokens_TB, targets_TB, and starts_TB and weights_TB (or None)."""
+
+    models: list[Model]
+    stages: list[Stage]
+    optimizer: ShardedOptimizer
+    ranks: groups.Ranks
+    layout: ParallelConfig
+
+    def run(self, batches: Sequence[Any], forward_only: bool = False) -> list[Report]:
+        """Micro-batches through the schedule; gradients are accumulated. Reports on the last stage, else []."""
+        return forward_backward(self.stages, batches, self._stage_step, forward_only)
+
+    def _stage_step(self, model: Model, hidden: Tensor | None, batch: Any) -> Tensor | tuple[Tensor, Report]:
+        inputs = batch.tokens_TB if model.has_embedding else hidden
+        outputs, _ = model(inputs, starts=batch.starts_TB)
+        if not model.has_head:
+            return outputs
+        loss = sharded_loss(outputs, batch.targets_TB, self.ranks.tp_size, batch.weights_TB)
+        return loss, {"loss": loss}
+
+    def reduce(self) -> None:
+        """All sums of gradients: over tensor ranks and tied copies as the plan says, then over data-parallel ranks."""
+        accumulated = self.optimizer.accumulated
+        gradients.combine_over_tensor_ranks(self.models, accumulated, self.layout.sequence, groups.tensor_group())
+        gradients.combine_tied_embeddings(self.models, accumulated, groups.embedding_group(self.ranks))
+        self.optimizer.reduce()
+
+
+def build_replica(
+    config: ModelConfig,
+    optim: OptimConfig,
+    layout: ParallelConfig,
+    ranks: groups.Ranks,
+    *,
+    seq_len: int,
+    precision: str,
+    seed: int,
+    recompute: str = "none",
+) -> Replica:
+    """Build this rank's slices on full shapes, fill them from (seed, name), cut them, give them to the optimizer."""
+    parts = split(config, seq_len, ranks.pp_size, ranks.vp_size)[ranks.pp_rank]
+    models = []
+    for part in parts:
+        model = Model(config, part).initialise(seed)
+        model.set_recompute(recompute)
+        models.append(shard_model(model, ranks.tp_rank, ranks.tp_size, layout.sequence).to(ranks.device))
+    inner = Dmgd(parameter_groups(models, optim.weight_decay), optim)
+
+    def counts(name: str, _: torch.nn.Parameter) -> bool:
+        tied = config.tie_embeddings and ranks.pp_size > 1
+        return gradients.counted(name, tp_rank=ranks.tp_rank, first_stage=ranks.first_stage, tied=tied)
+
+    optimizer = ShardedOptimizer(models, inner, precision, ranks, layout.zero, counts=counts)
+    return Replica(models, stages_of(models, precision, layout, config.width), optimizer, ranks, layout)

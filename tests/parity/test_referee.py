@@ -1,0 +1,208 @@
+"""The referee: it passes right layouts, and notices every rule that is broken."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from multirank import run_ranks
+from tiny import CONFIG
+
+from configs.schema import load
+from hope.memory.matrix import MatrixBank
+from hope.model import Model
+from parallel import gradients, parity
+from parallel.plan import PLAN, Layout, Rule
+
+BASE = ["model.layers=4", "model.heads=4", "model.width=32", "data.train=none", "data.heldout=none"]
+KINDS = {
+    "matrix": [],
+    "mlp": ["model.memory.kind=mlp", "model.cms.variant=independent"],
+    "hope_attention": ["model.kind=hope_attention"],
+    "transformer": ["model.kind=transformer", "model.tie_embeddings=false"],
+}
+LAYOUTS = {
+    "tp2": (2, ["parallel.tensor=2"]),
+    "tp2+sp": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+    "tp4": (4, ["parallel.tensor=4"]),
+    "pp2": (2, ["parallel.pipeline=2"]),
+    "pp4": (4, ["parallel.pipeline=4"]),
+    "pp2-vpp2": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+    "tp2-pp2+sp": (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]),
+    "dp2": (2, []),
+    "tp2-dp2": (4, ["parallel.tensor=2"]),
+    "pp2-dp2": (4, ["parallel.pipeline=2"]),
+    "tp2-pp2-dp2": (8, ["parallel.tensor=2", "parallel.pipeline=2"]),
+}
+QUICK = [
+    ("tp2", "matrix"),
+    ("tp2+sp", "mlp"),
+    ("tp4", "hope_attention"),
+    ("pp2", "matrix"),
+    ("pp2", "transformer"),
+    ("pp4", "mlp"),
+    ("pp2-vpp2", "matrix"),
+    ("tp2-pp2+sp", "matrix"),
+    ("dp2", "mlp"),
+    ("tp2-dp2", "transformer"),
+    ("pp2-dp2", "hope_attention"),
+    ("tp2-pp2-dp2", "matrix"),
+]
+
+
+def config_file(folder: Path) -> str:
+    path = folder / "tiny.yaml"
+    path.write_text(
+        CONFIG.replace("RUNS", str(folder / "runs")).replace("DATA", str(folder)).replace("MEMORY", "matrix")
+    )
+    return str(path)
+
+
+def judge(path: str, overrides: list[str], spoil: str = "") -> dict:
+    """The verdict of rank 0; {} elsewhere."""
+    torch.set_num_threads(1)
+    if spoil:
+        SPOILERS[spoil]()
+    config = load(path, [*BASE, *overrides], check=False)
+    task = parity.make_task(config, 4)
+    with parity.groups.start(config.parallel) as ranks:
+        found = parity.run_layout(config, task, ranks)
+        if found is None:
+            return {}
+        return parity.compare(parity.single_device(task, ranks.device), found, task.precision)
+
+
+def verdict(tmp_path: Path, layout: str, kind: str, *more: str, spoil: str = "") -> dict:
+    world, overrides = LAYOUTS[layout]
+    answers = run_ranks(judge, world, config_file(tmp_path), [*KINDS[kind], *overrides, *more], spoil, timeout=120)
+    return answers[0]
+
+
+@pytest.mark.parametrize(("layout", "kind"), QUICK, ids=lambda v: v)
+def test_layout_equals_one_device(tmp_path, layout, kind):
+    found = verdict(tmp_path, layout, kind)
+    assert found["equal"], parity.table(found, 8)
+    assert found["tolerance"] == 1e-5
+    assert len(found["losses"]) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_whole_matrix(tmp_path, layout, kind):
+    found = verdict(tmp_path, layout, kind)
+    assert found["equal"], parity.table(found, 8)
+
+
+@pytest.mark.parametrize("layout", ["tp2+sp", "pp2", "dp2"])
+def test_bf16_within_its_bound(tmp_path, layout):
+    found = verdict(tmp_path, layout, "matrix", "train.precision=bf16")
+    assert found["equal"], parity.table(found, 8)
+
+
+def test_packed_documents_and_recomputation(tmp_path):
+    found = verdict(tmp_path, "tp2-pp2+sp", "matrix", "data.documents=reset", "train.recompute=block")
+    assert found["equal"], parity.table(found, 8)
+
+
+def forget(pattern: str):
+    """Break one row of the plan: its gradient is no longer summed."""
+
+    def spoil() -> None:
+        PLAN[pattern] = Layout(PLAN[pattern].dim, Rule.LOCAL)
+
+    return spoil
+
+
+def sum_twice() -> None:
+    original = gradients.combine_over_tensor_ranks
+
+    def twice(*args) -> None:
+        original(*args)
+        original(*args)
+
+    gradients.combine_over_tensor_ranks = twice
+
+
+def forget_tied() -> None:
+    gradients.combine_tied_embeddings = lambda *args: None
+
+
+def share_fast_weights() -> None:
+    """The state of the first sequence's first forward pass is handed to every later micro-batch."""
+    kept: dict[int, tuple] = {}
+    original = MatrixBank.start
+
+    def start(self, batch):
+        fresh = original(self, batch)
+        return kept.get(batch, fresh)
+
+    original_write = MatrixBank.write
+
+    def write(self, state, *rest):
+        after, reads = original_write(self, state, *rest)
+        batch = after[0].weight.shape[0]
+        kept[batch] = tuple(type(s)(s.weight.detach()) for s in after)
+        return after, reads
+
+    MatrixBank.start, MatrixBank.write = start, write
+
+
+def other_seed_on_a_stage() -> None:
+    original = Model.initialise
+    Model.initialise = lambda self, seed: original(self, seed + self.part.first)
+
+
+SPOILERS = {
+    "norm.weight": forget("norm.weight"),
+    "blocks.*.norm.weight": forget("blocks.*.norm.weight"),
+    "blocks.*.mixer.norm.weight": forget("blocks.*.mixer.norm.weight"),
+    "blocks.*.cms.levels.*.norm.weight": forget("blocks.*.cms.levels.*.norm.weight"),
+    "blocks.*.cms.aggregate": forget("blocks.*.cms.aggregate"),
+    "sum twice": sum_twice,
+    "forget the tied gradient": forget_tied,
+    "share fast weights": share_fast_weights,
+    "other seed on a stage": other_seed_on_a_stage,
+}
+BROKEN = [
+    ("tp2+sp", "matrix", "norm.weight"),
+    ("tp2+sp", "matrix", "blocks.*.norm.weight"),
+    ("tp2", "matrix", "blocks.*.mixer.norm.weight"),
+    ("tp2+sp", "matrix", "blocks.*.cms.levels.*.norm.weight"),
+    ("tp2+sp", "mlp", "blocks.*.cms.aggregate"),
+    ("tp2", "matrix", "sum twice"),
+    ("pp2", "matrix", "forget the tied gradient"),
+    ("pp2", "matrix", "share fast weights"),
+    ("pp2", "matrix", "other seed on a stage"),
+]
+
+
+@pytest.mark.parametrize(("layout", "kind", "spoil"), BROKEN, ids=lambda v: v)
+def test_a_broken_rule_is_noticed(tmp_path, layout, kind, spoil):
+    found = verdict(tmp_path, layout, kind, spoil=spoil)
+    assert not found["equal"], parity.table(found, 8)
+
+
+def test_it_starts_its_own_processes(tmp_path, capfd):
+    arguments = [config_file(tmp_path), *BASE, "parallel.tensor=2", "--json", "--steps", "2"]
+    assert parity.main(arguments) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["equal"]
+    assert len(found["losses"]) == 2
+
+
+def test_the_exit_code_is_the_verdict_under_a_launcher(tmp_path, capfd):
+    arguments = [config_file(tmp_path), *BASE, "parallel.tensor=2", "--steps", "1"]
+    assert run_ranks(parity.main, 2, arguments, timeout=60) == [0, 0]
+    assert "EQUAL" in capfd.readouterr().out
+    assert run_ranks(parity.main, 2, [*arguments, "--tolerance", "1e-12"], timeout=60) == [1, 1]
+    assert "DIFFERENT" in capfd.readouterr().out
+
+
+def test_a_layout_that_cannot_be_is_refused(tmp_path, capfd):
+    assert parity.main([config_file(tmp_path), *BASE, "parallel.tensor=3"]) == 2
+    assert "parallel.tensor" in capfd.readouterr().err
+
+
+def test_nan_is_a_difference():
+    assert parity.relative(torch.tensor([float("nan")]), torch.tensor([1.0])) == float("inf")
