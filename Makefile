@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 DATA := data/quickstart
 PROCESSES ?= 2
 
-.PHONY: train test lint format bench clean
+.PHONY: train test parity lint format bench clean
 
 train: $(DATA)/heldout.manifest.json
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(PROCESSES) pretrain_hope.py configs/quickstart.yaml
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+
+# every layout x every kind of model against one device: 44 trainings, some minutes
+parity: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parity -m slow
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -45,13 +45,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("config", help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, and stop")
+    parser.add_argument("--devices", type=int, metavar="N", help="with --dry-run: as if started on N devices")
     args = parser.parse_intermixed_args(argv)
+    if args.devices is not None and (args.devices < 1 or not args.dry_run):
+        parser.error(
+            "--devices N, at least 1, goes with --dry-run; a run counts the processes that its launcher started"
+        )
     try:
         launch = launcher.from_environment(os.environ)
-        config = load(args.config, args.overrides, world_size=launch.world_size)
+        world_size = args.devices or launch.world_size
+        config = load(args.config, args.overrides, world_size=world_size)
         if launch.rank == 0:
             config.model.warn_hazards()
-            print(facts(config, launch.world_size), flush=True)
+            print(facts(config, world_size), flush=True)
         if args.dry_run:
             return DONE
         with groups.start(config.parallel) as ranks:

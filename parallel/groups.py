@@ -72,7 +72,7 @@ def start(config: ParallelConfig, timeout_s: float = 1800.0) -> Iterator[Ranks]:
     # visible GPU per task is 0 for everybody.
     names = {"RANK": launch.rank, "WORLD_SIZE": launch.world_size, "LOCAL_RANK": device.index or 0}
     with _environment({name: str(value) for name, value in names.items()}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated")  # DeepSpeed's call
+        warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*deprecated")  # theirs
         _init_torch(launch, device, timeout_s)
         try:
             yield _init_libraries(config, launch, device, timeout_s)

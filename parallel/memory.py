@@ -1,11 +1,13 @@
 """Bytes of a training step on one rank, from the configuration alone.
 
-Activations are not estimated by formula: the rank's part of the model runs one micro-batch on the meta device, where
-tensors have shapes and no data, and everything that autograd saves for the backward pass is summed up, each storage
-once. That counts exactly what a chunk loop keeps. docs/performance.md compares the result with measured peaks.
+Activations are not estimated by formula: blocks of the model run one micro-batch on the meta device, where tensors have
+shapes and no data, and everything that autograd saves for the backward pass is summed up, each storage once. That
+counts exactly what a chunk loop keeps. Blocks in the middle are alike, so one stands for all of them.
+docs/performance.md compares the result with measured peaks.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -128,8 +130,28 @@ def activation_bytes(model: Model, shape: StepShape) -> int:
         out = model(inputs)[0]
         if model.has_head:
             next_token_loss(out, tokens)
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), tokens)}
     return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
+
+
+def part_activations(config: ModelConfig, part: Slice, shape: StepShape) -> int:
+    """Bytes saved for backward by one micro-batch through `part`: its ends, and one middle block times their number."""
+    ends = sorted({layer for layer in (0, config.layers - 1) if part.first <= layer < part.last})
+    middle = part.last - part.first - len(ends)
+    total = sum(_block_activations(config, layer, shape) for layer in ends)
+    return total + (middle * _block_activations(config, 1, shape) if middle else 0)
+
+
+def _block_activations(config: ModelConfig, layer: int, shape: StepShape) -> int:
+    """Of one block (with embedding or head, if it is the first or last). Linear in the number of chunks: of a long
+    sequence two short pieces are measured."""
+    measure = lambda s: activation_bytes(build_part(config, Slice(layer, layer + 1), s), s)
+    unit = math.lcm(config.memory.projection_chunk, config.memory.main_chunk, shape.tensor)
+    chunks, rest = divmod(shape.seq_len, unit)
+    if rest or chunks <= 4:
+        return measure(shape)
+    two, three = (measure(replace(shape, seq_len=count * unit)) for count in (2, 3))
+    return two + (chunks - 2) * (three - two)
 
 
 def fast_weight_bytes(model: Model, micro_batch: int) -> int:
@@ -147,7 +169,7 @@ def rank_memory(config: ModelConfig, parts: list[Slice], in_flight: float, shape
     numbers = sum(size for _, size in sizes)
     # fp32 master, memory, squares, and the gradient accumulator of a level with a period above 1
     states = sum(size * 4 * (2 + int(adam) + int(period > 1)) for period, size in sizes) // shape.data
-    activations = sum(activation_bytes(model, shape) for model in models)
+    activations = sum(part_activations(config, part, shape) for part in parts)
     return RankMemory(
         weights=numbers * (2 if shape.bf16 else 4),
         gradients=numbers * 4,
@@ -162,6 +184,4 @@ def _recomputed(config: ModelConfig, shape: StepShape) -> int:
     """With recomputation, the activations of one block are alive while its backward pass runs."""
     if shape.recompute == "none":
         return 0
-    plain = StepShape(**{**shape.__dict__, "recompute": "none"})
-    middle = Slice(1, 2) if config.layers > 2 else Slice(0, 1)
-    return activation_bytes(build_part(config, middle, plain), plain)
+    return _block_activations(config, 1 if config.layers > 2 else 0, replace(shape, recompute="none"))

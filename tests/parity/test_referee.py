@@ -177,6 +177,11 @@ BROKEN = [
 ]
 
 
+def test_every_rule_of_the_plan_is_broken_once():
+    summed = {pattern for pattern, layout in PLAN.items() if layout.rule is not Rule.LOCAL}
+    assert summed <= {spoil for _, _, spoil in BROKEN}
+
+
 @pytest.mark.parametrize(("layout", "kind", "spoil"), BROKEN, ids=lambda v: v)
 def test_a_broken_rule_is_noticed(tmp_path, layout, kind, spoil):
     found = verdict(tmp_path, layout, kind, spoil=spoil)

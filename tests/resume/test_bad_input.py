@@ -66,6 +66,16 @@ def test_truncated_data(tmp_path, capsys):
     assert f"train.bin: 100 bytes, but {tmp_path}/train.idx speaks of {size // 2} tokens" in refuse(capsys, path)
 
 
+def test_a_layout_can_be_planned_for_devices_that_are_not_here(tmp_path, capsys):
+    path = config_file(tmp_path)
+    assert run(path, "parallel.tensor=2", "parallel.pipeline=2", "--dry-run", "--devices", "8") == 0
+    assert "8 devices = tensor 2 x pipeline 2 x context 1 x data 2" in capsys.readouterr().out
+    for arguments in (["--devices", "8"], ["--dry-run", "--devices", "0"]):
+        with pytest.raises(SystemExit) as refused:
+            run(path, *arguments)
+        assert refused.value.code == 2
+
+
 def test_dry_run_writes_nothing_and_names_the_layout(tmp_path, capsys):
     path = config_file(tmp_path)
     assert run(path, "--dry-run") == 0

@@ -1,0 +1,180 @@
+"""Tokens per second and peak memory of layouts relative to one device, and the referee's verdict on the same devices.
+
+    python benchmarks/layouts.py configs/hope_340m.yaml --devices 2 [section.key=value ...]
+    python benchmarks/layouts.py configs/hope_340m.yaml --devices 2 --referee train.seq_len=512 model.layers=4
+
+Every layout trains the same model on the same number of random tokens per step, through the code that a run uses (no
+data files are read). One warm-up step, then the median of `--steps`. With --referee, `parallel.parity` judges every
+layout in fp32 and in bf16 instead. Prints a markdown table, and with --out writes JSON.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from configs.schema import load
+from hope.model import Slice
+from hope.train.throughput import GIB
+from parallel import groups, parity, report
+from parallel.evidence import TokenBatch, micro_batches
+from parallel.memory import StepShape, rank_memory
+from parallel.replica import build_replica
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYOUTS = {
+    "DP": [],
+    "TP": ["parallel.tensor={n}"],
+    "TP+SP": ["parallel.tensor={n}", "parallel.sequence=true"],
+    "PP": ["parallel.pipeline={n}"],
+}
+
+
+def worker(config_path: str, overrides: list[str], steps: int) -> dict:
+    """One rank's part of a timing; the figures are rank 0's, the peak is the largest of all ranks."""
+    config = load(config_path, overrides, check=False)
+    train, batch = config.train, config.train.global_batch
+    if train.precision == "bf16":
+        torch.set_float32_matmul_precision("high")
+    with groups.start(config.parallel) as ranks:
+        replica = build_replica(
+            config.model,
+            config.optim,
+            config.parallel,
+            ranks,
+            seq_len=train.seq_len,
+            precision=train.precision,
+            seed=config.run.seed,
+            recompute=train.recompute,
+        )
+        tokens = torch.randint(0, config.model.vocab_size, (train.seq_len + 1, batch))
+        mine = micro_batches(TokenBatch(tokens[:-1], tokens[1:], None), train.micro_batch, ranks)
+        seconds = []
+        for _ in range(steps + 1):
+            groups.barrier()
+            began = time.perf_counter()
+            replica.run(mine)
+            replica.reduce()
+            norm = sum(n * n for n in replica.optimizer.grad_norms().values()) ** 0.5  # waits for the device
+            replica.optimizer.set_lr(1e-4)
+            replica.optimizer.step(min(1.0, 1 / (norm + 1e-6)))
+            groups.barrier()
+            seconds.append(time.perf_counter() - began)
+        cuda = ranks.device.type == "cuda"
+        peak = torch.cuda.max_memory_reserved(ranks.device) / GIB if cuda else 0.0
+        peaks = groups.merged({f"{ranks.rank}": peak})
+        name = torch.cuda.get_device_name(ranks.device) if cuda else "cpu"
+        tokens_per_s = batch * train.seq_len / statistics.median(seconds[1:])
+        return {"tokens_per_s": tokens_per_s, "seconds": seconds, "peak_gib": max(peaks.values()), "device": name}
+
+
+def predicted_gib(config_path: str, overrides: list[str], world: int) -> float:
+    """The largest predicted peak of any stage."""
+    config = load(config_path, overrides, check=False)
+    layout, train = config.parallel, config.train
+    dims = layout.dims(world)
+    precision = train.precision == "bf16"
+    shape = StepShape(
+        train.seq_len, train.micro_batch, precision, dims.tensor, layout.sequence, dims.data, train.recompute
+    )
+    count = train.global_batch // (train.micro_batch * dims.data)
+    peaks = []
+    for stage, parts in enumerate(report.split(config.model, train.seq_len, dims.pipeline, dims.virtual_pipeline)):
+        flight = report.micro_batches_in_flight(stage, dims.pipeline, dims.virtual_pipeline, count)
+        slices = [Slice(part.first, part.last) for part in parts]
+        peaks.append(rank_memory(config.model, slices, flight, shape, config.optim.preconditioner == "adam").peak)
+    return max(peaks) / GIB
+
+
+def launch(world: int, arguments: list[str]) -> tuple[int, str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", *arguments]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    return done.returncode, done.stdout
+
+
+def last_json(text: str) -> dict:
+    """The last line that is a JSON object; libraries print as well."""
+    lines = [line for line in text.splitlines() if line.startswith("{")]
+    return json.loads(lines[-1]) if lines else {}
+
+
+def time_layout(args: argparse.Namespace, world: int, more: list[str]) -> dict:
+    overrides = [*args.overrides, *more]
+    worker_arguments = [__file__, args.config, *overrides, "--worker", "--steps", str(args.steps)]
+    code, text = launch(world, worker_arguments)
+    if code:
+        return {"failed": code}
+    return {**last_json(text), "predicted_gib": predicted_gib(args.config, overrides, world)}
+
+
+def speed(args: argparse.Namespace, layouts: dict[str, list[str]]) -> dict:
+    found = {"1 device": time_layout(args, 1, [])}
+    found |= {name: time_layout(args, args.devices, more) for name, more in layouts.items()}
+    base = found["1 device"].get("tokens_per_s", float("nan"))
+    print("| layout | tokens/s | of one device | peak GiB | predicted |\n|---|---|---|---|---|")
+    for name, row in found.items():
+        if "failed" in row:
+            print(f"| {name} | failed with exit code {row['failed']} | | | |")
+            continue
+        print(
+            f"| {name} | {row['tokens_per_s']:,.0f} | {row['tokens_per_s'] / base:.2f} | "
+            f"{row['peak_gib']:.1f} | {row['predicted_gib']:.1f} |"
+        )
+    return found
+
+
+def referee(args: argparse.Namespace, layouts: dict[str, list[str]]) -> dict:
+    found = {}
+    print("| layout | precision | verdict | worst gradient | loss | all weights |\n|---|---|---|---|---|---|")
+    for name, more in layouts.items():
+        for precision in ("fp32", "bf16"):
+            arguments = ["-m", "parallel.parity", args.config, *args.overrides, *more, f"train.precision={precision}"]
+            code, text = launch(args.devices, [*arguments, "--json"])
+            verdict = last_json(text)
+            found[f"{name} {precision}"] = verdict or {"failed": code}
+            if not verdict:
+                print(f"| {name} | {precision} | failed with exit code {code} | | | |")
+                continue
+            worst = verdict["parameters"][0]
+            loss = max(row["error"] for row in verdict["losses"])
+            print(
+                f"| {name} | {precision} | {'equal' if verdict['equal'] else 'DIFFERENT'} | {worst['gradient']:.1e} "
+                f"{worst['name']} | {loss:.1e} | {verdict['weights_error']:.1e} |"
+            )
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--devices", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--only", default=",".join(LAYOUTS), help=f"of {', '.join(LAYOUTS)}")
+    parser.add_argument("--referee", action="store_true")
+    parser.add_argument("--out", default="")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_intermixed_args()
+    if args.worker:
+        found = worker(args.config, args.overrides, args.steps)
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(json.dumps(found), flush=True)
+        return 0
+    chosen = {name: [o.format(n=args.devices) for o in LAYOUTS[name]] for name in args.only.split(",")}
+    for more in chosen.values():  # a layout that cannot be is refused before anything starts
+        parity.check(load(args.config, [*args.overrides, *more], check=False), args.devices, args.config)
+    found = referee(args, chosen) if args.referee else speed(args, chosen)
+    if args.out:
+        Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
+    return int(any("failed" in row or row.get("equal") is False for row in found.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

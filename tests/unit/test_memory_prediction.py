@@ -1,0 +1,58 @@
+"""Predicted bytes: exact where they can be counted on a CPU. Peaks on a GPU are compared in docs/performance.md."""
+
+import pytest
+import torch
+
+from hope.config import CmsConfig, MemoryConfig, ModelConfig
+from hope.model import Model, Slice, next_token_loss
+from parallel.memory import StepShape, activation_bytes, build_part, part_activations, rank_memory
+
+
+def config(kind: str = "hope", memory: str = "matrix", layers: int = 4) -> ModelConfig:
+    memories = MemoryConfig(kind=memory, projection_chunk=4, main_chunk=8)
+    return ModelConfig(kind, 64, 32, layers, 4, memory=memories, cms=CmsConfig(periods=[1, 4], hidden=16))
+
+
+KINDS = [("hope", "matrix"), ("hope", "mlp"), ("hope_attention", "matrix"), ("transformer", "matrix")]
+
+
+@pytest.mark.parametrize("recompute", ["none", "memory", "block"])
+@pytest.mark.parametrize(("kind", "memory"), KINDS)
+def test_one_block_stands_for_all_of_them(kind, memory, recompute):
+    model, shape = config(kind, memory), StepShape(64, 2, False, recompute=recompute)  # 8 chunks
+    for part in (Slice(0, 4), Slice(0, 2), Slice(1, 3), Slice(3, 4)):
+        assert part_activations(model, part, shape) == activation_bytes(build_part(model, part, shape), shape)
+
+
+@pytest.mark.parametrize("memory", ["matrix", "mlp"])
+def test_activations_are_what_autograd_really_keeps(memory):
+    settings = config(memory=memory)
+    model = Model(settings).initialise(0)
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(saved: torch.Tensor) -> torch.Tensor:
+        kept[saved.untyped_storage().data_ptr()] = saved
+        return saved
+
+    tokens = torch.zeros(16, 2, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        loss = next_token_loss(model(tokens)[0], tokens)
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), tokens)}
+    real = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own)
+    assert loss.requires_grad
+    assert part_activations(settings, Slice(0, 4), StepShape(16, 2, False)) == pytest.approx(real, rel=0.02)
+
+
+def test_bytes_of_weights_and_states():
+    settings = config()
+    numbers = sum(p.numel() for p in Model(settings).parameters())
+    slow = sum(p.numel() for n, p in Model(settings).named_parameters() if ".cms.levels.1." in n)
+    whole = rank_memory(settings, [Slice(0, 4)], 1, StepShape(16, 2, True), adam=True)
+    assert whole.weights == 2 * numbers
+    assert whole.gradients == 4 * numbers
+    assert whole.optimizer == 4 * (3 * numbers + slow)  # master, memory, squares; the slow level's accumulator
+    halves = rank_memory(settings, [Slice(0, 4)], 1, StepShape(16, 2, True, data=2), adam=True)
+    assert halves.optimizer == whole.optimizer // 2
+    sharded = rank_memory(settings, [Slice(0, 4)], 1, StepShape(16, 2, True, tensor=2), adam=True)
+    assert sharded.fast_weights == whole.fast_weights // 2
+    assert whole.weights / 2 < sharded.weights < 0.55 * whole.weights  # norms are on every rank
