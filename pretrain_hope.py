@@ -12,13 +12,13 @@ import dataclasses
 import math
 import os
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from configs.changes import settle
 from configs.errors import ConfigError
 from configs.schema import Config, load, to_yaml
 from data_prep.batches import Batch, BatchLoader
@@ -31,13 +31,14 @@ from hope.train.schedule import learning_rate
 from hope.train.signals import StopRequest
 from hope.train.throughput import Devices, StepTimer, memory_gb, mfu
 from parallel import groups, launcher, report
-from parallel.errors import CheckpointError, LaunchError
+from parallel.errors import CheckpointError, LaunchError, SaveError
 from parallel.memory import StepShape
 from parallel.pipeline import mean_loss
 from parallel.replica import build_replica
-from parallel.resume import refuse_to_mix, resume_run, save_run
+from parallel.resume import check_data, start_from
+from parallel.saving import Saver
 
-DONE, CONFIG_ERROR, REQUEUE, DO_NOT_RESTART = 0, 2, 85, 93
+DONE, FAILURE, CONFIG_ERROR, REQUEUE, DO_NOT_RESTART = 0, 1, 2, 85, 93
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,9 +64,10 @@ def main(argv: list[str] | None = None) -> int:
         with groups.start(config.parallel) as ranks:
             return Run(config, ranks).train()
     except (ConfigError, DataError, CheckpointError, LaunchError) as error:
-        kind = {DataError: "data error: ", CheckpointError: "checkpoint error: ", LaunchError: "launch error: "}
-        print(f"{kind.get(type(error), '')}{error}", file=sys.stderr, flush=True)
-        return CONFIG_ERROR
+        kinds = {DataError: "data error: ", CheckpointError: "checkpoint error: ", LaunchError: "launch error: "}
+        kind = next((word for known, word in kinds.items() if isinstance(error, known)), "")
+        print(f"{kind}{error}", file=sys.stderr, flush=True)
+        return FAILURE if isinstance(error, SaveError) else CONFIG_ERROR
 
 
 def facts(config: Config, world_size: int) -> str:
@@ -88,11 +90,17 @@ class Run:
     """One process's part of a run: everything built, then `train`."""
 
     def __init__(self, config: Config, ranks: groups.Ranks) -> None:
-        self.config, self.ranks = config, ranks
+        self.ranks = ranks
         self.folder = Path(config.run.dir) / config.run.name
+        # 1. where it stands: a checkpoint has a say in the configuration
+        checkpointer, self.resumed, self.notes = start_from(self.folder / "checkpoints", config.checkpoint, ranks)
+        if self.resumed:
+            config, changes = settle(config, self.resumed.manifest.extra["config"], ranks.world_size)
+            self.notes += changes
+        self.config = config
         if config.train.precision == "bf16":
             torch.set_float32_matmul_precision("high")  # fp32 memory states through tf32 products
-        # 1. this rank's part of the model, and its optimizer
+        # 2. this rank's part of the model, and its optimizer
         train = config.train
         self.replica = build_replica(
             config.model,
@@ -107,23 +115,20 @@ class Run:
         self.optimizer = self.replica.optimizer
         self.probe = MemoryProbe(self.replica.models)
         self.flops = report.model_flops(config.model)
-        # 2. the data
+        # 3. the data
         data = config.data
         self.training = open_blend(data, train.seq_len)
         self.heldout = open_heldout(data, train.seq_len, train.eval_windows, train.micro_batch * ranks.dp_size)
         sizes = (train.global_batch, train.micro_batch, ranks.dp_rank, ranks.dp_size)
         self.loader = BatchLoader(self.training, *sizes, documents=data.documents)
-        # 3. where it stands
-        self.checkpoints = self.folder / "checkpoints"
-        self.resumed = None
-        if config.checkpoint.resume == "never":
-            refuse_to_mix(self.checkpoints)
-        else:
-            self.resumed = resume_run(
-                self.checkpoints, ranks, self.replica.models, self.optimizer, self._order(), self._next_batch
-            )
-        self.step = self.resumed.step if self.resumed else 0
-        self.skips = self.resumed.extra["skips"] if self.resumed else 0
+        # 4. go on
+        self.step, self.skips = 0, 0
+        if self.resumed:
+            check_data(self.resumed, self._order(), self._next_batch)
+            self.notes += checkpointer.load(self.resumed, self.replica.models, self.optimizer)
+            self.step, self.skips = self.resumed.manifest.step, self.resumed.manifest.extra["skips"]
+        models = self.replica.models
+        self.saver = Saver(self.folder, config.checkpoint, checkpointer, ranks, models, self.optimizer, self._contents)
 
     def train(self) -> int:
         """Run to the last step, `train.stop_after`, or a signal."""
@@ -143,6 +148,7 @@ class Run:
                     tensorboard=config.log.tensorboard,
                 )
             )
+            stack.callback(self.saver.close, log)
             self._announce(log)
             self.timer = StepTimer(config.train.tokens_per_step, devices)
             if self.step == 0:
@@ -152,14 +158,15 @@ class Run:
                 if self.skips >= config.train.max_skips:
                     log.event("STOP", step=self.step, reason="nonfinite_gradients", in_a_row=self.skips)
                     return DO_NOT_RESTART
-                stopping = groups.any_rank(stop.requested)
-                due = config.checkpoint.every > 0 and self.step % config.checkpoint.every == 0
-                if stopping or due or self.step == last:
-                    self._save(log)
-                if stopping:
+                wishes = self.saver.wishes(stop.requested)
+                self.saver.after_step(self.step, self.step == last, wishes, log)
+                if wishes.signal:
                     log.event("SIGNAL", name=stop.name or "on another rank", agreed_step=self.step)
                     # SIGINT is a person who wants to stop; the others come from a scheduler that can start us again
                     return REQUEUE if groups.any_rank(stop.name in ("TERM", "USR1")) else DONE
+                if wishes.stop:
+                    log.event("STOP", step=self.step, reason="the file STOP in the run folder")
+                    return DONE
             log.say(f"done at step {self.step}: {self.folder}")
         return DONE
 
@@ -254,24 +261,23 @@ class Run:
             (self.folder / "logs").mkdir(exist_ok=True)
             (self.folder / "config.yaml").write_text(to_yaml(self.config))
             (self.folder / "env.txt").write_text(report.environment(self.ranks.device))
+        for note in self.notes:
+            log.say(f"RESUME note: {note}")
         if self.resumed:
-            for note in self.resumed.notes:
-                log.say(f"RESUME note: {note}")
-            log.event("RESUME", step=self.step, checkpoint=self.resumed.path)
+            log.event("RESUME", step=self.step, checkpoint=self.resumed.path, notes=self.notes)
         log.say(f"{self.training.describe()}, {self.heldout.describe()}")
 
-    def _save(self, log: NoLog) -> None:
-        began = time.perf_counter()
-        extra = {
+    def _contents(self, step: int) -> dict[str, Any]:
+        """What a checkpoint records beside the tensors and clocks."""
+        return {
             "order": self._order(),
-            "next_batch": self._next_batch(self.step),
-            "consumed": self.training.consumed_by_source(self.step * self.config.train.global_batch),
-            "model": dataclasses.asdict(self.config.model),
+            "next_batch": self._next_batch(step),
+            "consumed": self.training.consumed_by_source(step * self.config.train.global_batch),
+            "tokens": step * self.config.train.tokens_per_step,
+            "schedule": {"step": step, "of": self.config.train.steps, "lr": self._rate(step)},
             "skips": self.skips,
+            "config": dataclasses.asdict(self.config),
         }
-        keep = self.config.checkpoint.keep
-        size = save_run(self.checkpoints, self.step, self.ranks, self.replica.models, self.optimizer, extra, keep)
-        log.event("SAVE", step=self.step, total_s=time.perf_counter() - began, bytes=size)
 
     def _next_batch(self, step: int) -> str:
         """Hash of the token ids of the global batch after `step`."""

@@ -147,6 +147,8 @@ def describe(hint: Any) -> str:
         return "one of " + ", ".join(map(str, typing.get_args(inner)))
     if typing.get_origin(inner) is list:
         return "a list, each item " + describe((typing.get_args(inner) or (Any,))[0])
+    if typing.get_origin(inner) is dict:
+        return "a mapping, {key: word, ...}"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     return words.get(inner, str(inner).replace("typing.", ""))
 

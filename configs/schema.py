@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import difflib
 import re
 import sys
 from collections.abc import Iterator
@@ -119,10 +120,22 @@ def _section_problems(sections: dict[str, Any], world_size: int | None) -> Itera
     if optim and train and optim.warmup >= train.steps >= 1:
         what = f"{optim.warmup} steps of warm-up leave none of train.steps {train.steps} for the decay"
         yield "optim.warmup", what, f"at most {train.steps - 1}; usual: {train.steps // 20}"
+    if "checkpoint" in sections:
+        yield from _unknown_changes(sections["checkpoint"].on_change)
     parallel = sections.get("parallel")
     if world_size is not None and parallel and train and min(train.global_batch, train.micro_batch) >= 1:
         whole = model if model and min(model.heads, model.vocab_size, model.layers, model.width) >= 1 else None
         yield from parallel.problems(world_size, train.global_batch, train.micro_batch, whole, train.seq_len)
+
+
+def _unknown_changes(on_change: dict[str, str]) -> Iterator[Problem]:
+    """Keys of checkpoint.on_change must be those of the configuration, its sections, or `all`."""
+    paths = [path for path, *_ in leaves(Config)]
+    known = {"all", *paths, *(path.rsplit(".", n)[0] for path in paths for n in (1, 2))}
+    for key in on_change:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            yield "checkpoint.on_change", f"{key} is no key or section", f"{GUESS}{near[0]}" if near else "optim.lr"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 Scope = Literal["shard", "whole", "tensor"]
@@ -45,3 +46,31 @@ class ShardedState(Protocol):
 
     def restored(self, counters: Mapping[str, Mapping[str, int]]) -> None:
         """The views have been written: take the clocks, and set the parameters from the masters. Collective."""
+
+
+def inner_states(optimizer: torch.optim.Optimizer, flat: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(element-wise states of `flat`'s shape, small states of one row per tensor in it) that a torch optimizer keeps
+    for the flat parameter `flat`, by key.
+
+    The optimizer may have a method `allocate_states()`, which creates as zeros whatever its first steps would create,
+    and a class attribute `per_tensor_keys`: states of shape [tensors, P].
+
+    Raises:
+        TypeError: a state is neither, so that a checkpoint would lose it.
+    """
+    if hasattr(optimizer, "allocate_states"):
+        optimizer.allocate_states()
+    per_tensor = getattr(optimizer, "per_tensor_keys", ())
+    elements, tensors = {}, {}
+    for key, value in optimizer.state[flat].items():
+        if key in per_tensor:
+            tensors[key] = value
+        elif isinstance(value, Tensor) and value.shape == flat.shape:
+            elements[key] = value
+        else:
+            shown = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
+            raise TypeError(
+                f"the optimizer's state {key!r} is {shown}, not of the flat parameter's shape {tuple(flat.shape)}: it "
+                "belongs in per_tensor_keys, or as clock or updates in the group"
+            )
+    return elements, tensors

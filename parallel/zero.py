@@ -7,7 +7,7 @@ the data-parallel ranks and one all-gather (per parameter group) of this rank's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import nn
 
 from parallel import engine
-from parallel.errors import CheckpointError
 from parallel.groups import Ranks
 from parallel.members import Counts, counts_everything, drop_empty_groups, members_of, name_of, union_of_names
 from parallel.partitions import Slice, partitions_of, slices_of
+from parallel.state import StatePiece, inner_states
 
 
 class ShardedOptimizer:
@@ -144,34 +144,30 @@ class ShardedOptimizer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr(group) if callable(lr) else lr
 
-    def state_dict(self) -> dict[str, Any]:
-        """This rank's masters and optimizer states, by reference: save them before the next step.
+    def pieces(self) -> Iterator[StatePiece]:
+        """Views of this rank's masters and optimizer states, see `parallel.state`; padding is in none of them."""
+        for index, master in enumerate(self._partitions.masters):
+            elements, tensors = inner_states(self.optimizer, self.optimizer.param_groups[index]["params"][0])
+            for key, flat in {"master": master, **elements}.items():
+                for piece in self.slices[index]:
+                    yield StatePiece(
+                        key, piece.name, piece.offset, flat[piece.start : piece.start + piece.numel].detach()
+                    )
+            for key, rows in tensors.items():
+                for member, row in zip(self._members[index], rows, strict=True):
+                    yield StatePiece(key, member.name, 0, row.detach().view(-1), "tensor")
 
-        For a checkpoint, states and group keys must be tensors, numbers, strings, and lists, tuples and dicts
-        of these; torch's safe loader takes nothing else.
-        """
-        states = self.optimizer.state_dict()
+    def counters(self) -> dict[str, dict[str, int]]:
+        """The clocks of every parameter group on this rank."""
         return {
-            "dp_size": self.ranks.dp_size,
-            "dp_rank": self.ranks.dp_rank,
-            "layout": [[(member.name, member.numel) for member in group] for group in self._members],
-            "masters": [master.detach() for master in self._partitions.masters],
-            "optimizer": states,
-            "on_host": _on_host(states["state"], self.ranks.device),
+            name_of(group, number): {key: group[key] for key in ("clock", "updates") if key in group}
+            for number, group in enumerate(self.optimizer.param_groups)
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave on this rank, bit for bit, and set the parameters from the masters.
-
-        Collective: all ranks call it. Raises:
-            CheckpointError: it was saved at another data-parallel size, by another rank, or for other parameters.
-        """
-        self._check_state(state)
-        with torch.no_grad():
-            for master, saved in zip(self._partitions.masters, state["masters"], strict=True):
-                master.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
-        _restore_tensors(self.optimizer, state["optimizer"], {(n, key) for n, key in state["on_host"]})
+    def restored(self, counters: Mapping[str, Mapping[str, int]]) -> None:
+        """Take the clocks and set the parameters from the masters, after the views were written. Collective."""
+        for number, group in enumerate(self.optimizer.param_groups):
+            group.update(counters[name_of(group, number)])
         self._partitions.publish()
         self.discard()
 
@@ -201,43 +197,3 @@ class ShardedOptimizer:
         flat = self._reduced()[group]
         for piece in self.slices[group]:
             yield piece, flat[piece.start : piece.start + piece.numel]
-
-    def _check_state(self, state: dict[str, Any]) -> None:
-        if state["dp_size"] != self.ranks.dp_size:
-            raise CheckpointError(
-                f"the optimizer state was saved at data-parallel size {state['dp_size']}, and this run has "
-                f"{self.ranks.dp_size}; resume on {state['dp_size']} data-parallel ranks"
-            )
-        if state["dp_rank"] != self.ranks.dp_rank:
-            raise CheckpointError(f"this is the shard of rank {state['dp_rank']}, not of rank {self.ranks.dp_rank}")
-        saved = [tuple(item) for group in state["layout"] for item in group]
-        own = [(member.name, member.numel) for group in self._members for member in group]
-        different = [(a, b) for a, b in zip(saved, own, strict=False) if a != b][:3]
-        if different or len(saved) != len(own) or len(state["layout"]) != len(self._members):
-            raise CheckpointError(
-                f"the optimizer state holds {len(saved)} parameters in {len(state['layout'])} groups, this run "
-                f"{len(own)} in {len(self._members)}; first differences (saved, now): {different}"
-            )
-
-
-def _on_host(states: dict[int, Any], device: torch.device) -> list[tuple[int, str]]:
-    """(parameter number, key) of the states that their optimizer keeps in host memory beside a GPU."""
-    if device.type == "cpu":
-        return []
-    return [
-        (number, key)
-        for number, state in states.items()
-        for key, value in state.items()
-        if isinstance(value, torch.Tensor) and value.device.type == "cpu"
-    ]
-
-
-def _restore_tensors(optimizer: torch.optim.Optimizer, saved: dict[str, Any], on_host: set[tuple[int, str]]) -> None:
-    """Undo torch's casts: `Optimizer.load_state_dict` gives every tensor its parameter's dtype and device."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    numbers = [n for group in saved["param_groups"] for n in group["params"]]
-    for number, parameter in zip(numbers, parameters, strict=True):
-        for key, value in saved["state"].get(number, {}).items():
-            if isinstance(value, torch.Tensor):
-                device = torch.device("cpu") if (number, key) in on_host else parameter.device
-                optimizer.state[parameter][key] = value.detach().to(device, copy=True)

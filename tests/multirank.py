@@ -26,7 +26,7 @@ import torch
 from parallel.groups import import_quietly
 from parallel.launcher import free_port
 
-_PRELOAD = ("parallel.pipeline", "parallel.zero", "parallel.checkpoint")
+_PRELOAD = ("parallel.pipeline", "parallel.zero", "parallel.saving")
 
 
 class RankDied(RuntimeError):

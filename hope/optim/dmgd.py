@@ -53,6 +53,15 @@ class Dmgd(torch.optim.Optimizer):
                 group["updates"] += 1
                 self._update(present, gradients, group)
 
+    def allocate_states(self) -> None:
+        """Create all states as zeros that steps would create as they need them: a checkpoint saves and fills them."""
+        for group in self.param_groups:
+            self._state(group["params"], "memory")
+            if self.config.preconditioner != "none":
+                self._state(group["params"], "square")
+            if group["period"] != 1:
+                self._state(group["params"], "accumulator")
+
     def _state(self, params: list[Tensor], key: str) -> list[Tensor]:
         for p in params:
             if key not in self.state[p]:

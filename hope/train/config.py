@@ -124,11 +124,24 @@ class CheckpointConfig:
     """Steps between checkpoints; 0: only when the run stops."""
     keep: int = 2
     """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this are kept for good; 0: none."""
+    asynchronous: bool = True
+    """Write in a thread while training goes on, which waits only for the copy to host memory: its own share of the
+    optimizer state once more on every rank. false: wait until it is on disk."""
+    max_failures: int = 3
+    """Failed saves in a row after which the run ends; before that it goes on, with the checkpoints that it has."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest durable checkpoint of the run folder, if any; never: start from step 0."""
+    on_change: dict[str, str] = field(default_factory=dict)
+    """What a resumed run does about keys that differ from its checkpoint: {optim.lr: override, train: keep, all: keep};
+    keep: the checkpoint's value, override: this one. Without a word such a run is refused."""
 
     def problems(self, path: str = "checkpoint") -> Iterator[Problem]:
-        yield from _at_least(self, path, {"every": 0, "keep": 1})
+        yield from _at_least(self, path, {"every": 0, "keep": 1, "keep_every": 0, "max_failures": 1})
+        for key, word in self.on_change.items():
+            if word not in ("keep", "override"):
+                yield f"{path}.on_change", f"{key}: {word!r} says neither", "keep, or override"
 
 
 @dataclass(kw_only=True)

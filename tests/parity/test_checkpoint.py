@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from multirank import RankDied, run_ranks
-from toy_run import Run
+from toy_run import Run, Toy
 
-from parallel import checkpoint
+from parallel.checkpoint import folders, manifest, storage
+from parallel.checkpoint.checkpointer import Checkpointer, Written
+from parallel.checkpoint.find import Found
 from parallel.errors import CheckpointError
 from parallel.groups import start
 from parallel.topology import ParallelConfig
@@ -21,45 +24,44 @@ from parallel.topology import ParallelConfig
 EXTRA = {"consumed_samples": 16, "fingerprint": "ab12"}
 
 
-def save(run: Run, folder: Path, step: int, keep: int = 2) -> Path:
-    state = run.model.state_dict() if run.ranks.rank == 0 else None
-    return checkpoint.save(folder, step, run.ranks, state, run.optimizer.state_dict(), EXTRA, keep)
+def save(run: Run, folder: Path, step: int, keep: int = 2, keep_every: int = 0) -> Written:
+    checkpointer = Checkpointer(folder, run.ranks, keep, keep_every)
+    return checkpointer.write(checkpointer.stage(step, run.model, run.optimizer, EXTRA))
 
 
-def load(run: Run, folder: Path) -> checkpoint.Loaded | None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in run.model.state_dict().items()}
-    loaded = checkpoint.load(folder, run.ranks, shapes)
-    if loaded is not None:
-        run.model.load_state_dict(loaded.model)
-        run.optimizer.load_state_dict(loaded.shard)
-    return loaded
+def load(run: Run, folder: Path) -> tuple[Found | None, list[str]]:
+    checkpointer = Checkpointer(folder, run.ranks)
+    found, notes = checkpointer.find()
+    if found is not None:
+        notes = notes + checkpointer.load(found, run.model, run.optimizer)
+    return found, notes
 
 
-def train_and_save(folder: Path, precision: str, steps: list[int], keep: int = 2) -> list[str]:
-    with start(ParallelConfig(), timeout_s=30) as ranks:
+def train_and_save(folder: Path, precision: str, steps: list[int], keep: int = 2, keep_every: int = 0) -> list[str]:
+    with start(ParallelConfig(), timeout_s=60) as ranks:
         run = Run(ranks, precision)
         done = 0
         for step in steps:
             run.train(range(done, step))
-            save(run, folder, step, keep)
+            save(run, folder, step, keep, keep_every)
             done = step
         return sorted(os.listdir(folder))
 
 
-def go_on(folder: Path, precision: str, resume: bool) -> tuple[list[float], dict, dict, dict | None]:
+def go_on(folder: Path, precision: str, resume: bool) -> tuple[list[float], dict, dict, dict, dict | None]:
     """Steps 2 and 3: after a resume, or at the end of an uninterrupted run."""
-    with start(ParallelConfig(), timeout_s=30) as ranks:
-        run = Run(ranks, precision)
-        if not resume:
+    with start(ParallelConfig(), timeout_s=60) as ranks:
+        run, extra = Run(ranks, precision), None
+        if resume:
+            run.train(range(7, 9))  # other weights and states than at the start, so that loading has to replace them
+            found, notes = load(run, folder)
+            assert found is not None
+            assert notes == []
+            extra = {"step": found.manifest.step, **found.manifest.extra}
+        else:
             run.train(range(2))
-            losses = run.train(range(2, 4), 0.7)
-            return losses, run.parameters(), run.optimizer.state_dict(), None
-        run.train(range(7, 9))  # other weights and states than at the start, so that loading has to replace them
-        run.optimizer.set_lr(9.0)
-        loaded = load(run, folder)
-        assert loaded is not None
         losses = run.train(range(2, 4), 0.7)
-        return losses, run.parameters(), run.optimizer.state_dict(), {"step": loaded.step, **loaded.extra}
+        return losses, run.parameters(), run.states(), run.optimizer.counters(), extra
 
 
 @pytest.mark.parametrize(("precision", "ranks"), [("fp32", 2), ("bf16", 2), ("fp32", 1)])
@@ -68,14 +70,13 @@ def test_resume_is_bit_equal(tmp_path: Path, precision: str, ranks: int) -> None
     assert names == ["latest", "step_00000002"]
     straight = run_ranks(go_on, ranks, tmp_path, precision, False)
     resumed = run_ranks(go_on, ranks, tmp_path, precision, True)
-    for (losses, parameters, states, _), (losses2, parameters2, states2, extra) in zip(straight, resumed, strict=True):
-        assert losses == losses2
-        assert all(torch.equal(parameters[name], parameters2[name]) for name in parameters)
-        assert_same(states, states2)
-        assert extra == {"step": 2, **EXTRA}
-    odd = straight[0][2]["optimizer"]["state"][0]["odd"]
-    assert odd.dtype == torch.int64
-    assert odd.shape == (3, 5)
+    for whole, parts in zip(straight, resumed, strict=True):
+        assert_same(whole[:4], parts[:4])
+        assert parts[4] == {"step": 2, **EXTRA}
+    odd = straight[0][2]["odd", "up.weight", 0]
+    assert (odd.dtype, odd.shape) == (torch.int64, (5,))
+    assert not torch.equal(odd, straight[0][2]["odd", "emb.weight", 0])
+    assert straight[0][3]["gain"] == {"clock": 4, "updates": 8}
 
 
 def assert_same(a: Any, b: Any) -> None:
@@ -96,60 +97,69 @@ def assert_same(a: Any, b: Any) -> None:
         assert a == b
 
 
-def refusal(folder: Path, dim: int) -> str:
-    with start(ParallelConfig(), timeout_s=30) as ranks, pytest.raises(CheckpointError) as error:
-        load(Run(ranks, dim=dim), folder)
-    return str(error.value)
-
-
-def test_another_size_or_model_is_refused(tmp_path: Path) -> None:
-    run_ranks(train_and_save, 2, tmp_path, "fp32", [1])
-    for message in run_ranks(refusal, 4, tmp_path, 10):
-        assert (
-            "was saved in the layout tensor 1 x pipeline 1 x virtual_pipeline 1 x data 2, and this run has" in message
-        )
-        assert "this run has tensor 1 x pipeline 1 x virtual_pipeline 1 x data 4; resume in the layout" in message
-        assert str(tmp_path / "step_00000001") in message
-    for message in run_ranks(refusal, 2, tmp_path, 12):
-        assert "belongs to another model, 6 tensors differ" in message
-        assert "emb.weight: checkpoint (31, 10), model (31, 12)" in message
-
-
-def states_alone(precision: str) -> tuple[dict, dict]:
-    with start(ParallelConfig(), timeout_s=30) as ranks:
-        run, other = Run(ranks, precision), Run(ranks, precision)
-        run.train(range(2))
-        other.optimizer.load_state_dict(run.optimizer.state_dict())
-        return run.parameters(), other.parameters()
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_masters_alone_bring_back_the_parameters(precision: str) -> None:
-    for parameters, restored in run_ranks(states_alone, 2, precision):
-        assert_same(parameters, restored)
-
-
-def shard_refusal() -> list[str]:
-    with start(ParallelConfig(), timeout_s=30) as ranks:
+def on_other_ranks(folder: Path) -> tuple[dict, list[str]]:
+    with start(ParallelConfig(), timeout_s=60) as ranks:
         run = Run(ranks)
-        good = run.optimizer.state_dict()
-        layout = [[("emb.weight", 7), *group[1:]] if i == 0 else group for i, group in enumerate(good["layout"])]
-        messages = []
-        for change in ({"dp_size": 3}, {"dp_rank": 1 - ranks.dp_rank}, {"layout": layout}):
-            with pytest.raises(CheckpointError) as error:
-                run.optimizer.load_state_dict({**good, **change})
-            messages.append(str(error.value))
-        return messages
+        run.train(range(7, 8))
+        found, notes = load(run, folder)
+        assert found is not None
+        return run.states(), notes
 
 
-def test_the_optimizer_itself_refuses_a_wrong_shard() -> None:
-    for size, _rank, layout in run_ranks(shard_refusal, 2):
-        assert "data-parallel size 3, and this run has 2" in size
-        assert "('emb.weight', 7), ('emb.weight', 310)" in layout
+def whole(everyone: list[dict]) -> dict[tuple[str, str], torch.Tensor]:
+    pieces: dict[tuple[str, str], dict[int, torch.Tensor]] = {}
+    for states in everyone:
+        for (key, name, offset), values in states.items():
+            pieces.setdefault((key, name), {})[offset] = values
+    return {name: torch.cat([parts[offset] for offset in sorted(parts)]) for name, parts in pieces.items()}
+
+
+@pytest.mark.parametrize(("ranks", "others"), [(4, 3), (1, 4)])
+def test_states_of_every_shape_change_the_number_of_ranks(tmp_path: Path, ranks: int, others: int) -> None:
+    """Also the integers that belong to a tensor as a whole, and a parameter that never had a gradient."""
+    run_ranks(train_and_save, ranks, tmp_path, "fp32", [2])
+    saved = whole([states for states, _ in run_ranks(on_other_ranks, ranks, tmp_path)])
+    loaded = run_ranks(on_other_ranks, others, tmp_path)
+    assert_same(whole([states for states, _ in loaded]), saved)
+    assert {key for key, _ in saved} == {"master", "m", "odd"}
+    assert f"data {ranks}, going on as tensor 1 x pipeline 1 x virtual_pipeline 1 x data {others}" in loaded[0][1][0]
+
+
+def refusal(folder: Path, dim: int, key: str | None) -> str:
+    with start(ParallelConfig(), timeout_s=60) as ranks:
+        run = Run(ranks, dim=dim)
+        if key is not None:
+            run.inner.allocate_states()
+            for state in run.inner.state.values():
+                state[key] = state.pop("m")
+        with pytest.raises(CheckpointError) as error:
+            load(run, folder)
+        return str(error.value)
+
+
+def test_another_model_or_optimizer_is_refused(tmp_path: Path) -> None:
+    run_ranks(train_and_save, 2, tmp_path, "fp32", [1])
+    for message in run_ranks(refusal, 2, tmp_path, 12, None):
+        assert "step_00000001 belongs to another model, 6 tensors differ" in message
+        assert "emb.weight: checkpoint (31, 10), model (31, 12)" in message
+    for message in run_ranks(refusal, 2, tmp_path, 10, "velocity"):
+        assert "step_00000001 belongs to another optimizer, 14 states differ" in message
+        assert "velocity/down.bias: checkpoint has none" in message
+    with pytest.raises(TypeError, match=r"state 'names' is \['a'\], not of the flat parameter's shape"):
+        run_ranks(unsaveable, 1)
+
+
+def unsaveable() -> None:
+    with start(ParallelConfig(), timeout_s=60) as ranks:
+        run = Run(ranks)
+        run.inner.allocate_states()
+        for state in run.inner.state.values():
+            state["names"] = ["a"]
+        list(run.optimizer.pieces())
 
 
 def killed_while_saving(folder: Path, when: str) -> None:
-    with start(ParallelConfig(), timeout_s=30) as ranks:
+    with start(ParallelConfig(), timeout_s=60) as ranks:
         run = Run(ranks)
         run.train(range(1))
         save(run, folder, 1)
@@ -161,14 +171,14 @@ def killed_while_saving(folder: Path, when: str) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             replace(source, target)
 
-        checkpoint.os.replace = die
+        folders.os.replace = die
         save(run, folder, 2)
 
 
 def resumed_step(folder: Path) -> tuple[int, list[str]] | None:
-    with start(ParallelConfig(), timeout_s=30) as ranks:
-        loaded = load(Run(ranks), folder)
-        return (loaded.step, loaded.notes) if loaded else None
+    with start(ParallelConfig(), timeout_s=60) as ranks:
+        found, notes = load(Run(ranks), folder)
+        return (found.manifest.step, notes) if found else None
 
 
 @pytest.mark.parametrize(("when", "step"), [("before", 1), ("between", 2)])
@@ -184,68 +194,160 @@ def test_a_kill_while_saving_leaves_the_last_complete_one(tmp_path: Path, when: 
     assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000001", "step_00000002"]
 
 
-def test_damaged_ones_are_skipped_and_named(tmp_path: Path) -> None:
+def truncate(folder: Path) -> None:
+    os.truncate(folder / "rank_00001.bin", (folder / "rank_00001.bin").stat().st_size - 1)
+
+
+def flip(folder: Path) -> None:
+    content = bytearray((folder / "rank_00000.bin").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "rank_00000.bin").write_bytes(content)
+
+
+def change_a_digit(folder: Path) -> None:
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"step": 3', '"step": 4', 1))
+
+
+def cut_the_manifest(folder: Path) -> None:
+    os.truncate(folder / "manifest.json", 1000)
+
+
+DAMAGE = {
+    "truncated shard": (truncate, r"rank_00001\.bin has \d+ bytes of \d+"),
+    "flipped byte": (flip, r"rank_00000\.bin has another content than was written: sha256 [0-9a-f]{12}\.\.\., not"),
+    "missing file": (lambda f: (f / "rank_00001.bin").unlink(), r"rank_00001\.bin is missing"),
+    "missing manifest": (lambda f: (f / "manifest.json").unlink(), r"manifest\.json is missing"),
+    "changed manifest": (change_a_digit, r"manifest\.json has another content than was written"),
+    "cut manifest": (cut_the_manifest, r"manifest\.json is not a manifest"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_one_is_skipped_named_and_moved_aside(tmp_path: Path, how: str) -> None:
+    run_ranks(train_and_save, 2, tmp_path, "fp32", [2, 3])
+    damage, why = DAMAGE[how]
+    damage(tmp_path / "step_00000003")
+    results = run_ranks(resumed_step, 2, tmp_path)
+    assert results[0] == results[1]
+    step, notes = results[0]
+    assert step == 2
+    assert len(notes) == 1
+    assert re.fullmatch(rf"skipped step_00000003: {why}.*; moved to step_00000003\.bad", notes[0]), notes
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000002", "step_00000003.bad"]
+    assert (tmp_path / "latest").read_text() == "step_00000002\n"
+    assert run_ranks(resumed_step, 2, tmp_path)[0] == (2, [])
+
+
+def test_latest_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    run_ranks(train_and_save, 1, tmp_path, "fp32", [2])
+    (tmp_path / "latest").write_text("step_00000099\n")
+    step, notes = run_ranks(resumed_step, 1, tmp_path)[0]
+    assert step == 2
+    assert notes == ["latest names 'step_00000099', which is not there; looking for the newest checkpoint instead"]
+
+
+def complaint(folder: Path) -> str:
+    with start(ParallelConfig(), timeout_s=60) as ranks, pytest.raises(CheckpointError) as error:
+        load(Run(ranks), folder)
+    return str(error.value)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(tmp_path: Path) -> None:
     assert run_ranks(resumed_step, 1, tmp_path) == [None]
-    run_ranks(train_and_save, 2, tmp_path, "fp32", [1, 2, 3], 3)
-    shard = tmp_path / "step_00000003" / "optimizer_00001.pt"
-    size = shard.stat().st_size
-    os.truncate(shard, size - 1)
-    (tmp_path / "step_00000002" / "meta.json").unlink()
-    for step, notes in run_ranks(resumed_step, 2, tmp_path):
-        assert step == 1
-        assert notes[0] == f"skipped step_00000003: optimizer_00001.pt has {size - 1} bytes of {size}"
-        assert notes[1].startswith("skipped step_00000002: ")
+    run_ranks(train_and_save, 2, tmp_path, "fp32", [1, 2])
+    for step in (1, 2):
+        flip(tmp_path / f"step_0000000{step}")
+    for message in run_ranks(complaint, 2, tmp_path):
+        assert "holds no sound checkpoint:\n  step_00000002: rank_00000.bin has another content" in message
+        assert "\n  step_00000001: rank_00000.bin has another content" in message
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000001", "step_00000002"]
 
 
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
-    run_ranks(train_and_save, 2, tmp_path, "fp32", [1, 2, 3, 4], 2)
-    assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000003", "step_00000004"]
-    assert (tmp_path / "latest").read_text() == "step_00000004\n"
-    meta = json.loads((tmp_path / "step_00000004" / "meta.json").read_text())
-    assert meta["layout"] == {"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "data": 2}
-    assert meta["parameters"]["model.pt"]["down.weight"] == [10, 30]
-    assert meta["extra"] == EXTRA
+def test_the_old_format_is_refused_with_a_reason(tmp_path: Path) -> None:
+    (tmp_path / "step_00000007").mkdir()
+    (tmp_path / "step_00000007" / "meta.json").write_text("{}")
+    assert "step_00000007 has the old format (resumable only in its own layout)" in run_ranks(complaint, 1, tmp_path)[0]
 
 
-def failed_write(folder: Path, bad_rank: int) -> str:
-    with start(ParallelConfig(), timeout_s=30) as ranks:
+def test_only_the_newest_and_every_kth_are_kept(tmp_path: Path) -> None:
+    run_ranks(train_and_save, 2, tmp_path, "fp32", [1, 2, 3, 4, 5, 6], 2, 3)
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000003", "step_00000005", "step_00000006"]
+    assert (tmp_path / "latest").read_text() == "step_00000006\n"
+
+
+def save_without_room(folder: Path) -> tuple[str, list[str]]:
+    """Rank 1's file cannot be written."""
+    with start(ParallelConfig(), timeout_s=60) as ranks:
         run = Run(ranks)
         save(run, folder, 1)
 
-        def full(handle: int) -> None:
+        def no_room(handle: int) -> None:
             raise OSError(28, "No space left on device")
 
-        if ranks.rank == bad_rank:
-            checkpoint.os.fsync = full
+        if ranks.rank == 1:
+            storage.os.fsync = no_room
         with pytest.raises(CheckpointError) as error:
             save(run, folder, 2)
-        return str(error.value)
+        run.train(range(1))  # the run is alive
+        return str(error.value), sorted(os.listdir(folder))
 
 
-@pytest.mark.parametrize("bad_rank", [0, 1])
-def test_a_full_disk_on_one_rank_fails_on_all_and_leaves_nothing(tmp_path: Path, bad_rank: int) -> None:
-    messages = run_ranks(failed_write, 2, tmp_path, bad_rank)
-    assert "No space left on device" in messages[bad_rank]
-    assert "failed on another rank" in messages[1 - bad_rank]
-    assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000001"]
+def test_a_rank_that_cannot_write_fails_the_save_on_all(tmp_path: Path) -> None:
+    for message, names in run_ranks(save_without_room, 2, tmp_path):
+        assert message.endswith("step_00000002: rank 1: OSError: [Errno 28] No space left on device")
+        assert names == ["latest", "step_00000001"]
 
 
-def unpickling(folder: Path) -> str:
-    with start(ParallelConfig(), timeout_s=30) as ranks:
-        with pytest.raises(CheckpointError) as error:
-            load(Run(ranks), folder)
-        return str(error.value)
+def sizes(folder: Path) -> int:
+    with start(ParallelConfig(), timeout_s=60) as ranks:
+        return save(Run(ranks), folder, 1).bytes
+
+
+def test_every_rank_writes_its_share_and_each_tensor_once(tmp_path: Path) -> None:
+    assert run_ranks(sizes, 4, tmp_path)[1:] == [0, 0, 0]
+    folder = tmp_path / "step_00000001"
+    content = manifest.read(folder)
+    assert {name: (folder / name).stat().st_size for name in content.files} == {
+        name: entry.bytes for name, entry in content.files.items()
+    }
+    elements = sum(p.numel() for p in Toy().parameters())
+    saved = sum(t.bytes for name, t in content.tensors.items() if name.startswith(("master/", "m/")))
+    assert saved == 2 * 4 * elements
+    by_file = dict.fromkeys(content.files, 0)
+    for name, tensor in content.tensors.items():
+        for chunk in tensor.chunks:
+            by_file[chunk.file] += chunk.bytes * name.startswith(("master/", "m/"))
+    assert len(by_file) == 4
+    assert max(by_file.values()) <= 1.5 * saved / 4  # the embedding alone is a third of all
 
 
 def test_a_file_with_code_in_it_is_not_run(tmp_path: Path) -> None:
+    """A pickle in place of a file, hashes and all: it is read as numbers."""
     run_ranks(train_and_save, 1, tmp_path, "fp32", [1])
     folder, witness = tmp_path / "step_00000001", tmp_path / "ran"
-    torch.save(Evil(witness), folder / "model.pt")
-    meta = json.loads((folder / "meta.json").read_text())
-    meta["files"]["model.pt"] = (folder / "model.pt").stat().st_size
-    (folder / "meta.json").write_text(json.dumps(meta))
-    assert "Weights only load failed" in run_ranks(unpickling, 1, tmp_path)[0]
+    size = (folder / "rank_00000.bin").stat().st_size
+    torch.save(Evil(witness), folder / "rank_00000.bin")
+    with open(folder / "rank_00000.bin", "ab") as file:
+        file.truncate(size)
+    sign(folder)
+    assert "RuntimeError: Invalid mt19937 state" in run_ranks(complaint, 1, tmp_path)[0]
     assert not witness.exists()
+    body = json.loads((folder / "manifest.json").read_text())
+    body["files"] = {"../" + name: entry for name, entry in body["files"].items()}
+    (folder / "manifest.json").write_text(json.dumps(body))
+    sign(folder, hashes=False)
+    assert "names the file '../rank_00000.bin', which is not one of this folder" in run_ranks(complaint, 1, tmp_path)[0]
+
+
+def sign(folder: Path, hashes: bool = True) -> None:
+    """Make a changed checkpoint consistent again."""
+    body = json.loads((folder / "manifest.json").read_text())
+    del body["sha256"]
+    if hashes:
+        for name, entry in body["files"].items():
+            entry["sha256"] = manifest.hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps({**body, "sha256": manifest._digest(body)}))
 
 
 class Evil:

@@ -35,23 +35,35 @@ class Toy(nn.Module):
 
 
 class Momentum(torch.optim.Optimizer):
-    """Momentum SGD; keeps a count and an odd-shaped integer tensor to see what a checkpoint does to them."""
+    """Momentum SGD with a clock, and an integer state per tensor to see what a checkpoint does to it."""
+
+    per_tensor_keys = ("odd",)
 
     def __init__(self, groups: list[dict]) -> None:
-        super().__init__(groups, {"lr": 0.05, "beta": 0.9, "grad_scale": 1.0})
+        super().__init__(groups, {"lr": 0.05, "beta": 0.9, "grad_scale": 1.0, "clock": 0, "updates": 0})
+        for group in self.param_groups:
+            group["tensors"] = len(group["params"])
         self.calls = 0
+
+    def allocate_states(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if not self.state[p]:
+                    odd = torch.zeros(group["tensors"], 5, dtype=torch.int64, device=p.device)
+                    self.state[p].update(m=torch.zeros_like(p), odd=odd)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         self.calls += 1
+        self.allocate_states()
         for group in self.param_groups:
+            group["clock"] += 1
+            group["updates"] += 2
             for p in group["params"]:
                 state = self.state[p]
-                if not state:
-                    state.update(m=torch.zeros_like(p), count=0, odd=torch.zeros(3, 5, dtype=torch.int64))
                 state["m"].mul_(group["beta"]).add_(p.grad, alpha=group["grad_scale"])
-                state["count"] += 1
-                state["odd"] += 2**40 + state["count"]  # 2**40 + 1 is not an fp32 number
+                rows = torch.arange(group["tensors"], device=p.device)
+                state["odd"] += (2**40 + group["clock"] * (1 + rows)).unsqueeze(1)  # 2**40 + 1 is not an fp32 number
                 p.add_(state["m"], alpha=-group["lr"])
 
 
@@ -114,3 +126,7 @@ class Run:
 
     def parameters(self) -> dict[str, torch.Tensor]:
         return {name: p.detach().float().cpu().clone() for name, p in self.model.named_parameters()}
+
+    def states(self) -> dict[tuple[str, str, int], torch.Tensor]:
+        """Copies of this rank's masters and optimizer states by (key, name, offset)."""
+        return {(p.key, p.name, p.offset): p.values.clone() for p in self.optimizer.pieces()}

@@ -1,6 +1,5 @@
 """Whole runs on blends, on rows of one document, with stages, and on data that changed."""
 
-import json
 import re
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import torch
 from multirank import run_ranks
 from test_training_run import metrics, run, same_curve
 from tiny import config_file, token_set
+
+from parallel.checkpoint import manifest
 
 BLEND = (
     "data.sources=[{name: a, train: DIR/train, heldout: DIR/heldout, weight: 3},"
@@ -25,7 +26,7 @@ def blend_config(folder: Path) -> tuple[str, list[str]]:
 
 
 def extra(folder: Path, step: int, name: str = "tiny") -> dict:
-    return json.loads((folder / "runs" / name / "checkpoints" / f"step_{step:08d}" / "meta.json").read_text())["extra"]
+    return manifest.read(folder / "runs" / name / "checkpoints" / f"step_{step:08d}").extra
 
 
 def test_a_blend_reports_every_source_and_resumes(tmp_path):

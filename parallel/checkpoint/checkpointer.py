@@ -1,0 +1,239 @@
+"""Save and load the state of a run: stage, regroup, write, publish; read, cut, hand out."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from parallel.checkpoint import folders, manifest, rng
+from parallel.checkpoint.find import Found, find_newest
+from parallel.checkpoint.manifest import FileEntry, Manifest, TensorEntry
+from parallel.checkpoint.planner import PartsLoadPlanner, PartsSavePlanner
+from parallel.checkpoint.regroup import Unit, collect, distribute, units_of
+from parallel.checkpoint.staging import HostMemory
+from parallel.checkpoint.storage import RawReader, RawWriter
+from parallel.checkpoint.together import host_groups, reason, together
+from parallel.errors import CheckpointError
+from parallel.groups import Ranks
+from parallel.state import ShardedState, StatePiece
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A rank's part of a checkpoint, in host memory."""
+
+    step: int
+    pieces: list[StatePiece]
+    counters: Mapping[str, Mapping[str, int]]
+    rng: dict[str, Tensor]
+    shapes: dict[str, tuple[int, ...]]
+    extra: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A durable checkpoint: its folder, how long writing took, and on rank 0 the bytes of its files and notes."""
+
+    path: Path
+    seconds: float
+    bytes: int
+    notes: list[str]
+
+
+class Checkpointer:
+    """Saves to and loads from `folder`. All ranks make one and call the same methods in the same order.
+
+    Saving is `stage`, the part that must not overlap with a training step, then `write`, which may run in a thread: it
+    uses process groups of its own and touches no device.
+
+    Args:
+        keep, keep_every: the newest `keep` checkpoints stay, and those whose step is a multiple of `keep_every`.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, keep: int = 2, keep_every: int = 0) -> None:
+        self._folder, self._ranks, self._keep, self._keep_every = folder, ranks, keep, keep_every
+        self._groups = host_groups(ranks)
+        self._memory = HostMemory(ranks.device)
+
+    def find(self) -> tuple[Found | None, list[str]]:
+        """The newest sound checkpoint, and notes; see `find_newest`."""
+        return find_newest(self._folder, self._ranks, self._groups)
+
+    def stage(
+        self, step: int, models: nn.Module | Sequence[nn.Module], optimizer: ShardedState, extra: Mapping[str, Any]
+    ) -> Staged:
+        """Copy this rank's states to host memory; valid until the next call, so write them before.
+
+        `models`: the model, or this rank's parts of it. `extra`: plain JSON, recorded as rank 0 gives it.
+        """
+        pieces = self._memory.copy(optimizer.pieces())
+        return Staged(step, pieces, optimizer.counters(), rng.states(self._ranks), _shapes(models), extra)
+
+    def write(self, staged: Staged) -> Written:
+        """Write the checkpoint; durable, and named in `latest`, when this returns.
+
+        Raises:
+            CheckpointError: on every rank, if any rank could not write; nothing of it stays, older ones do.
+        """
+        began = time.perf_counter()
+        path, ranks, groups = folders.step_folder(self._folder, staged.step), self._ranks, self._groups
+        try:
+            together(lambda: folders.prepare(path) if ranks.rank == 0 else None, path, groups.world)
+            units = units_of(staged.pieces, staged.shapes, ranks, groups.data)
+            parts = [unit.part(tensor) for unit, tensor in collect(units, staged.pieces, ranks, groups.data)]
+            parts += rng.parts(staged.rng)
+            planner = PartsSavePlanner(parts, staged.counters)
+            finish = _Finish(path, staged, ranks)
+            dcp.save(
+                {},
+                storage_writer=RawWriter(folders.unfinished(path), ranks.rank, finish),
+                planner=planner,
+                process_group=groups.world,
+            )
+        except CheckpointException as error:
+            self._clean(path)
+            raise CheckpointError(f"{path}: {_first_failure(error)}") from None
+        except Exception as error:
+            self._clean(path)
+            raise CheckpointError(f"{path}: {reason(error)}") from error
+        seconds = time.perf_counter() - began
+        notes = folders.prune(self._folder, self._keep, self._keep_every) if ranks.rank == 0 else []
+        return Written(path, seconds, finish.bytes, notes)
+
+    def load(self, found: Found, models: nn.Module | Sequence[nn.Module], optimizer: ShardedState) -> list[str]:
+        """Read the checkpoint into model and optimizer, whatever layout it was saved in; notes, one line each.
+
+        Raises:
+            CheckpointError: it belongs to another model or another optimizer, or cannot be read.
+        """
+        content, ranks, groups = found.manifest, self._ranks, self._groups
+        pieces = list(optimizer.pieces())
+        units = units_of(pieces, _shapes(models), ranks, groups.data)
+        together(lambda: _check(found.path, content, units, set(optimizer.counters())), found.path, groups.world)
+        owned = {unit.name: torch.empty(_size(unit), dtype=unit.dtype) for unit in units if unit.owner == ranks.dp_rank}
+        generators = rng.places(content.tensors, ranks) if content.layout == _layout(ranks) else {}
+        parts = [unit.part(owned[unit.name]) for unit in units if unit.name in owned] + rng.parts(generators)
+        try:
+            reader, planner = RawReader(found.path, content), PartsLoadPlanner(parts)
+            dcp.load({}, storage_reader=reader, planner=planner, process_group=groups.world)
+        except CheckpointException as error:
+            raise CheckpointError(f"{found.path}: {_first_failure(error)}") from None
+        with torch.no_grad():
+            distribute(owned, units, pieces, ranks, groups.data)
+        optimizer.restored(content.counters)
+        together(lambda: rng.restore(generators), found.path, groups.world)
+        if generators:
+            return []
+        return [
+            f"saved as {_said(content.layout)}, going on as {_said(_layout(ranks))}; random generators start anew (no "
+            "step of training draws from them)"
+        ]
+
+    def _clean(self, path: Path) -> None:
+        if self._ranks.rank == 0:
+            shutil.rmtree(folders.unfinished(path), ignore_errors=True)
+
+
+class _Finish:
+    """What the coordinator does when all files are on disk: the manifest, the rename, and `latest`."""
+
+    def __init__(self, path: Path, staged: Staged, ranks: Ranks) -> None:
+        self._path, self._staged, self._ranks = path, staged, ranks
+        self.bytes = 0
+
+    def __call__(
+        self,
+        tensors: dict[str, TensorEntry],
+        files: dict[str, FileEntry],
+        counters: dict[str, dict[str, int]],
+    ) -> None:
+        content = Manifest(
+            self._staged.step,
+            _layout(self._ranks),
+            counters,
+            dict(self._staged.extra),
+            tensors,
+            dict(sorted(files.items())),
+        )
+        unfinished = folders.unfinished(self._path)
+        # A node that writes to a disk of its own would be noticed only on resume.
+        manifest.check_sizes(unfinished, content)
+        content.write(unfinished)
+        folders.publish(self._path)
+        self.bytes = content.bytes
+
+
+def _shapes(models: nn.Module | Sequence[nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of this rank's shard of every parameter."""
+    chunks = [models] if isinstance(models, nn.Module) else models
+    return {name: tuple(p.shape) for chunk in chunks for name, p in chunk.named_parameters()}
+
+
+def _size(unit: Unit) -> int:
+    return int(torch.Size(unit.box).numel())
+
+
+def _layout(ranks: Ranks) -> dict[str, int]:
+    dims = ranks.dims
+    return {
+        "tensor": dims.tensor,
+        "pipeline": dims.pipeline,
+        "virtual_pipeline": dims.virtual_pipeline,
+        "data": dims.data,
+    }
+
+
+def _said(layout: Mapping[str, int]) -> str:
+    return " x ".join(f"{key} {degree}" for key, degree in layout.items())
+
+
+def _first_failure(error: CheckpointException) -> str:
+    rank, (cause, _) = min(error.failures.items())
+    return f"rank {rank}: {reason(cause)}"
+
+
+def _check(path: Path, content: Manifest, units: Sequence[Unit], groups: set[str]) -> None:
+    """Refuse another model's checkpoint, and one whose states the optimizer does not have, or lacks."""
+    names = {unit.name.partition("/")[2] for unit in units}
+    of_model = [line for unit in units if unit.name.startswith("master/") for line in _differences(unit, content)]
+    known = {name.partition("/")[2] for name in content.tensors if name.startswith("master/")}
+    if of_model:
+        raise CheckpointError(
+            f"{path} belongs to another model, {len(of_model)} tensors differ:{_listed(of_model)}\n"
+            "  use the model section that it was trained with, or another run folder"
+        )
+    lines = [line for unit in units for line in _differences(unit, content)]
+    wanted = {unit.name for unit in units}
+    for name in content.tensors:
+        if name.partition("/")[2] in names & known and name not in wanted:
+            lines.append(f"{name}: checkpoint has it, optimizer has none")
+    lines += [f"group {name}: optimizer has it, checkpoint has none" for name in groups - content.counters.keys()]
+    if lines:
+        raise CheckpointError(
+            f"{path} belongs to another optimizer, {len(lines)} states differ:{_listed(lines)}\n"
+            "  use the optim section that it was trained with, or another run folder"
+        )
+
+
+def _differences(unit: Unit, content: Manifest) -> Iterator[str]:
+    saved = content.tensors.get(unit.name)
+    name = unit.name.removeprefix("master/")
+    if saved is None:
+        yield f"{name}: checkpoint has none, model {unit.shape}"
+    elif saved.shape != unit.shape:
+        yield f"{name}: checkpoint {saved.shape}, model {unit.shape}"
+    elif saved.dtype != str(unit.dtype).removeprefix("torch."):
+        yield f"{name}: checkpoint {saved.dtype}, model {str(unit.dtype).removeprefix('torch.')}"
+
+
+def _listed(lines: list[str]) -> str:
+    return "".join(f"\n  {line}" for line in lines[:5])
