@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DATA := data/quickstart
 PROCESSES ?= 2
 
-.PHONY: train test parity lint format bench clean
+.PHONY: train test parity crash-test matrix lint format bench clean
 
 train: $(DATA)/heldout.manifest.json
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(PROCESSES) pretrain_hope.py configs/quickstart.yaml
@@ -15,7 +15,15 @@ test: $(VENV)/.installed
 
 # every layout x every kind of model against one device: 44 trainings, some minutes
 parity: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parity -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parity -m slow --ignore tests/parity/test_checkpoint_layouts.py
+
+# 50 kill -9 in training and in saves, 3 minutes
+crash-test: $(VENV)/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python tests/crash.py --rounds 50
+
+# every checkpoint layout into every other, all optimizers, some minutes
+matrix: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parity/test_checkpoint_layouts.py -m slow
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

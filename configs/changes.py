@@ -75,7 +75,7 @@ def settle(config: Config, saved: Mapping[str, Any], world_size: int) -> tuple[C
     problems = list(_problems(found))
     if problems:
         raise ConfigError("against the checkpoint", problems)
-    kept = {change.path: change.saved for change in found if change.rule == "keep" and change.saved != ABSENT}
+    kept = {c.path: c.saved for c in found if c.rule == "keep" and ABSENT not in (c.saved, c.now)}
     if kept:
         merged = OmegaConf.structured(config)
         for path, value in kept.items():
@@ -101,10 +101,13 @@ def _problems(found: list[Change]) -> Iterator[Problem]:
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, part in value.items():
-        if isinstance(part, Mapping) and f"{prefix}{key}" != "checkpoint.on_change":
-            yield from _flat(part, f"{prefix}{key}.")
+        path = f"{prefix}{key}"
+        if path == "checkpoint.on_change":
+            continue  # the word itself is none of the things it is about
+        if isinstance(part, Mapping):
+            yield from _flat(part, f"{path}.")
         else:
-            yield f"{prefix}{key}", part
+            yield path, part
 
 
 def _within(path: str, section: str) -> bool:

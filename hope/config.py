@@ -7,7 +7,7 @@ Measured figures are held-out losses after 240 steps at 17-19M parameters, see d
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Problem = tuple[str, str, str]
 
@@ -148,6 +148,11 @@ class ModelConfig:
     """Self-modifying memories (kind hope)."""
     cms: CmsConfig = field(default_factory=CmsConfig)
     """Continuum memory system (kinds hope and hope_attention)."""
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> "ModelConfig":
+        """The section that `dataclasses.asdict` turned into `values`."""
+        return cls(**{**values, "memory": MemoryConfig(**values["memory"]), "cms": CmsConfig(**values["cms"])})
 
     @property
     def head_dim(self) -> int:

@@ -99,27 +99,29 @@ class Saver:
         self._report(log)
         self._answering |= wishes.save
         due = self._config.every > 0 and step % self._config.every == 0
-        if due or wishes.save or wishes.stop or last:
-            self.save(step, log, wait=wishes.stop or last or not self._config.asynchronous)
+        final = wishes.stop or last
+        if due or wishes.save or final:
+            self._save(step, log, wait=final or not self._config.asynchronous)
+        if final and self._saved_step != step:
+            raise SaveError(f"no checkpoint of step {step}, at which the run was to stop; see SAVE_FAILED")
         if wishes.stop and self._ranks.rank == 0:
             (self._folder / STOP_FILE).unlink(missing_ok=True)
 
-    def save(self, step: int, log: NoLog, wait: bool) -> None:
-        """Stage now; write in the background, or with `wait` before this returns. Collective; raises as above."""
+    def _save(self, step: int, log: NoLog, wait: bool) -> None:
+        """Stage now; write in the background, or with `wait` before this returns. Collective."""
         waited = self._finish(log)
-        if self._saved_step != step:
-            began = time.perf_counter()
-            contents = self._contents(step) if self._ranks.rank == 0 else {}
-            staged = self._checkpointer.stage(step, self._models, self._optimizer, contents)
-            save = self._in_flight = _InFlight(step, time.perf_counter() - began, waited)
-            if not wait:
-                save.thread = threading.Thread(target=self._write, args=(save, staged), daemon=True)
-                save.thread.start()
-                return
+        if self._saved_step == step:
+            return
+        began = time.perf_counter()
+        contents = self._contents(step) if self._ranks.rank == 0 else {}
+        staged = self._checkpointer.stage(step, self._models, self._optimizer, contents)
+        save = self._in_flight = _InFlight(step, time.perf_counter() - began, waited)
+        if wait:
             self._write(save, staged)
             self._finish(log)
-        if wait and self._saved_step != step:
-            raise SaveError(f"no checkpoint of step {step}, at which the run was to stop; see SAVE_FAILED")
+        else:
+            save.thread = threading.Thread(target=self._write, args=(save, staged), daemon=True)
+            save.thread.start()
 
     def close(self, log: NoLog, patience_s: float = 300.0) -> None:
         """Wait for a save in flight: for every way out, also that of an error, so without agreeing on anything."""

@@ -46,7 +46,7 @@ def run_ranks(fn: Callable[..., Any], n: int, *args: Any, timeout: float = 60) -
         the first worker's exception, with its traceback attached as a note and as cause;
         RankDied, RankTimeout. All workers are gone when this returns or raises.
     """
-    _preload()
+    preload()
     context = mp.get_context("spawn" if torch.cuda.is_available() else "fork")
     port = free_port()
     with tempfile.TemporaryDirectory() as stacks:
@@ -65,7 +65,8 @@ def run_ranks(fn: Callable[..., Any], n: int, *args: Any, timeout: float = 60) -
             _end(workers)
 
 
-def _preload() -> None:
+def preload() -> None:
+    """Import what workers need, once, so that they can be forked."""
     if torch.cuda.is_available():
         return  # workers are spawned and import for themselves
     import_quietly()
