@@ -264,7 +264,8 @@ class Run:
         for note in self.notes:
             log.say(f"RESUME note: {note}")
         if self.resumed:
-            log.event("RESUME", step=self.step, checkpoint=self.resumed.path, notes=self.notes)
+            noted = {"notes": self.notes} if self.notes else {}
+            log.event("RESUME", step=self.step, checkpoint=self.resumed.path, **noted)
         log.say(f"{self.training.describe()}, {self.heldout.describe()}")
 
     def _contents(self, step: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from parallel.checkpoint import folders, manifest, rng
 from parallel.checkpoint.find import Found, find_newest
 from parallel.checkpoint.manifest import FileEntry, Manifest, TensorEntry
-from parallel.checkpoint.planner import PartsLoadPlanner, PartsSavePlanner
+from parallel.checkpoint.planner import Part, PartsLoadPlanner, PartsSavePlanner
 from parallel.checkpoint.regroup import Unit, collect, distribute, units_of
 from parallel.checkpoint.staging import HostMemory
 from parallel.checkpoint.storage import RawReader, RawWriter
@@ -88,9 +88,7 @@ class Checkpointer:
         path, ranks, groups = folders.step_folder(self._folder, staged.step), self._ranks, self._groups
         try:
             together(lambda: folders.prepare(path) if ranks.rank == 0 else None, path, groups.world)
-            units = units_of(staged.pieces, staged.shapes, ranks, groups.data)
-            parts = [unit.part(tensor) for unit, tensor in collect(units, staged.pieces, ranks, groups.data)]
-            parts += rng.parts(staged.rng)
+            parts = together(lambda: self._parts(staged), path, groups.world) + rng.parts(staged.rng)
             planner = PartsSavePlanner(parts, staged.counters)
             finish = _Finish(path, staged, ranks)
             dcp.save(
@@ -117,7 +115,8 @@ class Checkpointer:
         """
         content, ranks, groups = found.manifest, self._ranks, self._groups
         pieces = list(optimizer.pieces())
-        units = units_of(pieces, _shapes(models), ranks, groups.data)
+        planned = lambda: units_of(pieces, _shapes(models), ranks, groups.data)
+        units = together(planned, found.path, groups.world)
         together(lambda: _check(found.path, content, units, set(optimizer.counters())), found.path, groups.world)
         owned = {unit.name: torch.empty(_size(unit), dtype=unit.dtype) for unit in units if unit.owner == ranks.dp_rank}
         generators = rng.places(content.tensors, ranks) if content.layout == _layout(ranks) else {}
@@ -137,6 +136,12 @@ class Checkpointer:
             f"saved as {_said(content.layout)}, going on as {_said(_layout(ranks))}; random generators start anew (no "
             "step of training draws from them)"
         ]
+
+    def _parts(self, staged: Staged) -> list[Part]:
+        """What this rank writes: whole shards, put together with its data-parallel peers."""
+        ranks, group = self._ranks, self._groups.data
+        units = units_of(staged.pieces, staged.shapes, ranks, group)
+        return [unit.part(tensor) for unit, tensor in collect(units, staged.pieces, ranks, group)]
 
     def _clean(self, path: Path) -> None:
         if self._ranks.rank == 0:

@@ -158,17 +158,40 @@ def _digest(body: Mapping[str, Any]) -> str:
 
 
 def _parsed(body: dict[str, Any]) -> Manifest:
-    files = {name: FileEntry(**entry) for name, entry in body.pop("files").items()}
-    tensors = {name: _tensor(entry) for name, entry in body.pop("tensors").items()}
+    try:
+        files = {name: FileEntry(**entry) for name, entry in body.pop("files").items()}
+        tensors = {name: _tensor(entry) for name, entry in body.pop("tensors").items()}
+        content = Manifest(files=files, tensors=tensors, **body)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{NAME} lacks something: {error!r}") from error
     for name in files:
         if name != os.path.basename(name) or name.startswith("."):
             raise DamagedCheckpoint(f"{NAME} names the file {name!r}, which is not one of this folder")
     for name, tensor in tensors.items():
-        for chunk in tensor.chunks:
-            fits = chunk.bytes == BYTES[tensor.dtype] * math.prod(chunk.shape) and chunk.start >= 0
-            if not fits or chunk.file not in files or chunk.start + chunk.bytes > files[chunk.file].bytes:
-                raise DamagedCheckpoint(f"{NAME}: {name} has a chunk outside of its file")
-    return Manifest(files=files, tensors=tensors, **body)
+        problem = _problem(tensor, files)
+        if problem:
+            raise DamagedCheckpoint(f"{NAME}: {name} {problem}")
+    return content
+
+
+def _problem(tensor: TensorEntry, files: Mapping[str, FileEntry]) -> str:
+    """What makes a tensor's entry senseless, or nothing."""
+    size = BYTES.get(tensor.dtype)
+    if size is None:
+        return f"has the dtype {tensor.dtype!r}; known: {', '.join(BYTES)}"
+    for chunk in tensor.chunks:
+        dims = {len(chunk.at), len(chunk.shape), len(tensor.shape)}
+        inside = zip(chunk.at, chunk.shape, tensor.shape, strict=False)
+        if len(dims) > 1 or not all(0 <= a <= a + s <= whole for a, s, whole in inside):
+            return f"has a chunk {list(chunk.shape)} at {list(chunk.at)} outside of {list(tensor.shape)}"
+        if chunk.bytes != size * math.prod(chunk.shape) or chunk.start < 0 or chunk.start % size:
+            return f"has a chunk of {chunk.bytes} bytes at byte {chunk.start} for {list(chunk.shape)} {tensor.dtype}"
+        if chunk.file not in files or chunk.start + chunk.bytes > files[chunk.file].bytes:
+            return f"has a chunk beyond the end of {chunk.file}"
+    covered = sum(math.prod(chunk.shape) for chunk in tensor.chunks)
+    return (
+        "" if covered == math.prod(tensor.shape) else f"has chunks with {covered} of {math.prod(tensor.shape)} elements"
+    )
 
 
 def _tensor(entry: dict[str, Any]) -> TensorEntry:

@@ -38,8 +38,9 @@ def host_groups(ranks: Ranks, timeout_s: float = 1800.0) -> HostGroups:
 
 
 def together(work: Callable[[], T], path: Path, group: dist.ProcessGroup) -> T:
-    """Run `work`, which makes no collective calls, on every rank of `group`; if it fails on one, fail on all (peers
-    would wait in the next collective).
+    """Run `work` on every rank of `group`; if it fails on one, fail on all (peers would wait in the next collective).
+
+    `work` makes no collective calls, or they fail alike on all that take part in them.
 
     Raises:
         CheckpointError, or DamagedCheckpoint if that is what it was, with the message of the first rank that failed;

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
+import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from multirank import RankDied, run_ranks
@@ -17,7 +21,7 @@ from toy_run import Run, Toy
 from parallel.checkpoint import folders, manifest, storage
 from parallel.checkpoint.checkpointer import Checkpointer, Written
 from parallel.checkpoint.find import Found
-from parallel.errors import CheckpointError
+from parallel.errors import CheckpointError, DamagedCheckpoint
 from parallel.groups import start
 from parallel.topology import ParallelConfig
 
@@ -77,6 +81,25 @@ def test_resume_is_bit_equal(tmp_path: Path, precision: str, ranks: int) -> None
     assert (odd.dtype, odd.shape) == (torch.int64, (5,))
     assert not torch.equal(odd, straight[0][2]["odd", "emb.weight", 0])
     assert straight[0][3]["gain"] == {"clock": 4, "updates": 8}
+
+
+def draws(folder: Path, then: str) -> list[float]:
+    """Numbers drawn after a save, or after a resume of a rank that had drawn others."""
+    with start(ParallelConfig(), timeout_s=60) as ranks:
+        run = Run(ranks)
+        torch.manual_seed(ranks.rank), random.seed(ranks.rank), np.random.seed(ranks.rank)
+        if then == "save":
+            torch.rand(3), random.gauss(0, 1), np.random.standard_normal(3)
+            save(run, folder, 1)
+        else:
+            load(run, folder)
+        return [torch.rand(1).item(), random.gauss(0, 1), random.random(), *np.random.standard_normal(2)]
+
+
+def test_random_generators_go_on_where_they_were(tmp_path: Path) -> None:
+    first, second = run_ranks(draws, 2, tmp_path, "save")
+    assert run_ranks(draws, 2, tmp_path, "load") == [first, second]
+    assert first != second
 
 
 def assert_same(a: Any, b: Any) -> None:
@@ -223,9 +246,16 @@ DAMAGE = {
 }
 
 
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    run_ranks(train_and_save, 2, folder, "fp32", [2, 3])
+    return folder
+
+
 @pytest.mark.parametrize("how", DAMAGE)
-def test_a_damaged_one_is_skipped_named_and_moved_aside(tmp_path: Path, how: str) -> None:
-    run_ranks(train_and_save, 2, tmp_path, "fp32", [2, 3])
+def test_a_damaged_one_is_skipped_named_and_moved_aside(tmp_path: Path, two_checkpoints: Path, how: str) -> None:
+    shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
     damage, why = DAMAGE[how]
     damage(tmp_path / "step_00000003")
     results = run_ranks(resumed_step, 2, tmp_path)
@@ -236,13 +266,12 @@ def test_a_damaged_one_is_skipped_named_and_moved_aside(tmp_path: Path, how: str
     assert re.fullmatch(rf"skipped step_00000003: {why}.*; moved to step_00000003\.bad", notes[0]), notes
     assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000002", "step_00000003.bad"]
     assert (tmp_path / "latest").read_text() == "step_00000002\n"
-    assert run_ranks(resumed_step, 2, tmp_path)[0] == (2, [])
 
 
-def test_latest_that_leads_nowhere_is_named(tmp_path: Path) -> None:
-    run_ranks(train_and_save, 1, tmp_path, "fp32", [2])
+def test_latest_that_leads_nowhere_is_named(tmp_path: Path, two_checkpoints: Path) -> None:
+    shutil.copytree(two_checkpoints / "step_00000002", tmp_path / "step_00000002")
     (tmp_path / "latest").write_text("step_00000099\n")
-    step, notes = run_ranks(resumed_step, 1, tmp_path)[0]
+    step, notes = run_ranks(resumed_step, 2, tmp_path)[0]
     assert step == 2
     assert notes == ["latest names 'step_00000099', which is not there; looking for the newest checkpoint instead"]
 
@@ -253,15 +282,15 @@ def complaint(folder: Path) -> str:
     return str(error.value)
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(tmp_path: Path) -> None:
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(tmp_path: Path, two_checkpoints: Path) -> None:
     assert run_ranks(resumed_step, 1, tmp_path) == [None]
-    run_ranks(train_and_save, 2, tmp_path, "fp32", [1, 2])
-    for step in (1, 2):
+    shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
+    for step in (2, 3):
         flip(tmp_path / f"step_0000000{step}")
     for message in run_ranks(complaint, 2, tmp_path):
-        assert "holds no sound checkpoint:\n  step_00000002: rank_00000.bin has another content" in message
-        assert "\n  step_00000001: rank_00000.bin has another content" in message
-    assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000001", "step_00000002"]
+        assert "holds no sound checkpoint:\n  step_00000003: rank_00000.bin has another content" in message
+        assert "\n  step_00000002: rank_00000.bin has another content" in message
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000002", "step_00000003"]
 
 
 def test_the_old_format_is_refused_with_a_reason(tmp_path: Path) -> None:
@@ -333,11 +362,34 @@ def test_a_file_with_code_in_it_is_not_run(tmp_path: Path) -> None:
     sign(folder)
     assert "RuntimeError: Invalid mt19937 state" in run_ranks(complaint, 1, tmp_path)[0]
     assert not witness.exists()
+
+
+@pytest.mark.parametrize(
+    ("forge", "why"),
+    [
+        (lambda b: b.update(files={"../" + n: e for n, e in b["files"].items()}), "names the file '../rank_00000.bin'"),
+        (lambda b: b["tensors"]["m/gain"].update(dtype="object"), "m/gain has the dtype 'object'; known: float64, "),
+        (
+            lambda b: b["tensors"]["m/gain"]["chunks"][0].update(start=10**9),
+            "m/gain has a chunk beyond the end of rank",
+        ),
+        (lambda b: b["tensors"]["m/gain"]["chunks"][0].update(at=[1]), r"m/gain has a chunk [5] at [1] outside of [5]"),
+        (lambda b: b["tensors"]["m/gain"].update(chunks=[]), "m/gain has chunks with 0 of 5 elements"),
+        (lambda b: b.pop("counters"), "manifest.json lacks something: "),
+    ],
+)
+def test_a_manifest_without_sense_is_damage(
+    tmp_path: Path, two_checkpoints: Path, forge: Callable[[dict], object], why: str
+) -> None:
+    """Even one whose hash is right."""
+    folder = tmp_path / "step_00000002"
+    shutil.copytree(two_checkpoints / folder.name, folder)
     body = json.loads((folder / "manifest.json").read_text())
-    body["files"] = {"../" + name: entry for name, entry in body["files"].items()}
+    forge(body)
     (folder / "manifest.json").write_text(json.dumps(body))
     sign(folder, hashes=False)
-    assert "names the file '../rank_00000.bin', which is not one of this folder" in run_ranks(complaint, 1, tmp_path)[0]
+    with pytest.raises(DamagedCheckpoint, match=re.escape(why)):
+        manifest.read(folder)
 
 
 def sign(folder: Path, hashes: bool = True) -> None:
