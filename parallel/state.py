@@ -52,14 +52,14 @@ def inner_states(optimizer: torch.optim.Optimizer, flat: Tensor) -> tuple[dict[s
     """(element-wise states of `flat`'s shape, small states of one row per tensor in it) that a torch optimizer keeps
     for the flat parameter `flat`, by key.
 
-    The optimizer may have a method `allocate()`, which creates as zeros whatever its first steps would create,
+    The optimizer may have a method `allocate_states()`, which creates as zeros whatever its first steps would create,
     and a class attribute `per_tensor_keys`: states of shape [tensors, P].
 
     Raises:
         TypeError: a state is neither, so that a checkpoint would lose it.
     """
-    if hasattr(optimizer, "allocate"):
-        optimizer.allocate()
+    if hasattr(optimizer, "allocate_states"):
+        optimizer.allocate_states()
     per_tensor = getattr(optimizer, "per_tensor_keys", ())
     elements, tensors = {}, {}
     for key, value in optimizer.state[flat].items():

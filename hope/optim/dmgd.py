@@ -53,7 +53,7 @@ class Dmgd(torch.optim.Optimizer):
                 group["updates"] += 1
                 self._update(present, gradients, group)
 
-    def allocate(self) -> None:
+    def allocate_states(self) -> None:
         """Create all states as zeros that steps would create as they need them: a checkpoint saves and fills them."""
         for group in self.param_groups:
             self._state(group["params"], "memory")

@@ -152,7 +152,7 @@ def refusal(folder: Path, dim: int, key: str | None) -> str:
     with start(ParallelConfig(), timeout_s=60) as ranks:
         run = Run(ranks, dim=dim)
         if key is not None:
-            run.inner.allocate()
+            run.inner.allocate_states()
             for state in run.inner.state.values():
                 state[key] = state.pop("m")
         with pytest.raises(CheckpointError) as error:
@@ -175,7 +175,7 @@ def test_another_model_or_optimizer_is_refused(tmp_path: Path) -> None:
 def unsaveable() -> None:
     with start(ParallelConfig(), timeout_s=60) as ranks:
         run = Run(ranks)
-        run.inner.allocate()
+        run.inner.allocate_states()
         for state in run.inner.state.values():
             state["names"] = ["a"]
         list(run.optimizer.pieces())

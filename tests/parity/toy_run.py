@@ -45,7 +45,7 @@ class Momentum(torch.optim.Optimizer):
             group["tensors"] = len(group["params"])
         self.calls = 0
 
-    def allocate(self) -> None:
+    def allocate_states(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 if not self.state[p]:
@@ -55,7 +55,7 @@ class Momentum(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         self.calls += 1
-        self.allocate()
+        self.allocate_states()
         for group in self.param_groups:
             group["clock"] += 1
             group["updates"] += 2

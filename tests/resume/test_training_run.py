@@ -198,7 +198,8 @@ def test_too_many_skips_in_a_row_stop_the_run(tmp_path):
     path = config_file(tmp_path)
     flags = ["train.max_skips=3", "checkpoint.every=2"]
     assert run_ranks(poisoned, 2, path, (3, 4, 5, 6), *flags, timeout=60) == [93, 93]
-    assert events(tmp_path)[-1] | {"time": 0} == {
+    stop = [event for event in events(tmp_path) if event["event"] == "STOP"]
+    assert stop[-1] | {"time": 0} == {
         "time": 0,
         "event": "STOP",
         "step": 5,
