@@ -2,7 +2,8 @@
 
 python benchmarks/tokenize_speed.py --tokenizer data/main/tokenizer.model --input data/main/*/train.jsonl
 
-Runs alternate, so that other work on the machine hits both alike; the load average is printed with every run.
+Runs alternate, so that other work on the machine hits both alike; the load average is printed with every run, and the
+ratio is the median of the ratios of runs that followed each other.
 """
 
 import argparse
@@ -50,12 +51,14 @@ def main() -> None:
     megabytes = sum(map(os.path.getsize, args.input)) / 1e6
     print(f"{megabytes:.1f} MB of input, {os.cpu_count()} cores")
     walls: dict[int, list[float]] = {workers: [] for workers in args.workers}
+    cpus: dict[int, list[float]] = {workers: [] for workers in args.workers}
     digests = set()
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(args.rounds):
             for workers in args.workers:
                 wall, cpu, digest = measure(args.input, args.tokenizer, workers, folder)
                 walls[workers].append(wall)
+                cpus[workers].append(cpu)
                 digests.add(digest)
                 load = os.getloadavg()[0]
                 print(
@@ -63,12 +66,17 @@ def main() -> None:
                     f"CPU {cpu:6.1f} s  load {load:.1f}",
                     flush=True,
                 )
-    medians = {workers: statistics.median(values) for workers, values in walls.items()}
-    for workers, wall in medians.items():
-        print(f"median of {args.rounds}: {workers} workers {wall:.1f} s, {megabytes / wall:.2f} MB/s")
+    for workers in args.workers:
+        wall, cpu = statistics.median(walls[workers]), statistics.median(cpus[workers])
+        print(
+            f"median of {args.rounds}: {workers} workers {wall:.1f} s, {megabytes / wall:.2f} MB/s,"
+            f" CPU {cpu:.1f} s, {megabytes / cpu:.2f} MB per CPU second"
+        )
     first = args.workers[0]
     for workers in args.workers[1:]:
-        print(f"{workers} workers are {medians[first] / medians[workers]:.2f} times as fast as {first}")
+        ratios = [one / more for one, more in zip(walls[first], walls[workers], strict=True)]
+        listed = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        print(f"{workers} workers are {statistics.median(ratios):.2f} times as fast as {first} (rounds: {listed})")
     print("files equal in all runs" if len(digests) == 1 else f"FILES DIFFER: {digests}")
 
 

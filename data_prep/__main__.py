@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 import sys
 
-from data_prep import corpus_cli, inspect_cli, tokenize_cli
+from data_prep import corpus_cli, inspect_cli, tokenize_cli, tokenizer_cli
 from data_prep.errors import DataError
 from data_prep.quickstart import quickstart
 
@@ -18,7 +18,8 @@ def build_parser(training: bool = True) -> argparse.ArgumentParser:
     quick.add_argument("--vocab", type=int, default=8192, help="tokenizer pieces (default 8192)")
     quick.set_defaults(run=lambda args: quickstart(args.out, args.vocab))
     corpus_cli.add_parser(commands)
-    tokenize_cli.add_parsers(commands)
+    tokenizer_cli.add_parser(commands)
+    tokenize_cli.add_parser(commands)
     inspect_cli.add_parsers(commands)
     if training and importlib.util.find_spec("data_prep.training_cli"):
         from data_prep import training_cli

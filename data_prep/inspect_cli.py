@@ -2,8 +2,9 @@
 
 import argparse
 
+from data_prep.config import DOCUMENTS, DataConfig
 from data_prep.errors import DataError
-from data_prep.inspect_tokens import checked_tokenizer, show_document, show_ids, show_window
+from data_prep.inspect_tokens import show_document, show_window
 from data_prep.manifest import load_manifest
 from data_prep.stats import picture, table
 from data_prep.tokenizer import Tokenizer
@@ -22,14 +23,20 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     stats.add_argument("--png", default="", help="write the histogram as a picture (one prefix)")
     stats.set_defaults(run=_stats)
     look = commands.add_parser("inspect", help="decode a document, a window in file order, or a training sample")
-    look.add_argument("prefix")
+    look.add_argument("prefix", help="of a token set, a raw folder, or with --sample a run's YAML file")
+    look.add_argument("overrides", nargs="*", help="with a YAML file, the run's section.key=value")
     which = look.add_mutually_exclusive_group(required=True)
     which.add_argument("--document", type=int, help="number from 0")
     which.add_argument("--window", type=int, help="number from 0 in file order, as held-out text is read")
-    which.add_argument("--sample", type=int, help="number of a training sample, counted over all epochs")
-    look.add_argument("--seq-len", type=int, default=256, help="train.seq_len (default 256)")
-    look.add_argument("--seed", type=int, default=1234, help="data.seed (default 1234)")
-    look.add_argument("--documents", choices=["carry", "reset"], default="carry", help="data.documents")
+    which.add_argument(
+        "--sample",
+        type=int,
+        help="number from 0 of a training sample, counted over all epochs; step s of a run reads"
+        " (s - 1) * train.global_batch and the following ones",
+    )
+    look.add_argument("--seq-len", type=int, default=256, help="train.seq_len of a prefix (default 256)")
+    look.add_argument("--seed", type=int, default=1234, help="data.seed of a prefix (default 1234)")
+    look.add_argument("--documents", choices=DOCUMENTS, default="carry", help="data.documents of a prefix")
     look.add_argument("--tokenizer", default="", help="model (default: tokenizer.model beside the set)")
     look.set_defaults(run=_inspect)
     manifest = commands.add_parser("manifest", help="write a manifest for .bin/.idx that another tool made")
@@ -61,20 +68,22 @@ def _stats(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    tokenizer = checked_tokenizer(args.prefix, args.tokenizer)
+    is_run = args.prefix.endswith((".yaml", ".yml"))
+    if args.overrides and not is_run:
+        raise DataError(f"inspect: {args.overrides[0]} goes with a YAML file; --seq-len, --seed, --documents work here")
     if args.document is not None:
-        print(show_document(args.prefix, args.document, tokenizer))
+        print(show_document(args.prefix, args.document, args.tokenizer))
     elif args.window is not None:
-        print(show_window(args.prefix, args.window, args.seq_len, args.documents, tokenizer))
+        print(show_window(args.prefix, args.window, args.seq_len, args.documents, args.tokenizer))
     else:
         # training's own reader, so that what is shown is what is trained on; it imports torch and megatron-core
-        from data_prep.reading import TrainingSet
+        from data_prep.index_build import read_config
+        from data_prep.inspect_run import show_sample
 
-        if args.sample < 0:
-            raise DataError(f"inspect: sample {args.sample} is negative; 0 or more works")
-        dataset = TrainingSet(args.prefix, args.seq_len, args.seed)
-        print(f"sample {args.sample} of {args.prefix} (seed {args.seed}, {len(dataset)} windows per epoch)")
-        print(show_ids(dataset.sample(args.sample), args.documents, tokenizer))
+        data, seq_len = DataConfig(train=args.prefix, documents=args.documents, seed=args.seed), args.seq_len
+        if is_run:
+            data, seq_len = read_config(args.prefix, args.overrides)
+        print(show_sample(data, seq_len, args.sample, args.tokenizer))
 
 
 def _manifest(args: argparse.Namespace) -> None:

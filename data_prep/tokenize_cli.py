@@ -1,57 +1,22 @@
-"""`python -m data_prep tokenize` and `tokenizer train | info`."""
+"""`python -m data_prep tokenize`."""
 
 import argparse
-import hashlib
-import itertools
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data_prep.errors import DataError
 from data_prep.files import sha256_file
 from data_prep.hooks import hook_identity
-from data_prep.jsonl import read_texts
 from data_prep.manifest import Manifest, is_verified, load_manifest, manifest_path
 from data_prep.tokenize import Settings, tokenize_files
 from data_prep.tokenize_records import Rules
 from data_prep.tokenize_units import FORMATS
 from data_prep.tokenize_work import WorkFolder, recipe_of
-from data_prep.tokenizer import Tokenizer, available_threads, train_tokenizer
-
-PROBES = (
-    "tab\tand  two spaces",
-    " a space first",
-    "line\n\n  indented\r\n",
-    "漢字 \U0001f600 e\u0301 \u00e9 \ufb01",
-    "a\u2581b",
-)
+from data_prep.tokenizer import Tokenizer, available_threads
 
 
-def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add both commands."""
-    _add_tokenize(commands)
-    tokenizer = commands.add_parser("tokenizer", help="train or describe a tokenizer")
-    actions = tokenizer.add_subparsers(dest="action", required=True)
-    train = actions.add_parser("train", help="sentencepiece with byte fallback and exact round trip")
-    train.add_argument("--input", required=True, nargs="+", help="JSON lines, also .gz or .zst")
-    train.add_argument("--out", required=True, help="model file")
-    train.add_argument("--vocab", type=int, default=8192, help="pieces (default 8192; up to 65499 takes 2 bytes each)")
-    train.add_argument(
-        "--type",
-        choices=["bpe", "unigram"],
-        default="bpe",
-        help="bpe (default) trains 12 times as fast, unigram encodes 4.5 times as fast",
-    )
-    train.add_argument("--sample-mb", type=float, help="train on an even selection of about this many MB of text")
-    train.add_argument("--text-key", default="text")
-    train.set_defaults(run=_train)
-    info = actions.add_parser("info", help="vocabulary, special tokens, digest, round trip")
-    info.add_argument("model", nargs="?", help="any sentencepiece model")
-    info.add_argument("--model", dest="model_option", help="the same")
-    info.set_defaults(run=_info)
-
-
-def _add_tokenize(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command."""
     tokens = commands.add_parser("tokenize", help="text to PREFIX.bin, .idx and .manifest.json")
     tokens.add_argument("--input", required=True, nargs="+", help="JSON lines, text or parquet; .gz and .zst")
     tokens.add_argument("--tokenizer", "--model", required=True, help="sentencepiece model, ours or another")
@@ -130,39 +95,4 @@ def summary(prefix: str | Path, manifest: Manifest) -> str:
         f"tokens     {prefix}: {manifest.documents} documents, {manifest.tokens} tokens,"
         f" {manifest.text_bytes / 1e6:.2f} MB of text, {manifest.bytes_per_token:.2f} bytes/token"
         f"{'; ' + dropped if dropped else ''}"
-    )
-
-
-def _train(args: argparse.Namespace) -> None:
-    texts: Iterable[str] = itertools.chain.from_iterable(read_texts(path, args.text_key) for path in args.input)
-    if args.sample_mb is not None:
-        total = sum(Path(path).stat().st_size for path in args.input if Path(path).is_file())
-        texts = even_selection(texts, args.sample_mb * 1e6 / max(total, 1))
-    started = time.monotonic()
-    tokenizer = train_tokenizer(texts, args.vocab, args.out, args.type)
-    print(f"trained    {args.type} in {time.monotonic() - started:.1f} s")
-    _describe(args.out, tokenizer)
-
-
-def even_selection(texts: Iterable[str], share: float) -> Iterator[str]:
-    """About `share` of the texts, chosen by their hash: the same ones wherever they stand."""
-    for text in texts:
-        digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
-        if int.from_bytes(digest[:8], "big") < share * 2**64:
-            yield text
-
-
-def _info(args: argparse.Namespace) -> None:
-    path = args.model or args.model_option
-    if not path:
-        raise DataError("tokenizer info: no model; `tokenizer info PATH` works")
-    _describe(path, Tokenizer.load(path))
-
-
-def _describe(path: str, tokenizer: Tokenizer) -> None:
-    changed = tokenizer.failures(PROBES)
-    print(
-        f"tokenizer  {path}: {tokenizer.vocab_size} pieces, eos {tokenizer.eos_id}, pad {tokenizer.pad_id},"
-        f" sha256 {tokenizer.sha256}"
-        + (f"; {len(changed)} of {len(PROBES)} probe texts do not come back exactly: {changed}" if changed else "")
     )

@@ -50,6 +50,8 @@ def plan(paths: Iterable[str], asked: str, unit_bytes: int) -> list[Unit]:
     """
     units: list[Unit] = []
     for path in paths:
+        if os.path.isdir(path):
+            raise DataError(f"{path}: a folder; name its files, for example {path}/*.jsonl")
         if not os.path.isfile(path):
             raise DataError(f"{path}: no such file")
         kind, size = format_of(path, asked), os.path.getsize(path)

@@ -79,26 +79,54 @@ def test_the_first_200_batches_are_the_same_for_every_layout_and_resume(folder, 
     assert found == whole
 
 
-def read_on_rank(folder: Path, tensor: int, pipeline: int) -> tuple[int, list[bytes]]:
+# (ranks, tensor, pipeline, micro_batch); what tensor and pipeline leave over is data parallel
+RANK_LAYOUTS = [(1, 1, 1, 2), (2, 1, 1, 4), (4, 1, 1, 1), (4, 2, 1, 2), (4, 1, 2, 4), (4, 2, 2, 1)]
+CUT = 77
+
+
+def read_on_rank(
+    folder: Path, tensor: int, pipeline: int, micro_batch: int, start: int, steps: int
+) -> tuple[tuple[int, int, int], list[bytes]]:
+    """(data, tensor, pipeline) rank and the rows of every step, read as training reads them."""
     with groups.start(ParallelConfig(tensor=tensor, pipeline=pipeline)) as ranks:
         blend = open_blend(config(folder, "reset"), T)
-        loader = BatchLoader(blend, GLOBAL_BATCH, 2, ranks.dp_rank, ranks.dp_size, documents="reset")
-        found = [b"".join(rows(batch) for batch in loader.batches(step * GLOBAL_BATCH)) for step in range(20)]
+        loader = BatchLoader(blend, GLOBAL_BATCH, micro_batch, ranks.dp_rank, ranks.dp_size, documents="reset")
+        numbers = range(start * GLOBAL_BATCH, (start + steps) * GLOBAL_BATCH, GLOBAL_BATCH)
+        found = [b"".join(rows(batch) for batch in loader.batches(consumed)) for consumed in numbers]
         loader.close()
-        return ranks.dp_rank, found
+        return (ranks.dp_rank, ranks.tp_rank, ranks.pp_rank), found
 
 
-@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (2, 2)])
-def test_tensor_and_pipeline_ranks_read_the_slice_of_their_data_parallel_rank(folder, tensor, pipeline):
-    answers = run_ranks(read_on_rank, 4, folder, tensor, pipeline, timeout=90)
-    dp_size = 4 // (tensor * pipeline)
-    by_rank = dict(answers)
-    assert sorted(by_rank) == list(range(dp_size))
-    assert all(found == by_rank[dp_rank] for dp_rank, found in answers)
-    steps = [b"".join(by_rank[dp_rank][step] for dp_rank in range(dp_size)) for step in range(20)]
-    assert [hashlib.sha256(step).hexdigest() for step in steps] == hashes(
-        open_blend(config(folder, "reset"), T), "reset", 1, GLOBAL_BATCH, 0, 20
-    )
+def hashes_of_ranks(folder: Path, layout: tuple[int, int, int, int], start: int, steps: int) -> list[str]:
+    """Hash of every global batch as the ranks of a real job read it; all ranks of a replica must read the same."""
+    world, *degrees = layout
+    answers = run_ranks(read_on_rank, world, folder, *degrees, start, steps, timeout=90)
+    places = [place for place, _ in answers]
+    dp_size = world // (degrees[0] * degrees[1])
+    assert sorted(places) == [
+        (dp, tp, pp) for dp in range(dp_size) for tp in range(degrees[0]) for pp in range(degrees[1])
+    ]
+    by_data_rank = {place[0]: found for place, found in answers}
+    assert all(found == by_data_rank[place[0]] for place, found in answers)
+    return [
+        hashlib.sha256(b"".join(by_data_rank[dp][step] for dp in range(dp_size))).hexdigest() for step in range(steps)
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(folder) -> list[str]:
+    return hashes(open_blend(config(folder, "reset"), T), "reset", 1, GLOBAL_BATCH, 0, STEPS)
+
+
+@pytest.mark.parametrize("layout", RANK_LAYOUTS, ids=str)
+def test_the_first_200_batches_are_the_same_on_real_ranks(folder, whole, layout):
+    """Data, tensor and pipeline ranks as megatron-core numbers them."""
+    assert hashes_of_ranks(folder, layout, 0, STEPS) == whole
+
+
+@pytest.mark.parametrize("layout", [(2, 2, 1, 1), (2, 1, 2, 4)], ids=str)
+def test_a_job_that_goes_on_with_another_layout_reads_what_follows(folder, whole, layout):
+    assert hashes_of_ranks(folder, layout, CUT, STEPS - CUT) == whole[CUT:]
 
 
 def test_every_source_is_read_once_per_epoch_in_two_orders(folder):

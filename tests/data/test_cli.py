@@ -1,5 +1,6 @@
 """The command line: from corpus to tokens, and what it says when something is wrong."""
 
+import gzip
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,7 @@ def test_bad_records_are_counted_on_the_console(tiny, tmp_path, capsys):
         (["corpus", "--add", "anarchism", "--out", "OUT"], "--add goes with --tier"),
         (["tokenizer", "info"], "no model"),
         (["tokenizer", "train", "--input", "gone.jsonl", "--out", "OUT/t"], "gone.jsonl: no such file"),
+        (["tokenizer", "train", "--input", "OUT", "--out", "OUT/t"], "a folder; name its files, for example"),
         (["verify", "OUT/absent"], "absent.idx: no such file"),
     ],
 )
@@ -91,3 +93,28 @@ def test_tokenizer_types_and_selection(tiny, tmp_path, capsys):
     capsys.readouterr()
     assert main(["tokenizer", "info", "--model", f"{tmp_path}/u.model"]) == 0
     assert "probe texts do not" not in capsys.readouterr().out
+
+
+def test_a_tokenizer_learns_from_whatever_tokenize_reads(tiny, tmp_path, capsys):
+    lines = (tiny.folder / "train.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(b"".join(lines)))
+    (tmp_path / "bad.jsonl").write_bytes(b"".join([*lines[:9], b'{"text": \n', *lines[9:], b'{"id": 1}\n']))
+    models = []
+    for name, more in (("in.jsonl.gz", []), ("bad.jsonl", ["--on-bad", "skip"])):
+        command = [
+            "tokenizer",
+            "train",
+            "--input",
+            f"{tmp_path}/{name}",
+            "--vocab",
+            "500",
+            "--out",
+            f"{tmp_path}/{name}.m",
+        ]
+        assert main([*command, *more]) == 0
+        models.append((tmp_path / f"{name}.m").read_bytes())
+    assert models[0] == models[1]
+    assert "; 1 bad_json; 1 missing_field" in capsys.readouterr().out
+    offset = sum(map(len, lines[:9]))
+    assert main(command) == 2
+    assert f"bad.jsonl: line 10, byte offset {offset}: bad_json" in capsys.readouterr().err

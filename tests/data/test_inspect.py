@@ -1,10 +1,12 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from data_prep.__main__ import main
 from data_prep.errors import DataError
+from data_prep.index_store import open_store
 from data_prep.indexed import memmap_tokens, read_header
 from data_prep.inspect_tokens import checked_tokenizer, show_document, show_ids, show_window
 from data_prep.tokenizer import train_tokenizer
@@ -13,16 +15,15 @@ from data_prep.tokenizer import train_tokenizer
 def test_a_document_is_its_text_and_its_place(tiny):
     texts = [json.loads(line)["text"] for line in (tiny.folder / "train.jsonl").read_bytes().splitlines()]
     lengths = read_header(tiny.train_prefix).document_lengths
-    shown = show_document(tiny.train_prefix, 2, tiny.tokenizer)
+    shown = show_document(tiny.train_prefix, 2)
     start = int(lengths[:2].sum())
     assert shown.startswith(
-        f"document 2 of {len(texts)}: {lengths[2]} tokens (tokens {start}..{start + lengths[2] - 1},"
-        f" byte offset {2 * start} of .bin)\n"
+        f"document 2 of {len(texts)}: {lengths[2]} tokens ({start}..{start + lengths[2] - 1} of {tiny.train_prefix})\n"
     )
     assert shown.endswith(texts[2] + " <EOS>")
     for outside in (-1, len(texts)):
         with pytest.raises(DataError, match=rf"document {outside} is outside the set; 0 to {len(texts) - 1} works"):
-            show_document(tiny.train_prefix, outside, tiny.tokenizer)
+            show_document(tiny.train_prefix, outside)
 
 
 def test_resets_stand_where_training_resets(tiny):
@@ -46,18 +47,21 @@ def test_resets_stand_where_training_resets(tiny):
 
 def test_a_window_is_the_tokens_in_file_order(tiny):
     tokens = memmap_tokens(tiny.train_prefix, read_header(tiny.train_prefix))
-    shown = show_window(tiny.train_prefix, 3, 50, "reset", tiny.tokenizer)
+    shown = show_window(tiny.train_prefix, 3, 50, "reset")
     assert shown.startswith("window 3 of ")
     assert show_ids(tokens[150:201].astype(np.int64), "reset", tiny.tokenizer) in shown
     with pytest.raises(DataError, match=r"windows 0 to \d+ work"):
-        show_window(tiny.train_prefix, 10**9, 50, "reset", tiny.tokenizer)
+        show_window(tiny.train_prefix, 10**9, 50, "reset")
+    with pytest.raises(DataError, match="--seq-len 0; 1 or more works"):
+        show_window(tiny.train_prefix, 0, 0, "reset")
 
 
 def test_the_tokenizer_must_be_the_sets_own(tiny, tmp_path):
-    assert checked_tokenizer(tiny.train_prefix, "").sha256 == tiny.tokenizer.sha256
+    store = open_store(tiny.train_prefix)
+    assert checked_tokenizer(store, "").sha256 == tiny.tokenizer.sha256
     train_tokenizer(["another text altogether"] * 3, 280, tmp_path / "other.model")
     with pytest.raises(DataError, match=r"other\.model: sha256 .* give that model with --tokenizer"):
-        checked_tokenizer(tiny.train_prefix, str(tmp_path / "other.model"))
+        checked_tokenizer(store, str(tmp_path / "other.model"))
 
 
 def test_commands(tiny, copied, capsys):
@@ -71,3 +75,44 @@ def test_commands(tiny, copied, capsys):
     ids = TrainingSet(copied.train_prefix, 32, 1234).sample(5)
     assert show_ids(ids, "carry", tiny.tokenizer) in shown
     assert main(["inspect", tiny.train_prefix, "--document", "99999"]) == 2
+
+
+def blend_file(copied):
+    """A blend of the set and of a raw folder with the same ids; returns the YAML file."""
+    folder = copied.folder
+    (folder / "raw").mkdir()
+    shutil.copy(folder / "heldout.bin", folder / "raw/a.bin")
+    (folder / "raw/raw.json").write_text(json.dumps({"eos_id": copied.tokenizer.eos_id, "vocab_size": 1000}))
+    sources = [f"{{name: {name}, train: {folder}/{name}, heldout: {folder}/heldout}}" for name in ("train", "raw")]
+    (folder / "run.yaml").write_text(f"data: {{sources: [{', '.join(sources)}]}}\ntrain: {{seq_len: 32}}\n")
+    return str(folder / "run.yaml")
+
+
+@pytest.mark.parametrize("documents", ["carry", "reset", "doc"])
+def test_a_sample_of_a_run_is_what_training_reads(copied, capsys, documents):
+    from data_prep.blend import open_blend
+    from data_prep.index_build import read_config
+
+    path, override = blend_file(copied), f"data.documents={documents}"
+    blend = open_blend(*read_config(path, [override]))
+    n = 2 * len(blend.sources[0])  # equal weights: sample n is the first of the first source's second epoch
+    for number, place in ((0, "train, epoch 0, 0 of"), (1, "raw, epoch 0, 0 of"), (n, "train, epoch 1, 0 of")):
+        assert main(["inspect", path, override, "--sample", str(number)]) == 0
+        title, _, text = capsys.readouterr().out.partition("\n")
+        assert f"/{place}" in title
+        assert f"{blend.real_targets(number)} targets" in title
+        ids = blend.sample(number)
+        assert text.rstrip("\n") == show_ids(ids[ids >= 0], documents, copied.tokenizer).rstrip("\n")
+
+
+def test_raw_folders_are_shown_too(copied, capsys):
+    blend_file(copied)
+    assert main(["inspect", f"{copied.folder}/raw", "--document", "0"]) == 0
+    raw = capsys.readouterr().out.partition("\n")[2]
+    assert main(["inspect", copied.heldout_prefix, "--document", "0"]) == 0
+    assert capsys.readouterr().out.partition("\n")[2] == raw
+
+
+def test_overrides_need_a_file(tiny, capsys):
+    assert main(["inspect", tiny.train_prefix, "data.seed=3", "--sample", "0"]) == 2
+    assert "data.seed=3 goes with a YAML file" in capsys.readouterr().err

@@ -1,11 +1,13 @@
 """Every input format, worker count and unit size gives the same tokens; hooks and repeated documents."""
 
 import gzip
-import importlib.util
 import json
 import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 
 from data_prep.errors import DataError
 from data_prep.hooks import load_hook, near
@@ -119,10 +121,7 @@ def test_a_missing_package_is_named(run, tmp_path, monkeypatch, name, package):
         run(name)
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("zstandard"), reason="zstandard is not installed")
 def test_zstandard_with_several_frames_and_truncated(run, tmp_path, jsonl):
-    import zstandard
-
     pack = zstandard.ZstdCompressor().compress
     data = pack(jsonl[:5000]) + pack(jsonl[5000:])
     (tmp_path / "in.jsonl.zst").write_bytes(data)
@@ -133,11 +132,7 @@ def test_zstandard_with_several_frames_and_truncated(run, tmp_path, jsonl):
             run("in.jsonl.zst")
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("pyarrow"), reason="pyarrow is not installed")
 def test_parquet_rows(run, tmp_path, jsonl):
-    import pyarrow
-    import pyarrow.parquet
-
     pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "in.parquet", row_group_size=64)
     assert run("in.parquet", workers=2).sha256_bin == run("in.jsonl", "plain").sha256_bin
     table = pyarrow.table({"text": [*TEXTS[:70], None, *TEXTS[70:]]})
