@@ -2,8 +2,9 @@
 
 python benchmarks/tokenize_speed.py --tokenizer data/main/tokenizer.model --input data/main/*/train.jsonl
 
-Runs alternate, so that other work on the machine hits both alike; the load average is printed with every run, and the
-ratio is the median of the ratios of runs that followed each other.
+Runs alternate. The ratio is that of the two runs of a round, and its median is taken over the rounds in which other
+programs used less than `--others` cores in both runs: on a busy machine a second worker has no core of its own, and the
+ratio would say nothing about the program. All rounds are printed.
 """
 
 import argparse
@@ -14,24 +15,35 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
 
-def measure(inputs: list[str], tokenizer: str, workers: int, folder: str) -> tuple[float, float, str]:
-    """(wall seconds, CPU seconds, digest of .bin) of one run in a process of its own."""
+@dataclass(frozen=True)
+class Run:
+    """One run: wall and CPU seconds, cores that other programs used meanwhile, and the digest of .bin."""
+
+    wall: float
+    cpu: float
+    others: float
+    digest: str
+
+
+def measure(inputs: list[str], tokenizer: str, workers: int, folder: str) -> Run:
+    """Tokenize in a process of its own."""
     from data_prep.files import sha256_file
 
     prefix = f"{folder}/tokens"
     command = [sys.executable, "-m", "data_prep", "tokenize", "--tokenizer", os.path.abspath(tokenizer)]
     command += ["--out", prefix, "--workers", str(workers), "--input", *map(os.path.abspath, inputs)]
-    before, started = _cpu(), time.monotonic()
+    cpu, busy, started = _cpu(), _busy(), time.monotonic()
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    wall, cpu = time.monotonic() - started, _cpu() - before
+    wall, cpu, busy = time.monotonic() - started, _cpu() - cpu, _busy() - busy
     digest = sha256_file(f"{prefix}.bin")
     Path(f"{prefix}.manifest.json").unlink()  # else the next run finds its work done
-    return wall, cpu, digest
+    return Run(wall, cpu, max(busy - cpu, 0.0) / wall, digest)
 
 
 def _cpu() -> float:
@@ -39,44 +51,60 @@ def _cpu() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def _busy() -> float:
+    """CPU seconds that all programs of this machine have used; nan where /proc/stat does not exist."""
+    try:
+        fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+    except OSError:
+        return float("nan")
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields)
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
 def main() -> None:
     """Print every run and the medians."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True)
     parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--workers", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--workers", nargs=2, type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--others", type=float, default=0.2, help="most cores of other programs (default 0.2)")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     megabytes = sum(map(os.path.getsize, args.input)) / 1e6
     print(f"{megabytes:.1f} MB of input, {os.cpu_count()} cores")
-    walls: dict[int, list[float]] = {workers: [] for workers in args.workers}
-    cpus: dict[int, list[float]] = {workers: [] for workers in args.workers}
-    digests = set()
+    rounds: list[list[Run]] = []
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(args.rounds):
+            rounds.append([])
             for workers in args.workers:
-                wall, cpu, digest = measure(args.input, args.tokenizer, workers, folder)
-                walls[workers].append(wall)
-                cpus[workers].append(cpu)
-                digests.add(digest)
-                load = os.getloadavg()[0]
+                run = measure(args.input, args.tokenizer, workers, folder)
+                rounds[-1].append(run)
                 print(
-                    f"{workers} workers  {wall:6.1f} s  {megabytes / wall:5.2f} MB/s  "
-                    f"CPU {cpu:6.1f} s  load {load:.1f}",
+                    f"{workers} workers  {run.wall:6.1f} s  {megabytes / run.wall:5.2f} MB/s  CPU {run.cpu:6.1f} s"
+                    f"  others {run.others:.2f} cores",
                     flush=True,
                 )
-    for workers in args.workers:
-        wall, cpu = statistics.median(walls[workers]), statistics.median(cpus[workers])
-        print(
-            f"median of {args.rounds}: {workers} workers {wall:.1f} s, {megabytes / wall:.2f} MB/s,"
-            f" CPU {cpu:.1f} s, {megabytes / cpu:.2f} MB per CPU second"
-        )
-    first = args.workers[0]
-    for workers in args.workers[1:]:
-        ratios = [one / more for one, more in zip(walls[first], walls[workers], strict=True)]
-        listed = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-        print(f"{workers} workers are {statistics.median(ratios):.2f} times as fast as {first} (rounds: {listed})")
+    report(rounds, args.workers, args.others, megabytes)
+
+
+def report(rounds: list[list[Run]], workers: list[int], most: float, megabytes: float) -> None:
+    """Print the medians over the quiet rounds."""
+    ratios = [first.wall / second.wall for first, second in rounds]
+    print("ratio of every round: " + ", ".join(f"{ratio:.2f}" for ratio in ratios))
+    quiet = [pair for pair in rounds if all(run.others < most for run in pair)]
+    print(f"{len(quiet)} of {len(rounds)} rounds had less than {most} cores used by others")
+    for number, count in enumerate(workers):
+        if quiet:
+            wall, cpu = (statistics.median(getattr(pair[number], name) for pair in quiet) for name in ("wall", "cpu"))
+            print(
+                f"{count} workers, median: {wall:.1f} s, {megabytes / wall:.2f} MB/s,"
+                f" CPU {cpu:.1f} s, {megabytes / cpu:.2f} MB per CPU second"
+            )
+    if quiet:
+        ratio = statistics.median(first.wall / second.wall for first, second in quiet)
+        print(f"{workers[1]} workers are {ratio:.2f} times as fast as {workers[0]}")
+    digests = {run.digest for pair in rounds for run in pair}
     print("files equal in all runs" if len(digests) == 1 else f"FILES DIFFER: {digests}")
 
 

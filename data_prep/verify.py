@@ -44,7 +44,7 @@ def problems(prefix: str | Path, tokenizer: str = "", sources: bool = False) -> 
 
 def _token_problems(prefix: str | Path, header: Header, manifest: Manifest) -> Iterator[str]:
     tokens = memmap_tokens(prefix, header)
-    size = header.dtype.itemsize
+    size, ends = header.dtype.itemsize, 0
     for start in range(0, len(tokens), _CHUNK_TOKENS):
         chunk = tokens[start : start + _CHUNK_TOKENS]
         wrong = np.flatnonzero((chunk < 0) | (chunk >= manifest.vocab_size))
@@ -55,6 +55,7 @@ def _token_problems(prefix: str | Path, header: Header, manifest: Manifest) -> I
                 f" 0..{manifest.vocab_size - 1}"
             )
             return
+        ends += int(np.count_nonzero(chunk == manifest.eos_id))
     lengths = header.document_lengths.astype(np.int64)
     last = np.cumsum(lengths)[lengths > 0] - 1
     open_ends = np.flatnonzero(tokens[last] != manifest.eos_id)
@@ -64,7 +65,7 @@ def _token_problems(prefix: str | Path, header: Header, manifest: Manifest) -> I
             f"{prefix}.bin: {len(open_ends)} documents do not end in EOS {manifest.eos_id}, first at byte offset"
             f" {int(last[first]) * size}"
         )
-    inside = int(np.count_nonzero(tokens == manifest.eos_id)) - (len(last) - len(open_ends))
+    inside = ends - (len(last) - len(open_ends))
     if inside:
         yield f"{prefix}.bin: {inside} EOS tokens {manifest.eos_id} stand inside documents"
 

@@ -25,6 +25,7 @@ from data_prep.index_rows import DocumentRows, StreamWindows, Windows
 from data_prep.index_store import MegatronStore, TokenStore
 
 STAMP = "checked.json"
+MOST_DOCUMENTS = 2**31 - 1  # megatron-core numbers documents in int32
 # numpy raises ValueError for a truncated .npy, megatron-core AssertionError for sizes that do not fit
 _UNREADABLE = (OSError, ValueError, AssertionError)
 
@@ -99,6 +100,9 @@ def _prepare(store: TokenStore, key: IndexKey, final: Path, build: bool) -> str:
         if final.is_dir():
             store.check_unchanged(final / STAMP)
             return ""
+        if isinstance(store, MegatronStore) and store.manifest.documents > MOST_DOCUMENTS:
+            what = f"{store.manifest.documents} documents, an index of megatron-core holds {MOST_DOCUMENTS}"
+            return f"{store.name}.idx: {what}; make several sets of it and name them in data.sources"
         if not build:
             return f"{store.name}: no index {final}, and data.index is require; {BUILD_INDEX}"
         return _publish(store, key, final)

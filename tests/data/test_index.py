@@ -1,6 +1,7 @@
 """Indices built before the job, data that changed under its name, and the commands."""
 
 import argparse
+import dataclasses
 import os
 import shutil
 
@@ -11,10 +12,13 @@ from multirank import run_ranks
 
 from data_prep.config import DataConfig
 from data_prep.errors import DataError
+from data_prep.index_key import IndexKey
+from data_prep.index_store import MegatronStore
 from data_prep.indexed import IndexedWriter, read_header
 from data_prep.manifest import Manifest
 from data_prep.reading import HeldoutSet, TrainingSet
 from data_prep.training_cli import add_parsers
+from data_prep.window_index import open_windows
 
 T = 32
 
@@ -133,6 +137,13 @@ def test_documents_too_short_for_any_row_are_refused(tmp_path):
     Manifest(5, 5, 5, 1.0, 300, 1, writer.sha256_bin, writer.sha256_idx, "", "").save(tmp_path / "a")
     with pytest.raises(DataError, match="no document has two tokens"):
         TrainingSet(str(tmp_path / "a"), T, 1, documents="doc")
+
+
+def test_more_documents_than_megatron_numbers_are_refused(copied):
+    store = MegatronStore(copied.train_prefix)
+    store.manifest = dataclasses.replace(store.manifest, documents=2**31)
+    with pytest.raises(DataError, match=r"train\.idx: 2147483648 documents, .* 2147483647; make several sets"):
+        open_windows(store, IndexKey(T, 1))
 
 
 def test_blend_command_prints_the_budget(copied, config_file, capsys):
