@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DATA := data/quickstart
 PROCESSES ?= 2
 
-.PHONY: train test parity crash-test matrix lint format bench clean
+.PHONY: train test parity crash-test matrix lint format bench clean kill-test
 
 train: $(DATA)/heldout.manifest.json
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(PROCESSES) pretrain_hope.py configs/quickstart.yaml
@@ -24,6 +24,10 @@ crash-test: $(VENV)/.installed
 # every checkpoint layout into every other, all optimizers, some minutes
 matrix: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parity/test_checkpoint_layouts.py -m slow
+
+# tokenizing killed at 20 random moments and resumed: equal bytes every time, two minutes
+kill-test: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/data -m slow -s
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -30,7 +30,13 @@ def build_parser(training: bool = True) -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 2 data error, 130 interrupted)."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse leaves over what follows an option: `blend run.yaml --tokens 1e9 data.seed=3`
+    if rest and not (hasattr(args, "overrides") and all(word[0] != "-" and "=" in word for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
     try:
         args.run(args)
     except DataError as error:

@@ -34,8 +34,9 @@ def preview(data: DataConfig, seq_len: int, tokens: int) -> Iterator[str]:
         read = round(count * _filled(source_windows) * seq_len)
         figures = (f"{figure:,}" for figure in (store.tokens, per_epoch, count, read))
         yield _row(name, f"{share:.2%}", *figures, f"{count / per_epoch:.3f}")
-    first = [order.locate(number)[0] for number in range(min(FIRST, samples))]
-    yield f"first {len(first)} samples come from: {' '.join(names[source] for source in first)}"
+    if len(names) > 1:
+        first = [order.locate(number)[0] for number in range(min(FIRST, samples))]
+        yield f"first {len(first)} samples come from: {' '.join(names[source] for source in first)}"
     for name, source, source_windows in zip(names, sources, windows, strict=True):
         permutation = EpochOrder(len(source_windows), data.seed, 0, source.name)
         numbers = " ".join(str(permutation[i]) for i in range(min(8, len(source_windows))))

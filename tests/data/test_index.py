@@ -10,6 +10,7 @@ import pytest
 import torch.distributed as dist
 from multirank import run_ranks
 
+from data_prep.__main__ import main
 from data_prep.config import DataConfig
 from data_prep.errors import DataError
 from data_prep.index_key import IndexKey
@@ -177,3 +178,17 @@ def test_a_token_budget_that_is_no_number_is_refused(word, capsys):
     with pytest.raises(SystemExit):
         run("blend", "a.yaml", f"--tokens={word}")
     assert "is not a number of tokens" in capsys.readouterr().err
+
+
+def test_overrides_may_stand_behind_options(copied, config_file, capsys):
+    shown = []
+    for words in (["data.seed=3", "--tokens", "1e4"], ["--tokens", "1e4", "data.seed=3"]):
+        assert main(["blend", config_file, *words]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    assert "seed 3" in shown[0]
+    for words in (["blend", config_file, "--tokens", "1e4", "--sed=3"], ["verify", copied.train_prefix, "--x"]):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 2
+        assert f"unrecognized arguments: {words[-1]}" in capsys.readouterr().err

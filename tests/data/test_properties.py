@@ -1,5 +1,6 @@
-"""Properties of the index arithmetic, for any sizes, weights and positions."""
+"""Properties of the index arithmetic and of the files, for any sizes, weights, positions and texts."""
 
+import tempfile
 from fractions import Fraction
 
 import numpy as np
@@ -9,8 +10,10 @@ from hypothesis import strategies as st
 from data_prep.batches import global_batch_slice
 from data_prep.blend_order import BlendOrder
 from data_prep.index_rows import DocumentRows, StreamWindows, rows_before
+from data_prep.indexed import IndexedWriter, memmap_tokens, read_header
 from data_prep.order import EpochOrder
 from data_prep.stages import split_windows
+from data_prep.tokenize_units import plan
 
 quick = settings(max_examples=150, deadline=None)
 weights = st.lists(st.floats(1e-4, 1e4), min_size=1, max_size=7)
@@ -119,3 +122,41 @@ def test_cutting_windows_into_rows_keeps_every_target_in_order(rows, row_tokens,
     assert [len(row) for row in cut] == [row_tokens + 1] * (rows * samples)
     for part in (slice(None, -1), slice(1, None)):
         assert np.array_equal(np.concatenate([row[part] for row in cut]), np.concatenate([w[part] for w in windows]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(lines=st.lists(st.binary(max_size=12), max_size=30), unit_bytes=st.integers(1, 60))
+def test_units_are_the_file_cut_behind_newlines(lines, unit_bytes):
+    data = b"\n".join(lines)
+    with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
+        file.write(data)
+        file.flush()
+        units = plan([file.name], "auto", unit_bytes)
+    pieces = [data[unit.start : unit.stop] for unit in units]
+    assert b"".join(pieces) == data
+    assert all(piece.endswith(b"\n") for piece in pieces[:-1])
+    # no unit could end earlier: its last line begins before unit_bytes
+    assert all(piece.find(b"\n", unit_bytes - 1) in (-1, len(piece) - 1) for piece in pieces)
+
+
+@settings(max_examples=60, deadline=None)
+@given(documents=st.lists(st.lists(st.integers(0, 70_000), max_size=9), max_size=12), large=st.booleans())
+def test_documents_written_are_documents_read(documents, large):
+    vocab_size = 70_001 if large else 65_499
+    documents = [[min(token, vocab_size - 1) for token in document] for document in documents]
+    with tempfile.TemporaryDirectory() as folder:
+        with IndexedWriter(f"{folder}/a", vocab_size) as writer:
+            for document in documents:
+                writer.add_document(document)
+        header = read_header(f"{folder}/a")
+        tokens = memmap_tokens(f"{folder}/a", header).tolist()
+    ends = np.cumsum(header.document_lengths).tolist()
+    assert [tokens[start:end] for start, end in zip([0, *ends], ends, strict=False)] == documents
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=60))
+def test_any_text_comes_back_from_its_tokens(tiny, text):
+    ids = tiny.tokenizer.encode(text)
+    assert tiny.tokenizer.decode(ids) == text
+    assert tiny.tokenizer.eos_id not in ids

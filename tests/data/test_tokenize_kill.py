@@ -15,6 +15,7 @@ from data_prep.__main__ import main
 from data_prep.errors import DataError
 from data_prep.tokenize import Settings, tokenize_files
 from data_prep.tokenize_records import Rules
+from data_prep.tokenize_units import plan
 from data_prep.tokenize_work import WorkFolder
 
 ROOT = Path(__file__).parents[2]
@@ -52,21 +53,25 @@ def prepared(tiny, tmp_path):
     return tmp_path
 
 
+def parts(prefix):
+    return len(list(Path(f"{prefix}.work").glob("*.json")))
+
+
 def killed_and_resumed(folder, expected, rounds, delay):
-    """`delay(process, prefix)` waits for the moment to kill; returns how often a killed run had parts."""
-    with_parts = 0
+    """`delay(process, prefix)` waits for the moment to kill; returns how many parts were finished at each kill."""
+    finished = []
     for number in range(rounds):
         prefix = folder / f"round{number}"
         process = start(folder, prefix, workers=1 + number % 2)
         delay(process, prefix)
         os.kill(process.pid, signal.SIGKILL)
         process.communicate(timeout=60)
-        with_parts += any(Path(f"{prefix}.work").glob("*.json"))
+        finished.append(parts(prefix))
         finish(start(folder, prefix, workers=2 - number % 2))
         assert files(prefix) == expected, number
         left = sorted(path.name for path in folder.glob(f"*{prefix.name}*"))
         assert left == sorted(f"round{number}.{suffix}" for suffix in SUFFIXES)
-    return with_parts
+    return finished
 
 
 def test_killed_while_working_resumed_equal(tiny, prepared):
@@ -76,32 +81,32 @@ def test_killed_while_working_resumed_equal(tiny, prepared):
 
     def after_some_parts(process, prefix):
         wanted = chance.randrange(1, 12)
-        while process.poll() is None and len(list(Path(f"{prefix}.work").glob("*.json"))) < wanted:
+        while process.poll() is None and parts(prefix) < wanted:
             time.sleep(0.005)
 
     expected = files(prepared / "whole")
     assert json.loads(expected["manifest.json"])["bad"]["bad_json"] > 10
-    assert killed_and_resumed(prepared, expected, 3, after_some_parts) >= 2
+    assert sum(count > 0 for count in killed_and_resumed(prepared, expected, 3, after_some_parts)) >= 2
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_killed_at_20_random_moments(tiny, prepared):
     make_input(tiny, prepared / "in.jsonl", 6)
-    started = time.monotonic()
+    units = len(plan([f"{prepared}/in.jsonl"], "auto", 100_000))
     finish(start(prepared, prepared / "whole", 2))
-    seconds = time.monotonic() - started
     chance = random.Random(time.time_ns())
-    moments = []
 
     def at_random(process, prefix):
-        moments.append(chance.uniform(0, seconds))
-        time.sleep(moments[-1])
+        """Evenly over start, work and merging, however fast the machine is at this moment."""
+        wanted = chance.randrange(-5, units + 5)
+        while process.poll() is None and parts(prefix) < min(wanted, units):
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 1.0 if wanted < 0 else 0.05))
 
-    with_parts = killed_and_resumed(prepared, files(prepared / "whole"), 20, at_random)
-    print(f"whole run {seconds:.1f} s; killed after {sorted(round(moment, 1) for moment in moments)} s")
-    print(f"{with_parts} of 20 killed runs had finished parts")
-    assert with_parts >= 3
+    finished = killed_and_resumed(prepared, files(prepared / "whole"), 20, at_random)
+    print(f"finished parts of {units} at the 20 kills: {sorted(finished)}")
+    assert sum(count > 0 for count in finished) >= 10
 
 
 def test_finished_parts_are_taken_up_and_not_made_again(tiny, prepared, monkeypatch):
