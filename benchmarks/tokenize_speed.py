@@ -61,6 +61,16 @@ def _busy() -> float:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
+def wait_until_quiet(most: float, patience: float) -> None:
+    """Wait for 3 seconds in which all programs used less than `most` cores, at most `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        before = _busy()
+        time.sleep(3)
+        if (_busy() - before) / 3 < most:
+            return
+
+
 def main() -> None:
     """Print every run and the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -69,6 +79,7 @@ def main() -> None:
     parser.add_argument("--workers", nargs=2, type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--others", type=float, default=0.2, help="most cores of other programs (default 0.2)")
+    parser.add_argument("--patience", type=float, default=0, help="seconds to wait for others before each round")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     megabytes = sum(map(os.path.getsize, args.input)) / 1e6
@@ -77,6 +88,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(args.rounds):
             rounds.append([])
+            wait_until_quiet(args.others, args.patience)
             for workers in args.workers:
                 run = measure(args.input, args.tokenizer, workers, folder)
                 rounds[-1].append(run)

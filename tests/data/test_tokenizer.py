@@ -2,6 +2,8 @@ import io
 
 import pytest
 import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_prep.errors import DataError
 from data_prep.jsonl import read_texts
@@ -107,6 +109,23 @@ def test_unigram_round_trip_is_exact(unigram):
     assert unigram.vocab_size == 600
 
 
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(st.sampled_from("ab the\n\t\r.\u00e9\u6f22")))
+def test_cutting_at_newlines_changes_no_token(tiny, unigram, kind, text):
+    tokenizer = tiny.tokenizer if kind == "bpe" else unigram
+    whole = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
+    assert tokenizer.encode(text) == whole.encode(text)
+
+
+def test_real_text_is_encoded_as_a_whole_would_be(tiny, unigram):
+    texts = list(read_texts(tiny.folder / "train.jsonl"))
+    assert any(text.count("\n") > 100 for text in texts)
+    for tokenizer in (tiny.tokenizer, unigram):
+        whole = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
+        assert tokenizer.encode_batch(texts) == whole.encode(texts)
+
+
 def existing_model(tiny, **settings):
     """A model of somebody else, with sentencepiece's own defaults but for `settings`."""
     model = io.BytesIO()
@@ -129,6 +148,8 @@ def test_a_llama_style_model_is_accepted(tiny):
     with_mark = [text for text in HOSTILE if "\u2581" in text]
     assert llama.failures(HOSTILE) == with_mark  # its U+2581 is a space; nothing can be done from outside
     assert llama.decode(llama.encode("a\u2581b")) == "a b"
+    whole = sentencepiece.SentencePieceProcessor(model_proto=llama.model_bytes)
+    assert llama.encode_batch(HOSTILE) == whole.encode(HOSTILE)
 
 
 def test_what_another_model_changes_is_told(tiny):
