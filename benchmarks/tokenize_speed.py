@@ -3,8 +3,9 @@
 python benchmarks/tokenize_speed.py --tokenizer data/main/tokenizer.model --input data/main/*/train.jsonl
 
 Runs alternate. The ratio is that of the two runs of a round, and its median is taken over the rounds in which other
-programs used less than `--others` cores in both runs: on a busy machine a second worker has no core of its own, and the
-ratio would say nothing about the program. All rounds are printed.
+programs left the workers their cores (they used less than `--others` cores, and half of those that the run had to
+spare): on a busy machine a second worker has no core of its own, and the ratio would say nothing about the program. All
+rounds are printed.
 """
 
 import argparse
@@ -104,8 +105,9 @@ def report(rounds: list[list[Run]], workers: list[int], most: float, megabytes: 
     """Print the medians over the quiet rounds."""
     ratios = [first.wall / second.wall for first, second in rounds]
     print("ratio of every round: " + ", ".join(f"{ratio:.2f}" for ratio in ratios))
-    quiet = [pair for pair in rounds if all(run.others < most for run in pair)]
-    print(f"{len(quiet)} of {len(rounds)} rounds had less than {most} cores used by others")
+    spare = [max((os.cpu_count() or 1) - count, 0) / 2 for count in workers]
+    quiet = [pair for pair in rounds if all(run.others < most + free for run, free in zip(pair, spare, strict=True))]
+    print(f"{len(quiet)} of {len(rounds)} rounds were quiet")
     for number, count in enumerate(workers):
         if quiet:
             wall, cpu = (statistics.median(getattr(pair[number], name) for pair in quiet) for name in ("wall", "cpu"))

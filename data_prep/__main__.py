@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import os
 import sys
 
 from data_prep import corpus_cli, inspect_cli, tokenize_cli, tokenizer_cli
@@ -29,7 +30,7 @@ def build_parser(training: bool = True) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code (0 done, 2 data error, 130 interrupted)."""
+    """Run one command; returns the exit code (0 done, 2 data error, 130 interrupted, 141 nobody reads the output)."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     # argparse leaves over what follows an option: `blend run.yaml --tokens 1e9 data.seed=3`
@@ -39,6 +40,10 @@ def main(argv: list[str] | None = None) -> int:
         args.overrides += rest
     try:
         args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `inspect ... | head`: what is left to write has no reader, and Python's exit would try
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except DataError as error:
         print(f"data error: {error}", file=sys.stderr)
         return 2

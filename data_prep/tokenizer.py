@@ -62,7 +62,7 @@ class Tokenizer:
         U+2581, if there are byte pieces to spell it: sentencepiece would return it as a space. And, in a BPE model, the
         newline if no piece but its own holds one: the tokens are those of the whole text, and BPE's cost per byte grows
         with the length of what it is given (4 MB per CPU second by lines, 2 to 3 by long documents). Not in a unigram
-        model: its sums of float32 over a long text round differently, and some tokens would be others.
+        model: between equally probable tokens the rounding of a sum over the whole text decides.
         """
         if self._model.encode("a", out_type=str)[0].startswith(SPACE_MARK):
             return {}

@@ -84,6 +84,14 @@ def test_corpus_list_and_default_tier(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "heldout.jsonl").exists()
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(tiny):
+    command = [sys.executable, "-m", "data_prep", "inspect", tiny.train_prefix, "--document", "0"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 141
+
+
 def test_tokenizer_types_and_selection(tiny, tmp_path, capsys):
     command = ["tokenizer", "train", "--input", f"{tiny.folder}/train.jsonl", f"{tiny.folder}/heldout.jsonl"]
     assert main([*command, "--type", "unigram", "--vocab", "500", "--out", f"{tmp_path}/u.model"]) == 0

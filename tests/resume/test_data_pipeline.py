@@ -97,6 +97,18 @@ def test_data_changed_under_its_name_is_refused_before_the_first_step(tmp_path, 
     assert not (tmp_path / "runs/tiny/metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize("documents", ["carry", "reset", "doc"])
+def test_a_set_without_documents_is_refused_by_name(tmp_path, capsys, documents):
+    """megatron-core loops for ever on one."""
+    path = config_file(tmp_path)
+    token_set(tmp_path / "empty", 0, 0)
+    for key in ("train", "heldout"):
+        assert run(path, f"data.{key}={tmp_path}/empty", f"data.documents={documents}") == 2
+        error = re.sub(r"\s+", " ", capsys.readouterr().err)
+        assert re.search(rf"data\.{key} .*empty\.idx: 0 documents, 0 tokens; need at least one", error)
+    assert not (tmp_path / "runs").exists()
+
+
 BAD = [
     (["data.train=x"], r"data\.train .*is set beside data\.sources"),
     (["data.sources[1].name=a"], r"data\.sources\[1\]\.name .*'a' is taken"),
