@@ -8,6 +8,7 @@ and ranks, is then the mean over the real targets of the global batch, for every
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -76,10 +77,15 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        move = lambda tensor: tensor.to(device, non_blocking=True)
-        starts_TB = None if self.starts_TB is None else move(self.starts_TB)
-        weights_TB = None if self.weights_TB is None else move(self.weights_TB)
-        return Batch(move(self.tokens_TB), move(self.targets_TB), starts_TB, weights_TB)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """The same batch in page-locked memory, from where `to` does not wait for what the GPU is doing."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        starts_TB, weights_TB = (None if part is None else change(part) for part in (self.starts_TB, self.weights_TB))
+        return Batch(change(self.tokens_TB), change(self.targets_TB), starts_TB, weights_TB)
 
 
 def global_batch_slice(consumed: int, global_batch: int, dp_rank: int, dp_size: int) -> range:
@@ -123,7 +129,10 @@ class BatchLoader:
         self._micro_batch = micro_batch
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._documents = documents
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") if prefetch else None
+        self._pin = torch.cuda.is_available()
+        # a new thread would be on GPU 0, where pinning would start a context for every rank of the node
+        begin = partial(torch.cuda.set_device, torch.cuda.current_device()) if self._pin else None
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="batches", initializer=begin) if prefetch else None
         self._next: tuple[tuple[int, int], Future[list[Batch]]] | None = None
 
     def batches(self, consumed: int, row_tokens: int = 0) -> list[Batch]:
@@ -153,12 +162,9 @@ class BatchLoader:
             everybody = range(consumed, consumed + self._global_batch)
             real_weight = weight_of_real(self._dataset.real_targets, everybody, len(windows[0]) - 1)
         step = self._micro_batch
-        return [
-            Batch.from_windows(rows, self._documents, self._dataset.eos_id, real_weight)
-            for rows in (
-                split_windows(windows[start : start + step], row_tokens) for start in range(0, len(windows), step)
-            )
-        ]
+        rows_of = [split_windows(windows[start : start + step], row_tokens) for start in range(0, len(windows), step)]
+        batches = [Batch.from_windows(rows, self._documents, self._dataset.eos_id, real_weight) for rows in rows_of]
+        return [batch.pinned() for batch in batches] if self._pin else batches
 
 
 def weight_of_real(real_targets: Callable[[int], int], numbers: Sequence[int], seq_len: int) -> float:

@@ -122,6 +122,23 @@ def test_to_moves_every_tensor():
     assert Batch.from_windows([np.arange(5)], "carry", 1).to("meta").starts_TB is None
 
 
+def test_with_gpus_batches_are_pinned_on_the_device_of_the_process(monkeypatch):
+    """Also by the reading thread, which would otherwise be on GPU 0. (CUDA's calls are replaced: no GPU is needed.)"""
+    devices, pinned = {threading.get_ident(): 3}, []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: devices.get(threading.get_ident(), 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: devices.update({threading.get_ident(): device}))
+    pin = lambda tensor: pinned.append((torch.cuda.current_device(), threading.get_ident())) or tensor
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    loader = BatchLoader(Recording(), 4, 2, documents="reset")
+    loader.batches(0)
+    loader.batches(4)
+    loader.close()
+    assert len(pinned) in (12, 18)  # 2 batches and perhaps the one read ahead, of 2 micro-batches of 3 tensors
+    assert {device for device, _ in pinned} == {3}
+    assert len({thread for _, thread in pinned}) == 2
+
+
 def test_slices_are_contiguous_and_disjoint():
     slices = [global_batch_slice(100, 12, rank, 4) for rank in range(4)]
     assert [i for part in slices for i in part] == list(range(100, 112))
