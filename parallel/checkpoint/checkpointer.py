@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,25 +84,26 @@ class Checkpointer:
         Raises:
             CheckpointError: on every rank, if any rank could not write; nothing of it stays, older ones do.
         """
-        began = time.perf_counter()
-        path, ranks, groups = folders.step_folder(self._folder, staged.step), self._ranks, self._groups
+        path = folders.step_folder(self._folder, staged.step)
         try:
-            together(lambda: folders.prepare(path) if ranks.rank == 0 else None, path, groups.world)
-            parts = together(lambda: self._parts(staged), path, groups.world) + rng.parts(staged.rng)
-            planner = PartsSavePlanner(parts, staged.counters)
-            finish = _Finish(path, staged, ranks)
-            dcp.save(
-                {},
-                storage_writer=RawWriter(folders.unfinished(path), ranks.rank, finish),
-                planner=planner,
-                process_group=groups.world,
-            )
-        except CheckpointException as error:
-            self._clean(path)
-            raise CheckpointError(f"{path}: {_first_failure(error)}") from None
-        except Exception as error:
-            self._clean(path)
-            raise CheckpointError(f"{path}: {reason(error)}") from error
+            return self._write(path, staged)
+        except (CheckpointException, Exception) as error:  # the first is a BaseException
+            if self._ranks.rank == 0:
+                with contextlib.suppress(OSError):
+                    folders.discard(path)
+            if isinstance(error, CheckpointError):
+                raise
+            why = _first_failure(error) if isinstance(error, CheckpointException) else reason(error)
+            raise CheckpointError(f"{path}: {why}") from error
+
+    def _write(self, path: Path, staged: Staged) -> Written:
+        began = time.perf_counter()
+        ranks, groups, finish = self._ranks, self._groups, _Finish(path, staged, self._ranks)
+        together(lambda: folders.prepare(path) if ranks.rank == 0 else None, path, groups.world)
+        parts = together(lambda: self._parts(staged), path, groups.world) + rng.parts(staged.rng)
+        writer = RawWriter(folders.unfinished(path), ranks.rank, finish)
+        planner = PartsSavePlanner(parts, staged.counters)
+        dcp.save({}, storage_writer=writer, planner=planner, process_group=groups.world)
         seconds = time.perf_counter() - began
         notes = folders.prune(self._folder, self._keep, self._keep_every) if ranks.rank == 0 else []
         return Written(path, seconds, finish.bytes, notes)
@@ -142,10 +143,6 @@ class Checkpointer:
         ranks, group = self._ranks, self._groups.data
         units = units_of(staged.pieces, staged.shapes, ranks, group)
         return [unit.part(tensor) for unit, tensor in collect(units, staged.pieces, ranks, group)]
-
-    def _clean(self, path: Path) -> None:
-        if self._ranks.rank == 0:
-            shutil.rmtree(folders.unfinished(path), ignore_errors=True)
 
 
 class _Finish:

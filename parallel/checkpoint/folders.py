@@ -50,24 +50,35 @@ def prepare(path: Path) -> None:
     unfinished(path).mkdir(parents=True)
 
 
+def discard(path: Path) -> None:
+    """Remove what a failed save of `path` has written."""
+    shutil.rmtree(unfinished(path), ignore_errors=True)
+    (path.parent / f"{LATEST}.tmp").unlink(missing_ok=True)
+
+
 def publish(path: Path) -> None:
     """Make the written folder visible as `path`, durably, and then name it in `latest`."""
-    folder = path.parent
     sync_folder(unfinished(path))
+    prepared = _next_latest(path)  # now, while a full disk still means that nothing happened
     if path.exists():  # the same step saved again, after a fall-back to an older one
         shutil.rmtree(path.with_name(path.name + ".old"), ignore_errors=True)
         os.replace(path, path.with_name(path.name + ".old"))
     os.replace(unfinished(path), path)
-    sync_folder(folder)
-    set_latest(path)
+    sync_folder(path.parent)
+    os.replace(prepared, path.parent / LATEST)
+    sync_folder(path.parent)
 
 
 def set_latest(path: Path) -> None:
     """Let `latest` name the checkpoint `path`."""
+    os.replace(_next_latest(path), path.parent / LATEST)
+    sync_folder(path.parent)
+
+
+def _next_latest(path: Path) -> Path:
     temporary = path.parent / f"{LATEST}.tmp"
     write_durably(temporary, path.name + "\n")
-    os.replace(temporary, path.parent / LATEST)
-    sync_folder(path.parent)
+    return temporary
 
 
 def prune(folder: Path, keep: int, keep_every: int) -> list[str]:

@@ -25,8 +25,11 @@ class HostGroups:
     data: dist.ProcessGroup
 
 
-def host_groups(ranks: Ranks, timeout_s: float = 1800.0) -> HostGroups:
-    """Make the groups. Collective over all ranks; every rank must make all groups, its own and the others'."""
+def host_groups(ranks: Ranks, timeout_s: float = 7200.0) -> HostGroups:
+    """Make the groups. Collective over all ranks; every rank must make all groups, its own and the others'.
+
+    `timeout_s` must be longer than the slowest rank needs for writing its file: the others wait for it.
+    """
     limit = timedelta(seconds=timeout_s)
     members: dict[tuple[int, int], list[int]] = {}
     for rank in range(ranks.world_size):

@@ -57,7 +57,7 @@ def go_on(folder: Path, precision: str, resume: bool) -> tuple[list[float], dict
     with start(ParallelConfig(), timeout_s=60) as ranks:
         run, extra = Run(ranks, precision), None
         if resume:
-            run.train(range(7, 9))  # other weights and states than at the start, so that loading has to replace them
+            run.train(range(7, 10))  # other weights, states and clocks, so that loading has to replace them
             found, notes = load(run, folder)
             assert found is not None
             assert notes == []
