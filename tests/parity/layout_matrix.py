@@ -101,7 +101,7 @@ def joined(everyone: list[Held]) -> Tensors:
 
 
 def _save(folder: Path, layout: str, optimizer: str, further: int) -> tuple[Held, list[float]]:
-    with start(LAYOUTS[layout][1], timeout_s=100) as ranks:
+    with start(LAYOUTS[layout][1], timeout_s=200) as ranks:
         replica = build(LAYOUTS[layout][1], optimizer, ranks, seed=3)
         train(replica, range(SAVED_AT), optimizer)
         keeper = Checkpointer(folder / layout, ranks)
@@ -110,7 +110,7 @@ def _save(folder: Path, layout: str, optimizer: str, further: int) -> tuple[Held
 
 
 def _load(folder: Path, saved: list[str], layout: str, optimizer: str, further: int) -> list[tuple[Held, list[float]]]:
-    with start(LAYOUTS[layout][1], timeout_s=100) as ranks:
+    with start(LAYOUTS[layout][1], timeout_s=200) as ranks:
         replica = build(
             LAYOUTS[layout][1], optimizer, ranks, seed=4
         )  # other weights, so that loading must replace them
@@ -146,10 +146,12 @@ def _state(results: list[tuple[Held, list[float]]]) -> State:
 def save(folder: Path, layout: str, optimizer: str, further: int = 5) -> State:
     """Train SAVED_AT steps, save in `folder/layout`, go on for `further` steps."""
     world = LAYOUTS[layout][0]
-    return _state(run_ranks(_save, world, folder, layout, optimizer, further, timeout=200))
+    return _state(run_ranks(_save, world, folder, layout, optimizer, further, timeout=220))
 
 
 def load(folder: Path, saved: list[str], layout: str, optimizer: str, further: int = 5) -> dict[str, State]:
     """Load what each layout of `saved` left in `folder`, and go on for `further` steps."""
-    by_rank = run_ranks(_load, LAYOUTS[layout][0], folder, saved, layout, optimizer, further, timeout=230)
+    by_rank = run_ranks(
+        _load, LAYOUTS[layout][0], folder, saved, layout, optimizer, further, timeout=220 + 40 * len(saved)
+    )
     return {one: _state([results[number] for results in by_rank]) for number, one in enumerate(saved)}

@@ -51,6 +51,7 @@ def test_resume_in_another_layout(saved, layout: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("layout", SEVEN)
 def test_the_whole_matrix(saved, layout: str, optimizer: str) -> None:
@@ -70,6 +71,7 @@ def test_states_are_there_and_are_not_zero(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_twenty_steps_after_a_change_of_layout(tmp_path: Path) -> None:
     straight = save(tmp_path, "pp2-dp2", "dmgd", further=20)
     resumed = load(tmp_path, ["pp2-dp2"], "tp2-pp2", "dmgd", further=20)["pp2-dp2"]
