@@ -41,11 +41,12 @@ class Wishes:
 
 @dataclass
 class _InFlight:
-    """A save from its staging on; once `thread` has ended, `written` or `error` is set."""
+    """A save from its staging on; once `thread` has ended, `written` or `error` is set. `answers`: the SAVE file."""
 
     step: int
     staged_s: float
     waited_s: float
+    answers: bool
     thread: threading.Thread | None = None
     written: Written | None = None
     error: str | None = None
@@ -115,7 +116,7 @@ class Saver:
         began = time.perf_counter()
         contents = self._contents(step) if self._ranks.rank == 0 else {}
         staged = self._checkpointer.stage(step, self._models, self._optimizer, contents)
-        save = self._in_flight = _InFlight(step, time.perf_counter() - began, waited)
+        save = self._in_flight = _InFlight(step, time.perf_counter() - began, waited, self._answering)
         if wait:
             self._write(save, staged)
             self._finish(log)
@@ -170,6 +171,7 @@ class Saver:
         log.event("SAVE", step=save.step, staged_s=save.staged_s, durable_s=durable, bytes=save.written.bytes, **waited)
         for note in save.written.notes:
             log.say(f"SAVE note: {note}")
-        if self._answering and self._ranks.rank == 0:
-            (self._folder / SAVE_FILE).unlink(missing_ok=True)
-        self._answering = False
+        if save.answers:
+            self._answering = False
+            if self._ranks.rank == 0:
+                (self._folder / SAVE_FILE).unlink(missing_ok=True)

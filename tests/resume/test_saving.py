@@ -16,7 +16,7 @@ from test_training_run import events, metrics, run, same_curve, weights
 from tiny import config_file
 
 import pretrain_hope
-from parallel.checkpoint import manifest
+from parallel.checkpoint import folders, manifest
 from parallel.checkpoint.storage import RawWriter
 
 
@@ -59,42 +59,55 @@ def test_touching_stop_saves_and_ends(tmp_path):
     same_curve(metrics(tmp_path, "whole"), metrics(tmp_path))
 
 
-def slow_writes(path: str, *overrides: str) -> int:
-    """A run whose saves take long to become durable, and whose steps note how many checkpoints are."""
-    original, one_step = RawWriter.write_data, pretrain_hope.Run._one_step
+def watched(path: str, held: tuple[int, ...], *overrides: str) -> int:
+    """A run that is asked to save in step 4, and that notes after each step how many checkpoints are durable, and
+    whether the file SAVE is there. Saves of the steps `held` are not written before the following step is over."""
+    write_data, one_step = RawWriter.write_data, pretrain_hope.Run._one_step
 
-    def write_data(self, plan, planner):
-        time.sleep(1.0)
-        return original(self, plan, planner)
+    def held_back(self, plan, planner):
+        step = folders.step_of(self._folder)
+        deadline = time.monotonic() + 60
+        while step in held and not (self._folder.parent / f"over_{step + 1}").exists():
+            assert time.monotonic() < deadline, f"step {step + 1} waits for the save of step {step}"
+            time.sleep(0.01)
+        return write_data(self, plan, planner)
 
     def noted(self, log, last, devices):
         one_step(self, log, last, devices)
         if self.ranks.rank == 0:
-            found = len(list((self.folder / "checkpoints").glob("step_*[0-9]")))
-            log.event("NOTE", step=self.step, durable=found)
+            checkpoints = self.folder / "checkpoints"
+            found = len(folders.finished(checkpoints))
+            log.event("NOTE", step=self.step, durable=found, wish=(self.folder / "SAVE").exists())
+            if self.step == 4:
+                (self.folder / "SAVE").touch()
+            checkpoints.mkdir(exist_ok=True)
+            (checkpoints / f"over_{self.step}").touch()
 
-    RawWriter.write_data, pretrain_hope.Run._one_step = write_data, noted
+    RawWriter.write_data, pretrain_hope.Run._one_step = held_back, noted
     return run(path, *overrides)
 
 
 def test_training_goes_on_while_a_save_is_written_and_the_next_waits(tmp_path):
     path = config_file(tmp_path)
     flags = ["checkpoint.every=3", "train.steps=6", "checkpoint.keep=9"]
-    assert run_ranks(slow_writes, 2, path, *flags, timeout=120) == [0, 0]
-    durable = {event["step"]: event["durable"] for event in of_kind(tmp_path, "NOTE")}
-    assert durable[4] == 0, "step 4 waited for the save of step 3"
+    assert run_ranks(watched, 2, path, (3, 4), *flags, timeout=150) == [0, 0]
+    notes = {event["step"]: event for event in of_kind(tmp_path, "NOTE")}
+    assert [notes[step]["durable"] for step in (3, 4, 5)] == [0, 0, 1]
+    assert notes[5]["wish"], "SAVE went away with the save before the one that answers it"
+    assert not (tmp_path / "runs/tiny/SAVE").exists()
     saves = of_kind(tmp_path, "SAVE")
-    assert [event["step"] for event in saves] == [3, 6]
-    assert all(event["durable_s"] >= 1.0 and event["staged_s"] < 1.0 for event in saves)
+    assert [event["step"] for event in saves] == [3, 4, 6]
+    assert all(event["durable_s"] > event["staged_s"] > 0 for event in saves)
     assert "waited_s" not in saves[0]
-    assert saves[1]["waited_s"] > 0
+    assert all(event["waited_s"] > 0 for event in saves[1:])
 
 
 def test_synchronous_saves_are_durable_before_the_next_step(tmp_path):
     path = config_file(tmp_path)
-    flags = ["checkpoint.every=3", "train.steps=4", "checkpoint.keep=9", "checkpoint.asynchronous=false"]
-    assert run_ranks(slow_writes, 1, path, *flags, timeout=120) == [0]
-    assert {event["step"]: event["durable"] for event in of_kind(tmp_path, "NOTE")}[4] == 1
+    flags = ["checkpoint.every=3", "train.steps=5", "checkpoint.keep=9", "checkpoint.asynchronous=false"]
+    assert run_ranks(watched, 1, path, (), *flags, timeout=120) == [0]
+    assert [event["durable"] for event in of_kind(tmp_path, "NOTE")] == [0, 0, 0, 1, 2]
+    assert [event["step"] for event in of_kind(tmp_path, "SAVE")] == [3, 4, 5]
 
 
 def test_background_saves_leave_the_run_as_it_is(tmp_path):
