@@ -29,6 +29,7 @@ from hope.train.evaluate import heldout_loss
 from hope.train.metrics import NoLog, open_log
 from hope.train.schedule import learning_rate
 from hope.train.signals import StopRequest
+from hope.train.skips import SkipPolicy
 from hope.train.throughput import Devices, StepTimer, memory_gb, mfu
 from parallel import groups, launcher, report
 from parallel.errors import CheckpointError, LaunchError, SaveError
@@ -81,9 +82,9 @@ def facts(config: Config, world_size: int) -> str:
         layout.sequence,
         dims.data,
         train.recompute,
+        train.tokens_per_step,
     )
-    adam = config.optim.preconditioner == "adam"
-    return report.describe(config.model, dims, shape, train.global_batch, adam)
+    return report.describe(config.model, dims, shape, train.global_batch, config.optim)
 
 
 class Run:
@@ -111,6 +112,7 @@ class Run:
             precision=train.precision,
             seed=config.run.seed,
             recompute=train.recompute,
+            tokens_per_step=train.tokens_per_step,
         )
         self.optimizer = self.replica.optimizer
         self.probe = MemoryProbe(self.replica.models)
@@ -122,11 +124,13 @@ class Run:
         sizes = (train.global_batch, train.micro_batch, ranks.dp_rank, ranks.dp_size)
         self.loader = BatchLoader(self.training, *sizes, documents=data.documents)
         # 4. go on
-        self.step, self.skips = 0, 0
+        self.step, self.norms = 0, dict[str, float]()  # norms: of each parameter group when it was last due
+        self.skips = SkipPolicy(train.max_skips, train.spike_sigma, train.spike_window)
         if self.resumed:
             check_data(self.resumed, self._order(), self._next_batch)
             self.notes += checkpointer.load(self.resumed, self.replica.models, self.optimizer)
-            self.step, self.skips = self.resumed.manifest.step, self.resumed.manifest.extra["skips"]
+            self.step = self.resumed.manifest.step
+            self.skips.restore(self.resumed.manifest.extra["skips"])
         models = self.replica.models
         self.saver = Saver(self.folder, config.checkpoint, checkpointer, ranks, models, self.optimizer, self._contents)
 
@@ -155,8 +159,8 @@ class Run:
                 log.scalars({**self._empty_record(), **self.evaluate()})
             while self.step < last:
                 self._one_step(log, last, devices)
-                if self.skips >= config.train.max_skips:
-                    log.event("STOP", step=self.step, reason="nonfinite_gradients", in_a_row=self.skips)
+                if self.skips.stop:
+                    log.event("STOP", step=self.step, reason=self.skips.stop, in_a_row=self.skips.in_a_row)
                     return DO_NOT_RESTART
                 wishes = self.saver.wishes(stop.requested)
                 self.saver.after_step(self.step, self.step == last, wishes, log)
@@ -185,24 +189,27 @@ class Run:
         self.replica.reduce()
         norms = self.optimizer.grad_norms()
         total = math.sqrt(sum(n * n for n in norms.values()))
-        rate = self._rate(step)
-        if math.isfinite(total):
+        rate, loss = self._rate(step), None
+        if logged or evaluated or self.skips.needs_loss:
+            loss = groups.loss_on_all_ranks(mean_loss(reports, self.ranks.device), self.ranks).item()
+        self.norms |= {name: norm for name, norm in norms.items() if norm}  # a level that is not due has 0
+        skip = self.skips.judge(total, loss)
+        if skip is None:
             clip = config.train.grad_clip
             self.optimizer.set_lr(rate)
+            self.optimizer.watch(logged)
             self.optimizer.step(min(1.0, clip / (total + 1e-6)) if clip else 1.0)
-            self.skips = 0
         else:  # no weight, moment or level clock moves; the data position does
-            self.skips += 1
-            log.event("SKIP", step=step, reason="nonfinite_gradient", param=self.optimizer.first_nonfinite())
+            param = {} if math.isfinite(total) else {"param": self.optimizer.first_nonfinite()}
+            log.event("SKIP", step=step, **skip, **param)
             self.optimizer.discard()
         self.timer.end()
         self.step = step
         if drawn:
             for name, values in self.probe.histograms():
                 log.histogram(name, values, step)
-        if logged or evaluated:
-            loss = groups.loss_on_all_ranks(mean_loss(reports, self.ranks.device), self.ranks).item()
-            record = self._record(loss, total, rate, norms, devices)
+        if loss is not None and (logged or evaluated):
+            record = self._record(loss, total, rate, devices)
             self.probe.arm(False)
             log.scalars({**record, **self.evaluate()} if evaluated else record)
 
@@ -217,9 +224,7 @@ class Run:
             final=optim.final_lr,
         )
 
-    def _record(
-        self, loss: float, grad_norm: float, rate: float, norms: dict[str, float], devices: Devices
-    ) -> dict[str, Any]:
+    def _record(self, loss: float, grad_norm: float, rate: float, devices: Devices) -> dict[str, Any]:
         speed = self.timer.report()
         flops = self.flops(self.config.train.seq_len_at(self.step)).training
         return {
@@ -232,7 +237,9 @@ class Run:
             "mfu": mfu(speed["tokens_per_s"], flops, devices),
             "memory_gb": memory_gb(self.ranks.device),
             "eta_s": self.timer.eta_s(self.config.train.steps - self.step),
-            **{f"grad_norm.{name}": norm for name, norm in norms.items()},
+            "reduced_bytes": self.optimizer.reduced_bytes,
+            **{f"grad_norm.{name}": norm for name, norm in self.norms.items()},
+            **self.optimizer.statistics(),
             **groups.merged(self.probe.scalars()),
         }
 
@@ -276,7 +283,7 @@ class Run:
             "consumed": self.training.consumed_by_source(step * self.config.train.global_batch),
             "tokens": step * self.config.train.tokens_per_step,
             "schedule": {"step": step, "of": self.config.train.steps, "lr": self._rate(step)},
-            "skips": self.skips,
+            "skips": self.skips.state(),
             "config": dataclasses.asdict(self.config),
         }
 

@@ -88,7 +88,7 @@ def predicted_gib(config_path: str, overrides: list[str], world: int) -> float:
     for stage, parts in enumerate(report.split(config.model, train.seq_len, dims.pipeline, dims.virtual_pipeline)):
         flight = report.micro_batches_in_flight(stage, dims.pipeline, dims.virtual_pipeline, count)
         slices = [Slice(part.first, part.last) for part in parts]
-        peaks.append(rank_memory(config.model, slices, flight, shape, config.optim.preconditioner == "adam").peak)
+        peaks.append(rank_memory(config.model, slices, flight, shape, config.optim).peak)
     return max(peaks) / GIB
 
 

@@ -120,12 +120,25 @@ def _section_problems(sections: dict[str, Any], world_size: int | None) -> Itera
     if optim and train and optim.warmup >= train.steps >= 1:
         what = f"{optim.warmup} steps of warm-up leave none of train.steps {train.steps} for the decay"
         yield "optim.warmup", what, f"at most {train.steps - 1}; usual: {train.steps // 20}"
+    if model and train and min(train.global_batch, train.seq_len) >= 1:
+        yield from _token_periods(model, train.tokens_per_step)
     if "checkpoint" in sections:
         yield from _unknown_changes(sections["checkpoint"].on_change)
     parallel = sections.get("parallel")
     if world_size is not None and parallel and train and min(train.global_batch, train.micro_batch) >= 1:
         whole = model if model and min(model.heads, model.vocab_size, model.layers, model.width) >= 1 else None
         yield from parallel.problems(world_size, train.global_batch, train.micro_batch, whole, train.seq_len)
+
+
+def _token_periods(model: ModelConfig, step: int) -> Iterator[Problem]:
+    """Levels that are due after a number of tokens which no whole number of optimizer steps sees."""
+    if model.kind == "transformer" or model.cms.unit == "steps":
+        return
+    for number, period in enumerate(model.cms.periods):
+        if period >= 1 and period % step:
+            near = sorted({max(1, period // step) * step, -(-period // step) * step})
+            what = f"{period:,} tokens are not a multiple of the {step:,} of a step (train.global_batch x seq_len)"
+            yield f"model.cms.periods[{number}]", what, " or ".join(map(str, near))
 
 
 def _unknown_changes(on_change: dict[str, str]) -> Iterator[Problem]:

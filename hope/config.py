@@ -113,7 +113,9 @@ class CmsConfig:
     variant: Literal["sequential", "independent"] = "sequential"
     """sequential: Eq. 70/73, one block after the other; independent: Eq. 74, a learned weighted sum."""
     periods: list[int] = field(default_factory=lambda: [1, 4])
-    """Optimizer steps between updates of each level, fastest first; its length is the number of levels."""
+    """Time between updates of each level, fastest first; its length is the number of levels."""
+    unit: Literal["steps", "tokens"] = "steps"
+    """What periods count: optimizer steps, or tokens (multiples of train.global_batch x train.seq_len)."""
     hidden: int | None = None
     """Hidden width of each level's SwiGLU; null: 8/3 width, divided over the levels, rounded to 16."""
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from hope.config import ModelConfig
 from hope.model import Model, next_token_loss
+from hope.optim.build import build_optimizer
 from hope.optim.config import OptimConfig
-from hope.optim.dmgd import Dmgd
 from hope.optim.levels import parameter_groups
 from hope.self_modifying import SelfModifyingTitans
 from parallel import groups
@@ -103,8 +103,8 @@ def single_device(task: Task, device: torch.device) -> Evidence:
     dtype = torch.bfloat16 if task.precision == "bf16" else torch.float32
     model = Model(task.model).initialise(task.seed).to(device).to(dtype)
     masters = {name: nn.Parameter(p.detach().float().clone()) for name, p in model.named_parameters()}
-    levels = parameter_groups(model, task.optim.weight_decay)
-    optimizer = Dmgd([{**g, "params": [masters[n] for n in g["names"]]} for g in levels], task.optim)
+    levels = parameter_groups(model, task.optim.weight_decay, task.optim)
+    optimizer = build_optimizer([{**g, "params": [masters[n] for n in g["names"]]} for g in levels], task.optim)
     found = Evidence()
     for batch in task.batches:
         loss = _loss(model, batch.to(device))
@@ -114,10 +114,10 @@ def single_device(task: Task, device: torch.device) -> Evidence:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             masters[name].grad = gradient.float().clone()
             parameter.grad = None
-        norm = math.sqrt(sum(m.grad.double().square().sum().item() for m in masters.values() if m.grad is not None))
-        found.grad_norms.append(norm)
         if not found.gradients:
             found.gradients = {n: [m.grad.cpu().clone()] for n, m in masters.items() if m.grad is not None}
+        norm = optimizer.norm()
+        found.grad_norms.append(norm)
         for group in optimizer.param_groups:
             group["grad_scale"] = clip_scale(norm, task.grad_clip)
         optimizer.step()

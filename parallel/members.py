@@ -49,6 +49,14 @@ def union_of_names(optimizer: torch.optim.Optimizer) -> list[str]:
     return list(dict.fromkeys(name for names in everybody for name in names))
 
 
+def first_name(own: list[tuple[tuple[int, int], str]]) -> str | None:
+    """The name with the lowest place among all ranks' (place, name), the same on every rank. Collective."""
+    firsts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(firsts, min(own, default=None))
+    found = min((first for first in firsts if first is not None), default=None)
+    return None if found is None else found[1]
+
+
 def drop_empty_groups(optimizer: torch.optim.Optimizer) -> None:
     """Remove groups without parameters: DeepSpeed cannot flatten nothing."""
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]

@@ -7,6 +7,7 @@ docs/performance.md compares the result with measured peaks.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from hope.config import ModelConfig
 from hope.model import Model, Slice, next_token_loss
+from hope.optim.build import build_optimizer
+from hope.optim.config import OptimConfig
 from hope.optim.levels import parameter_groups
 from hope.self_modifying import SelfModifyingTitans
 from parallel.plan import layout_of
@@ -45,7 +48,8 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class StepShape:
-    """What decides activation sizes: tokens and sequences of a micro-batch, precision, division over ranks."""
+    """What decides sizes: tokens and sequences of a micro-batch, precision, division over ranks; and `tokens_per_step`,
+    needed only for CMS periods in tokens."""
 
     seq_len: int
     micro_batch: int
@@ -54,6 +58,7 @@ class StepShape:
     sequence: bool = False
     data: int = 1
     recompute: str = "none"
+    tokens_per_step: int | None = None
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -161,19 +166,34 @@ def fast_weight_bytes(model: Model, micro_batch: int) -> int:
     return sum(4 * layer.weight.numel() * micro_batch for start in starts for layer in start)
 
 
-def rank_memory(config: ModelConfig, parts: list[Slice], in_flight: float, shape: StepShape, adam: bool) -> RankMemory:
+def optimizer_bytes(models: Sequence[Model], optim: OptimConfig, shape: StepShape) -> int:
+    """fp32 masters and states of this rank: what the optimizer itself says it keeps, divided over data ranks.
+
+    Not divided: a deep momentum's networks, and what a level that communicates only when due keeps on its rank. Whole
+    matrices on owners come to the same on average.
+    """
+    levels = parameter_groups(models, 0.0, optim, shape.tokens_per_step)
+    optimizer = build_optimizer(levels, optim)
+    divided = kept = 0
+    for group in optimizer.param_groups:
+        size, waits = sum(p.numel() for p in group["params"]), group["period"] > 1
+        local = waits and optim.accumulate == "local" and shape.data > 1
+        divided += 4 * size * (1 + len(optimizer.state_keys(group)) + int(waits and not local))
+        kept += 4 * size * int(local) + 4 * len(group["params"]) * optimizer.numbers_per_tensor(group)
+    return divided // shape.data + kept
+
+
+def rank_memory(
+    config: ModelConfig, parts: list[Slice], in_flight: float, shape: StepShape, optim: OptimConfig
+) -> RankMemory:
     """Bytes of a rank that holds `parts` and has `in_flight` micro-batches between forward and backward."""
     models = [build_part(config, part, shape) for part in parts]
-    groups = [group for model in models for group in parameter_groups(model, 0.0)]
-    sizes = [(group["period"], sum(p.numel() for p in group["params"])) for group in groups]
-    numbers = sum(size for _, size in sizes)
-    # fp32 master, memory, squares, and the gradient accumulator of a level with a period above 1
-    states = sum(size * 4 * (2 + int(adam) + int(period > 1)) for period, size in sizes) // shape.data
+    numbers = sum(p.numel() for model in models for p in model.parameters())
     activations = sum(part_activations(config, part, shape) for part in parts)
     return RankMemory(
         weights=numbers * (2 if shape.bf16 else 4),
         gradients=numbers * 4,
-        optimizer=states,
+        optimizer=optimizer_bytes(models, optim, shape),
         activations=round(activations * in_flight) + _recomputed(config, shape),
         fast_weights=sum(fast_weight_bytes(model, shape.micro_batch) for model in models),
         loss=4 * shape.seq_len * shape.micro_batch * config.vocab_size // shape.tensor if models[-1].has_head else 0,

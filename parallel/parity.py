@@ -98,7 +98,7 @@ def judge(config: Config, args: argparse.Namespace) -> int:
 
 def make_task(config: Config, steps: int) -> Task:
     """Random tokens of the configured batch; every CMS level due at least once; no learning-rate schedule."""
-    cms = dataclasses.replace(config.model.cms, periods=[min(p, 3) for p in config.model.cms.periods])
+    cms = dataclasses.replace(config.model.cms, periods=[min(p, 3) for p in config.model.cms.periods], unit="steps")
     model = dataclasses.replace(config.model, cms=cms)
     train, generator = config.train, torch.Generator().manual_seed(config.run.seed)
     shape = (train.seq_len + 1, train.global_batch)

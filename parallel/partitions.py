@@ -7,11 +7,12 @@ equal partitions; they differ in where gradients lie and in how they step (one c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,23 @@ class Partitions(Protocol):
 
     masters: list[torch.Tensor]
 
-    def fill_missing(self) -> None:
-        """Give a zero gradient to parameters that took no part in the backward pass."""
+    def reduce(self, engine: Any, groups: Collection[int]) -> int:
+        """Average the accumulated gradients of these groups over data-parallel ranks, a missing one as zero.
+
+        What other groups have accumulated stays in `unreduced`. Returns the bytes handed to the collective.
+        """
+
+    def unreduced(self, group: int) -> list[torch.Tensor]:
+        """The fp32 gradients accumulated in this step by the parameters of a group, in order; not a reduced group's."""
 
     def accumulated(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
         """The fp32 gradient of a parameter before the reduction, zeros if there was none; None if not optimized."""
 
-    def gradients(self) -> list[torch.Tensor]:
-        """The reduced gradients of `masters`, fp32, padding zero. Call it after the reduction."""
+    def gradients(self, groups: Collection[int]) -> dict[int, torch.Tensor]:
+        """The reduced gradients of these groups' masters, fp32, padding zero. Call it after the reduction."""
 
-    def publish(self) -> None:
-        """Copy the masters into the parameters and all-gather them."""
+    def publish(self, groups: Collection[int]) -> None:
+        """Copy the masters of these groups into the parameters and all-gather them."""
 
     def clear(self) -> None:
         """Forget every gradient."""
@@ -60,32 +67,47 @@ class Fp32Partitions:
         if any(padding for group in optimizer.round_robin_bit16_padding for padding in group):
             raise AssertionError("DeepSpeed padded between parameters although parameter_alignment is off")
 
-    def fill_missing(self) -> None:
-        for group in self._optimizer.bit16_groups:
-            for parameter in group:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
+    def reduce(self, engine: Any, groups: Collection[int]) -> int:
+        waiting = [p for i, group in enumerate(self._optimizer.bit16_groups) if i not in groups for p in group]
+        kept = [p.grad for p in waiting]
+        for parameter in waiting:
+            parameter.grad = None  # DeepSpeed reduces whatever has a gradient
+        reduced = [p for i in groups for p in self._optimizer.bit16_groups[i]]
+        for parameter in reduced:
+            self.accumulated(parameter)
+        engine.allreduce_gradients()
+        for parameter, gradient in zip(waiting, kept, strict=True):
+            parameter.grad = gradient
+        return sum(4 * p.numel() for p in reduced)
+
+    def unreduced(self, group: int) -> list[torch.Tensor]:
+        return [self._gradient(parameter) for parameter in self._optimizer.bit16_groups[group]]
 
     def accumulated(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
-        if parameter not in self._known:
-            return None
+        return self._gradient(parameter) if parameter in self._known else None
+
+    @staticmethod
+    def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         return parameter.grad
 
-    def gradients(self) -> list[torch.Tensor]:
-        flat = []
+    def gradients(self, groups: Collection[int]) -> dict[int, torch.Tensor]:
+        flat = {}
         for index, master in enumerate(self.masters):
             pieces = self._optimizer.averaged_gradients[index]
-            flat.append(torch.cat([piece.reshape(-1) for piece in pieces]))
             # The pieces keep whole parameters' gradients alive; the flat copy is all that is needed.
             self._optimizer.averaged_gradients[index] = None
-            if flat[-1].numel() != master.numel():
-                raise AssertionError(f"gradient partition {flat[-1].numel()} != master {master.numel()} elements")
+            if index not in groups:
+                continue
+            flat[index] = torch.cat([piece.reshape(-1) for piece in pieces])
+            if flat[index].numel() != master.numel():
+                raise AssertionError(f"gradient partition {flat[index].numel()} != master {master.numel()} elements")
         return flat
 
-    def publish(self) -> None:
-        self._optimizer.update_lp_params()
+    def publish(self, groups: Collection[int]) -> None:
+        _publish(self._optimizer, self._optimizer.bit16_groups_flat, self._optimizer.parallel_partitioned_bit16_groups,
+                 self.masters, groups)  # fmt: skip
 
     def clear(self) -> None:
         for index in range(len(self.masters)):
@@ -106,21 +128,47 @@ class Bf16Partitions:
         pairs = zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True)
         self._buffers = {p: grad for group, grads in pairs for p, grad in zip(group, grads, strict=True)}
 
-    def fill_missing(self) -> None:
-        """Nothing to do: the fp32 buffers start at zero."""
+    def reduce(self, engine: Any, groups: Collection[int]) -> int:
+        everything = self._optimizer.non_expert_gradients  # one flat buffer per group; a missing gradient is zero
+        self._optimizer.non_expert_gradients = [everything[i] for i in groups]
+        engine.allreduce_gradients()
+        self._optimizer.non_expert_gradients = everything
+        return sum(4 * everything[i].numel() for i in groups)
+
+    def unreduced(self, group: int) -> list[torch.Tensor]:
+        return list(self._optimizer.fp32_groups_gradients[group])
 
     def accumulated(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
         gradient = self._buffers.get(parameter)
         return None if gradient is None else gradient.view_as(parameter)
 
-    def gradients(self) -> list[torch.Tensor]:
-        return list(self._optimizer.fp32_groups_gradient_flat_partition)
+    def gradients(self, groups: Collection[int]) -> dict[int, torch.Tensor]:
+        return {i: self._optimizer.fp32_groups_gradient_flat_partition[i] for i in groups}
 
-    def publish(self) -> None:
-        self._optimizer.update_lp_params()
+    def publish(self, groups: Collection[int]) -> None:
+        _publish(self._optimizer, self._optimizer.bf16_groups_flat, self._optimizer.bf16_partitioned_groups,
+                 self.masters, groups)  # fmt: skip
 
     def clear(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def _publish(
+    optimizer: Any, flats: Any, partitioned: Any, masters: list[torch.Tensor], groups: Collection[int]
+) -> None:
+    """DeepSpeed's `update_lp_params` for some groups: those that did not move need no all-gather."""
+    from deepspeed.runtime.utils import all_gather_dp_groups
+
+    for i in groups:
+        partitioned[i][dist.get_rank(optimizer.real_dp_process_group[i])].data.copy_(masters[i].data)
+    all_gather_dp_groups(
+        groups_flat=[flats[i] for i in groups],
+        partitioned_param_groups=[partitioned[i] for i in groups],
+        dp_process_group=[optimizer.real_dp_process_group[i] for i in groups],
+        start_alignment_factor=optimizer.nccl_start_alignment_factor,
+        allgather_bucket_size=optimizer.allgather_bucket_size,
+    )
 
 
 def partitions_of(optimizer: Any) -> Partitions:

@@ -11,15 +11,18 @@ from torch import Tensor
 
 from hope.config import ModelConfig
 from hope.model import Model
+from hope.optim.build import build_optimizer
 from hope.optim.config import OptimConfig
-from hope.optim.dmgd import Dmgd
 from hope.optim.levels import parameter_groups
 from parallel import gradients, groups
+from parallel.matrices import MatrixShardedOptimizer
 from parallel.pipeline import Report, Stage, forward_backward, stages_of
 from parallel.split import split
 from parallel.tensor import shard_model, sharded_loss
 from parallel.topology import ParallelConfig
 from parallel.zero import ShardedOptimizer
+
+Sharded = ShardedOptimizer | MatrixShardedOptimizer
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Replica:
 
     models: list[Model]
     stages: list[Stage]
-    optimizer: ShardedOptimizer
+    optimizer: Sharded
     ranks: groups.Ranks
     layout: ParallelConfig
 
@@ -62,6 +65,7 @@ def build_replica(
     precision: str,
     seed: int,
     recompute: str = "none",
+    tokens_per_step: int | None = None,
 ) -> Replica:
     """Build this rank's slices on full shapes, fill them from (seed, name), cut them, give them to the optimizer."""
     parts = split(config, seq_len, ranks.pp_size, ranks.vp_size)[ranks.pp_rank]
@@ -70,11 +74,19 @@ def build_replica(
         model = Model(config, part).initialise(seed)
         model.set_recompute(recompute)
         models.append(shard_model(model, ranks.tp_rank, ranks.tp_size, layout.sequence).to(ranks.device))
-    inner = Dmgd(parameter_groups(models, optim.weight_decay), optim)
+    levels = parameter_groups(models, optim.weight_decay, optim, tokens_per_step)
 
     def counts(name: str, _: torch.nn.Parameter) -> bool:
         tied = config.tie_embeddings and ranks.pp_size > 1
         return gradients.counted(name, tp_rank=ranks.tp_rank, first_stage=ranks.first_stage, tied=tied)
 
-    optimizer = ShardedOptimizer(models, inner, precision, ranks, layout.zero, counts=counts)
+    optimizer: Sharded
+    if any(group["matrices"] for group in levels):
+        optimizer = MatrixShardedOptimizer(models, levels, optim, precision, ranks, layout.zero, counts)
+    else:
+        inner = build_optimizer(levels, optim)
+        optimizer = ShardedOptimizer(models, inner, precision, ranks, layout.zero, counts=counts)
+    optimizer.local.combine = lambda sums: gradients.combine_over_tensor_ranks(
+        models, sums, layout.sequence, groups.tensor_group()
+    )
     return Replica(models, stages_of(models, precision, layout, config.width), optimizer, ranks, layout)

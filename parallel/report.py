@@ -11,10 +11,12 @@ import torch
 from hope.config import ModelConfig
 from hope.flops import Flops
 from hope.model import Model
+from hope.optim.config import OptimConfig
 from hope.optim.levels import parameter_groups
 from parallel.memory import GIB, RankMemory, StepShape, build_part, rank_memory
 from parallel.split import describe_split, split
 from parallel.topology import ParallelDims
+from parallel.traffic import reduced_bytes_per_step
 
 
 def model_flops(config: ModelConfig) -> Callable[[int], Flops]:
@@ -23,16 +25,16 @@ def model_flops(config: ModelConfig) -> Callable[[int], Flops]:
         return Model(config).flops
 
 
-def model_facts(config: ModelConfig, seq_len: int) -> tuple[dict[str, tuple[int, int]], float, float]:
+def model_facts(config: ModelConfig, shape: StepShape) -> tuple[dict[str, tuple[int, int]], float, float]:
     """({level: (period, parameters)}, FLOPs per training token, of which memory writes), allocating no weights."""
     with torch.device("meta"):
         model = Model(config)
     levels: dict[str, tuple[int, int]] = {}
-    for group in parameter_groups(model, 0.0):
+    for group in parameter_groups(model, 0.0, tokens_per_step=shape.tokens_per_step):
         level = group["name"].split(".")[0]
         _, before = levels.get(level, (0, 0))
         levels[level] = (group["period"], before + sum(p.numel() for p in group["params"]))
-    flops = model.flops(seq_len)
+    flops = model.flops(shape.seq_len)
     return levels, flops.training, 3 * flops.writes
 
 
@@ -47,7 +49,9 @@ def micro_batches_in_flight(stage: int, pipeline: int, virtual: int, count: int)
     return min((2 * (pipeline - stage - 1) + (virtual - 1) * pipeline + 1) / virtual, count)
 
 
-def stage_lines(config: ModelConfig, dims: ParallelDims, shape: StepShape, micro_batches: int, adam: bool) -> list[str]:
+def stage_lines(
+    config: ModelConfig, dims: ParallelDims, shape: StepShape, micro_batches: int, optim: OptimConfig
+) -> list[str]:
     """One line per pipeline stage: all its ranks (tensor x data) hold equally much."""
     titles = "GiB: weights  gradients  optimizer  activations  fast weights  peak"
     lines = [f"{'stage':<6}{'ranks':<12}{'heads':>6}{'parameters':>14}  {titles}"]
@@ -55,7 +59,7 @@ def stage_lines(config: ModelConfig, dims: ParallelDims, shape: StepShape, micro
     width = dims.tensor * dims.data
     for stage, slices in enumerate(parts):
         flight = micro_batches_in_flight(stage, dims.pipeline, dims.virtual_pipeline, micro_batches)
-        memory = rank_memory(config, slices, flight, shape, adam)
+        memory = rank_memory(config, slices, flight, shape, optim)
         numbers = sum(p.numel() for s in slices for p in build_part(config, s, shape).parameters())
         ranks = f"{stage * width}-{(stage + 1) * width - 1}" if width > 1 else str(stage)
         lines.append(f"{stage:<6}{ranks:<12}{config.heads // dims.tensor:>6}{numbers:>14,}  {_gib(memory)}")
@@ -68,9 +72,9 @@ def _gib(memory: RankMemory) -> str:
     return "".join(f"{size / GIB:>{width}.2f}" for size, width in columns)
 
 
-def describe(config: ModelConfig, dims: ParallelDims, shape: StepShape, global_batch: int, adam: bool) -> str:
+def describe(config: ModelConfig, dims: ParallelDims, shape: StepShape, global_batch: int, optim: OptimConfig) -> str:
     """The table that a start or `--dry-run` prints: the model, the layout, the split, and bytes per rank."""
-    levels, flops, writes = model_facts(config, shape.seq_len)
+    levels, flops, writes = model_facts(config, shape)
     total = sum(count for _, count in levels.values())
     count = global_batch // (shape.micro_batch * dims.data)
     clocks = "  ".join(f"{name} {size:,} every {period}" for name, (period, size) in levels.items())
@@ -83,12 +87,19 @@ def describe(config: ModelConfig, dims: ParallelDims, shape: StepShape, global_b
                    f"{dims.context} x data {dims.data} (ZeRO-1){sequence}"),
         ("batch", f"{global_batch} x {shape.seq_len} = {global_batch * shape.seq_len:,} tokens per step, "
                   f"{count} micro-batches of {shape.micro_batch} per device"),
+        ("traffic", f"{_traffic(config, dims, shape, optim) / GIB:.3f} GiB of gradients reduced per step and rank "
+                    f"(optim.accumulate {optim.accumulate})"),
         ("FLOPs", f"{flops:.3e} per trained token, {writes / flops:.1%} of them memory writes"),
     ]  # fmt: skip
     text = [f"{name:<11} {fact}" for name, fact in rows]
     if dims.pipeline > 1:
         text += describe_split(config, shape.seq_len, dims.pipeline, dims.virtual_pipeline)
-    return "\n".join([*text, *stage_lines(config, dims, shape, count, adam)])
+    return "\n".join([*text, *stage_lines(config, dims, shape, count, optim)])
+
+
+def _traffic(config: ModelConfig, dims: ParallelDims, shape: StepShape, optim: OptimConfig) -> float:
+    stages = split(config, shape.seq_len, dims.pipeline, dims.virtual_pipeline)
+    return max(reduced_bytes_per_step(config, slices, shape, optim) for slices in stages)
 
 
 def environment(device: torch.device) -> str:

@@ -14,11 +14,24 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from hope.optim.clocks import ClockedOptimizer
+from hope.optim.dmgd import Dmgd
 from parallel import engine
+from parallel.clocks import LocalSums, due_groups
 from parallel.groups import Ranks
-from parallel.members import Counts, counts_everything, drop_empty_groups, members_of, name_of, union_of_names
+from parallel.members import (
+    Counts,
+    counts_everything,
+    drop_empty_groups,
+    first_name,
+    members_of,
+    name_of,
+    union_of_names,
+)
 from parallel.partitions import Slice, partitions_of, slices_of
 from parallel.state import StatePiece, inner_states
+from parallel.statistics import counted_rows, group_statistics
+from parallel.sums import TensorSums, segments_of
 
 
 class ShardedOptimizer:
@@ -27,7 +40,11 @@ class ShardedOptimizer:
     After construction `optimizer.param_groups[i]["params"]` is ONE flat fp32 tensor: this rank's partition of the
     group. It crosses the boundaries of matrices; `slices[i]` says which piece of which parameter lies where, the
     rest is zero padding. All other keys of a group stay. `optimizer.step()` is called once per step with all groups
-    and must multiply its gradients by `group["grad_scale"]`.
+    and must multiply its gradients by `group["grad_scale"]`. A `ClockedOptimizer` also says which groups are due.
+
+    Attributes:
+        reduced_bytes: gradients that the last `reduce` handed to collectives over the data-parallel ranks.
+        local: gradients of levels that are not due; set `local.combine` where tensor ranks have partial gradients.
 
     Args:
         model: the plain model, or this rank's parts of it, one per virtual stage, names unique over them; moved to
@@ -60,14 +77,22 @@ class ShardedOptimizer:
         self._names = union_of_names(optimizer)  # before empty groups go: others may hold something of them
         drop_empty_groups(optimizer)
         self._members = members_of(chunks, optimizer, counts or counts_everything(chunks))
+        parameters = [list(group["params"]) for group in optimizer.param_groups]
         whole = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
         self._engine, wrapped = engine.initialize(whole, optimizer, precision, zero)
         self._partitions = partitions_of(wrapped)
-        self._gradients: list[torch.Tensor] | None = None
+        self._gradients: dict[int, torch.Tensor] | None = None
+        self.reduced_bytes = 0
+        self.local = LocalSums(optimizer, parameters, self._partitions, ranks)
+        self._group_of = {p: number for number, group in enumerate(parameters) for p in group}
         self.slices: list[list[Slice]] = [
             slices_of([(m.index, m.name, m.numel) for m in group], master.numel(), ranks.dp_rank)
             for group, master in zip(self._members, self._partitions.masters, strict=True)
         ]
+        if isinstance(optimizer, Dmgd):
+            optimizer.tensor_sums = TensorSums(self._members, ranks)
+            for master, group, slices in zip(self._partitions.masters, self._members, self.slices, strict=True):
+                optimizer.segments[master] = segments_of(group, slices)
 
     @property
     def group_names(self) -> list[str]:
@@ -77,29 +102,48 @@ class ShardedOptimizer:
     def accumulated(self, parameter: nn.Parameter) -> torch.Tensor | None:
         """The gradient accumulated over micro-batches and not yet reduced: fp32, this parameter's shape, to be changed
         in place. Zeros if the backward pass did not reach it, so that ranks agree on which collectives follow; None
-        for a parameter that is not optimized."""
+        for a parameter that is not optimized, or that this step does not communicate."""
+        if self._group_of.get(parameter) in self.local.waiting():
+            return None
+        self.local.include()
         return self._partitions.accumulated(parameter)
 
     def reduce(self) -> None:
-        """Average the accumulated gradients over the data-parallel ranks."""
-        self._partitions.fill_missing()
-        self._engine.allreduce_gradients()
-        self._gradients = self._partitions.gradients()
+        """Average the accumulated gradients over the data-parallel ranks; those of a due level over its period."""
+        self.local.include()
+        waiting = self.local.waiting()
+        groups = [number for number in range(len(self._members)) if number not in waiting]
+        reduced = self._partitions.reduce(self._engine, groups)
+        self.reduced_bytes = reduced if self.ranks.dp_size > 1 else 0
+        self._gradients = self._partitions.gradients(groups)
+        for number, gradient in self._gradients.items():
+            self._partitions.masters[number].grad = gradient
+        if isinstance(self.optimizer, ClockedOptimizer):
+            self.optimizer.complete()
 
     def grad_norms(self) -> dict[str, float]:
-        """L2 norm of the reduced gradient of the whole model per parameter group, the same on every rank.
+        """L2 norm of the gradient that the coming step will use, of the whole model per parameter group.
 
-        Each element counts once over data, tensor and pipeline ranks; padding not.
+        The same on every rank. Each element counts once over data, tensor and pipeline ranks; padding not. A level
+        that is not due has norm 0, or NaN if what it has accumulated in this step is not finite.
         """
         total = torch.zeros(len(self._names), dtype=torch.float64, device=self.ranks.device)
         for index, group in enumerate(self._members):
             counted = {member.index for member in group if member.counted}
+            factor = self._norm_factor(index)
             for piece, values in self._pieces(index):
                 if piece.index in counted:
                     position = self._names.index(name_of(self.optimizer.param_groups[index], index))
-                    total[position] += torch.linalg.vector_norm(values, dtype=torch.float64) ** 2
+                    total[position] += (torch.linalg.vector_norm(values, dtype=torch.float64) * factor) ** 2
         dist.all_reduce(total)
         return dict(zip(self._names, total.sqrt().tolist(), strict=True))
+
+    def _norm_factor(self, group: int) -> float:
+        if group not in due_groups(self.optimizer):
+            return 0.0
+        if not isinstance(self.optimizer, ClockedOptimizer):
+            return 1.0
+        return self.optimizer.gradient_factor(self.optimizer.param_groups[group])
 
     def first_nonfinite(self) -> str | None:
         """Name of the first parameter (in the model's order) with an inf or NaN in its reduced gradient.
@@ -107,37 +151,53 @@ class ShardedOptimizer:
         Every rank gets the same answer. It looks at every slice and waits for the device: call it only when a
         norm is not finite.
         """
+        return first_name(self.nonfinite())
+
+    def nonfinite(self) -> list[tuple[tuple[int, int], str]]:
+        """(place in the model, name) of parameters with an inf or NaN in what this rank holds of their gradient."""
         orders = {member.index: member.order for group in self._members for member in group}
-        bad = [
+        return [
             (orders[piece.index], piece.name)
             for group in range(len(self._members))
             for piece, values in self._pieces(group)
             if not bool(torch.isfinite(values).all())
         ]
-        firsts: list[Any] = [None] * self.ranks.world_size
-        dist.all_gather_object(firsts, min(bad, default=None))
-        found = min((first for first in firsts if first is not None), default=None)
-        return None if found is None else found[1]
 
     def step(self, clip_scale: float = 1.0) -> None:
         """Update the masters from the reduced gradients times `clip_scale`, then all-gather the parameters."""
-        gradients = self._reduced()
+        self._reduced()
+        due = due_groups(self.optimizer)
         for group in self.optimizer.param_groups:
             group["grad_scale"] = clip_scale
-        for master, gradient in zip(self._partitions.masters, gradients, strict=True):
-            master.grad = gradient
+        self.local.keep()
         # Not engine.step(): it computes norms of its own (an all-reduce per group), silently skips a step whose
         # norm is not finite, and calls our optimizer once per group in fp32 but once in bf16.
         self.optimizer.step()
-        self._partitions.publish()
+        self._partitions.publish(due)
         self.discard()
 
     def discard(self) -> None:
         """Forget the gradients; parameters and optimizer states stay as they are."""
+        if isinstance(self.optimizer, ClockedOptimizer):
+            self.optimizer.discard()
         for master in self._partitions.masters:
             master.grad = None
+        self.local.forget()
         self._partitions.clear()
         self._gradients = None
+
+    def watch(self, on: bool) -> None:
+        """Whether the next step collects what `statistics` tells; it costs some passes over the partitions."""
+        if isinstance(self.optimizer, Dmgd):
+            self.optimizer.watching = on
+
+    def statistics(self) -> dict[str, float]:
+        """What the last step did, per group of the whole model; the same on every rank, {} if it was not watched."""
+        if not isinstance(self.optimizer, Dmgd):
+            return {}
+        masters, device = self._partitions.masters, self.ranks.device
+        counted = {p: counted_rows(group, device) for p, group in zip(masters, self._members, strict=True)}
+        return group_statistics([self.optimizer], self._names, counted, device)
 
     def set_lr(self, lr: float | Callable[[dict[str, Any]], float]) -> None:
         """Set every group's learning rate: one number, or a function of the group."""
@@ -145,7 +205,11 @@ class ShardedOptimizer:
             group["lr"] = lr(group) if callable(lr) else lr
 
     def pieces(self) -> Iterator[StatePiece]:
-        """Views of this rank's masters and optimizer states, see `parallel.state`; padding is in none of them."""
+        """Views of this rank's masters and optimizer states, see `parallel.state`; padding is in none of them.
+
+        Collective if a level keeps its gradients on their rank between due steps.
+        """
+        self.local.flush()
         for index, master in enumerate(self._partitions.masters):
             elements, tensors = inner_states(self.optimizer, self.optimizer.param_groups[index]["params"][0])
             for key, flat in {"master": master, **elements}.items():
@@ -168,7 +232,7 @@ class ShardedOptimizer:
         """Take the clocks and set the parameters from the masters, after the views were written. Collective."""
         for number, group in enumerate(self.optimizer.param_groups):
             group.update(counters[name_of(group, number)])
-        self._partitions.publish()
+        self._partitions.publish(range(len(self._members)))
         self.discard()
 
     def gradient_pieces(self) -> Iterator[tuple[str, int, torch.Tensor]]:
@@ -177,23 +241,28 @@ class ShardedOptimizer:
 
     def master_pieces(self) -> Iterator[tuple[str, int, torch.Tensor]]:
         """(name, offset in the flattened shard, values) of this rank's fp32 master weights."""
-        return self._named(self._partitions.masters)
+        return self._named(dict(enumerate(self._partitions.masters)))
 
-    def _named(self, flats: list[torch.Tensor]) -> Iterator[tuple[str, int, torch.Tensor]]:
-        for flat, pieces in zip(flats, self.slices, strict=True):
-            for piece in pieces:
+    def _named(self, flats: dict[int, torch.Tensor]) -> Iterator[tuple[str, int, torch.Tensor]]:
+        for number, flat in flats.items():
+            for piece in self.slices[number]:
                 yield piece.name, piece.offset, flat[piece.start : piece.start + piece.numel].detach()
 
     def close(self) -> None:
         """Remove DeepSpeed's hooks from the model."""
         self._engine.destroy()
 
-    def _reduced(self) -> list[torch.Tensor]:
+    def _reduced(self) -> dict[int, torch.Tensor]:
         if self._gradients is None:
             raise RuntimeError("there are no reduced gradients: call reduce() after forward_backward()")
         return self._gradients
 
     def _pieces(self, group: int) -> Iterator[tuple[Slice, torch.Tensor]]:
-        flat = self._reduced()[group]
+        """This rank's reduced gradients of a group, or what it has accumulated of one that this step keeps back."""
+        flat = self._reduced().get(group)
+        if flat is None:
+            for member, values in zip(self._members[group], self._partitions.unreduced(group), strict=True):
+                yield Slice(member.name, member.index, 0, 0, member.numel), values
+            return
         for piece in self.slices[group]:
             yield piece, flat[piece.start : piece.start + piece.numel]

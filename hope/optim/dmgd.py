@@ -1,106 +1,173 @@
-"""Deep momentum gradient descent with a linear, value-less memory (Nested Learning, Eq. 33, 47, 102).
+"""Deep momentum gradient descent (Nested Learning, Eq. 33-52, 102, 105) for tensors that may be cut anywhere.
 
 Momentum is an associative memory of gradients, trained online by gradient descent on an inner objective:
 
-    dot   min <s, g>:                s <- beta1 s + g                      (Eq. 33-34: SGD with momentum)
-    l2    min 1/2 |s - g|^2:         s <- beta1 s + (1 - beta1) g          (a moving average)
+    dot   min -<m, w>:             s <- beta1 s + w                  (Eq. 33-34: SGD with momentum)
+    l2    min 1/2 |m - w|^2:       s <- beta1 s + (1 - beta1) w      (a moving average)
 
-The normaliser, if any, is applied at the output: W <- W - lr s / (sqrt(v) + eps), v the average of g^2. With l2, the
-Adam normaliser and bias correction this is AdamW (tested against torch). Signs: s is in gradient units and the
-learning rate stays outside, so that a schedule does not change what the memory holds (the paper's m is -lr s).
+w is the gradient u, or P u with the preconditioner at the value (Eq. 47). A linear memory gives m = s. A deep one gives
+m = s + r y(k), y the network of `coordinate_memory`, r the tensor's rms of w, and y is trained on the same objective,
+on what s leaves. W <- W - lr sigma(m), sigma: identity or a bound of a few r; the preconditioner at the output divides
+by sqrt(v) + eps (Eq. 102, 105). With l2, that normaliser and bias correction, a linear memory is AdamW (tested against
+torch). Signs: m is in gradient units and the learning rate stays outside, so that a schedule does not change what the
+memory holds (the paper's m is -lr m).
 
-Every operation is element-wise, so the optimizer may be given flat ZeRO partitions that cut across matrices.
+Everything is element-wise but the numbers of a whole tensor, r and the network: a parameter may be a flat partition
+that cuts across tensors (`segments`), and their sums may have parts on other ranks (`tensor_sums`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hope.optim import coordinate_memory as memory
+from hope.optim.clocks import ClockedOptimizer, Due
 from hope.optim.config import OptimConfig
+from hope.optim.kernels import kernels_for
+from hope.optim.rules import Rates, Rule, Stretch, Whole, measure
+from hope.optim.segments import CHUNK, Piece, Segments, chunks
+
+_LEAST_NORM = 1e-6  # of a network's gradient: one that sees nothing learns nothing
 
 
-class Dmgd(torch.optim.Optimizer):
+class Dmgd(ClockedOptimizer):
     """One group per level and decay setting, as `hope.optim.levels.parameter_groups` makes them.
 
-    Keys of a group that the caller may set before `step`: `lr`, and `grad_scale`, a factor on this step's gradient
-    (global clipping). `period` is the level's clock: gradients are averaged over `period` steps and only then does
-    anything of the group move: weights, decay, momentum, normaliser.
+    Groups with `vectors` true (one-dimensional tensors) have a linear memory whatever the configuration says.
+
+    Attributes:
+        segments: which tensors lie where in a parameter; one that is not in here is a tensor of its own.
+        tensor_sums: adds up a buffer [tensors, numbers] (float64, all parameters of all groups in order) over
+            everything that holds parts of these tensors. Called once per step if anything needs it.
+        watching: whether the next step fills `measured`.
+        measured: per parameter [tensors, 6]: what `rules.measure` sums over its elements.
     """
 
-    def __init__(self, groups: Iterable[dict], config: OptimConfig) -> None:
-        self.config = config
-        defaults = {
-            "lr": config.lr,
-            "grad_scale": 1.0,
-            "weight_decay": 0.0,
-            "period": 1,
-            "clock": 0,
-            "updates": 0,
-        }
-        super().__init__(groups, defaults)
+    per_tensor_keys = frozenset({"mlp", "mean_square"})
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closures: gradients are given
-        """One step of every group whose parameters are present; a parameter without gradient is left alone."""
-        for group in self.param_groups:
-            present = [p for p in group["params"] if p.grad is not None]
-            if not present:
-                continue
-            group["clock"] += 1
-            gradients = self._collect(present, group)
-            if gradients is not None:
-                group["updates"] += 1
-                self._update(present, gradients, group)
+    def __init__(self, groups: Iterable[dict], config: OptimConfig) -> None:
+        super().__init__(groups, config)
+        self.segments: dict[Tensor, Segments] = {}
+        self.tensor_sums: Callable[[Tensor], Tensor] = lambda parts: parts
+        self.watching = False
+        self.measured: dict[Tensor, Tensor] = {}
+        self._start: Tensor | None = None
+        self._kernels = kernels_for(self.param_groups[0]["params"])
+
+    def rule(self, group: dict[str, Any]) -> Rule:
+        return Rule.of(self.config, vectors=group["vectors"])
+
+    def state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("memory", "square") if self.rule(group).adam else ("memory",)
+
+    def numbers_per_tensor(self, group: dict[str, Any]) -> int:
+        rule = self.rule(group)
+        return rule.size + 1 if rule.whole else 0
 
     def allocate_states(self) -> None:
-        """Create all states as zeros that steps would create as they need them: a checkpoint saves and fills them."""
+        super().allocate_states()
         for group in self.param_groups:
-            self._state(group["params"], "memory")
-            if self.config.preconditioner != "none":
-                self._state(group["params"], "square")
-            if group["period"] != 1:
-                self._state(group["params"], "accumulator")
+            for p in group["params"]:
+                self._of_tensors(p, self.rule(group))
 
-    def _state(self, params: list[Tensor], key: str) -> list[Tensor]:
-        for p in params:
-            if key not in self.state[p]:
-                self.state[p][key] = torch.zeros_like(p)
-        return [self.state[p][key] for p in params]
+    def update(self, due: Due) -> None:
+        self.measured = {}
+        nets = self._networks() if self.watching else {}
+        if any(self.rule(group).whole for group in self.param_groups):
+            self._learn(due)
+        for group, params in due:
+            rule, rates = self.rule(group), self._rates(group, params)
+            for p in params:
+                nets_now, squares = self._of_tensors(p, rule)
+                for row, x in self._stretches(p, rule, cut=rule.whole or self.watching):
+                    whole = Whole(nets_now[row], squares[row, 0].sqrt())
+                    before = Stretch(x.p.clone(), x.s.clone(), _copy(x.v), x.g) if self.watching else None
+                    self._kernels.update(rule, x, rates, whole)
+                    if before is not None:
+                        self._measured_of(p)[row] += measure(rule, before, x, rates, nets[p][row], whole)
 
-    def _collect(self, params: list[Tensor], group: dict) -> list[Tensor] | None:
-        """This step's gradients, or at a due step their means over the level's period, or None in between."""
-        gradients = [p.grad for p in params if p.grad is not None]
-        if group["grad_scale"] != 1.0:
-            gradients = list(torch._foreach_mul(gradients, group["grad_scale"]))
-        if group["period"] == 1:
-            return gradients
-        sums = self._state(params, "accumulator")
-        torch._foreach_add_(sums, gradients, alpha=1.0 / group["period"])
-        if group["clock"] % group["period"]:
-            return None
-        means = [total.clone() for total in sums]  # a copy: the accumulators start anew
-        torch._foreach_zero_(sums)
-        return means
+    def _networks(self) -> dict[Tensor, Tensor]:
+        """The networks as they are now, copied."""
+        return {p: self._of_tensors(p, self.rule(g))[0].clone() for g in self.param_groups for p in g["params"]}
 
-    def _update(self, params: list[Tensor], gradients: list[Tensor], group: dict) -> None:
-        config, rate, updates = self.config, group["lr"], group["updates"]
-        l2 = config.objective == "l2"
-        memories = self._state(params, "memory")
-        torch._foreach_mul_(memories, config.beta1)
-        torch._foreach_add_(memories, gradients, alpha=1 - config.beta1 if l2 else 1.0)
-        if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - rate * group["weight_decay"])
-        if l2 and config.bias_correction:
-            rate = rate / (1 - config.beta1**updates)
-        if config.preconditioner == "none":
-            torch._foreach_add_(params, memories, alpha=-rate)
-            return
-        squares = self._state(params, "square")
-        torch._foreach_mul_(squares, config.beta2)
-        torch._foreach_addcmul_(squares, gradients, gradients, value=1 - config.beta2)
-        scales = torch._foreach_sqrt(squares)
-        if config.bias_correction:
-            torch._foreach_div_(scales, (1 - config.beta2**updates) ** 0.5)
-        torch._foreach_add_(scales, config.eps)
-        torch._foreach_addcdiv_(params, memories, scales, value=-rate)
+    def _measured_of(self, p: Tensor) -> Tensor:
+        if p not in self.measured:
+            self.measured[p] = torch.zeros(self._layout(p).tensors, 6, dtype=torch.float64, device=p.device)
+        return self.measured[p]
+
+    def _rates(self, group: dict[str, Any], params: list[Tensor]) -> Rates:
+        device = params[0].device if params else torch.device("cpu")
+        return Rates.of(self.config, group, self.gradient_factor(group) * group["grad_scale"], device)
+
+    def _stretches(self, p: Tensor, rule: Rule, cut: bool) -> Iterator[tuple[int, Stretch]]:
+        """(tensor, coordinates) of `p` in chunks; not cut at tensors' boundaries if nothing asks which tensor it is."""
+        assert p.grad is not None
+        s, g = self.states([p], "memory")[0].view(-1), p.grad.view(-1)
+        square = self.states([p], "square")[0].view(-1) if rule.adam else None
+        pieces = self._layout(p).pieces if cut else (Piece(0, 0, p.numel()),)
+        for piece in pieces:
+            for span in chunks(piece.start, piece.numel, CHUNK[p.device.type]):
+                v = None if square is None else square[span]
+                yield piece.tensor, Stretch(p.view(-1)[span], s[span], v, g[span])
+
+    def _layout(self, p: Tensor) -> Segments:
+        return self.segments.get(p) or Segments.single(p)
+
+    def _of_tensors(self, p: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+        """(networks [tensors, P], mean square of w [tensors, 1]) of a parameter; created if they are not there."""
+        state, rows = self.state[p], self._layout(p).tensors
+        if not rule.whole:
+            return p.new_zeros(rows, 0), p.new_zeros(rows, 1)
+        if "mean_square" not in state:
+            state["mean_square"] = torch.zeros(rows, 1, device=p.device, dtype=p.dtype)
+        if rule.width and "mlp" not in state:
+            state["mlp"] = self._initial(rule, p).repeat(rows, 1)
+        return state["mlp"] if rule.width else p.new_zeros(rows, 0), state["mean_square"]
+
+    def _initial(self, rule: Rule, p: Tensor) -> Tensor:
+        """Weights of a network that has learned nothing [P]."""
+        if self._start is None:
+            self._start = memory.initial(rule.features, rule.width, p.device)
+        return self._start.to(p.dtype)
+
+    def _learn(self, due: Due) -> None:
+        """Teach every due tensor's network, and follow its mean square: one reduction for all tensors together."""
+        present = {p: group for group, params in due for p in params if self.rule(group).whole}
+        width = 3 + max(self.rule(group).size for group in self.param_groups)
+        parts = []
+        for group in self.param_groups:
+            rule = self.rule(group)
+            for p in group["params"]:
+                parts.append(torch.zeros(self._layout(p).tensors, width, dtype=torch.float64, device=p.device))
+                if p in present:
+                    self._sum_up(parts[-1], p, group, rule)
+        total = self.tensor_sums(torch.cat(parts)).split([part.shape[0] for part in parts])
+        for p, found in zip((p for group in self.param_groups for p in group["params"]), total, strict=True):
+            if p in present:
+                self._write(p, present[p], found)
+
+    def _sum_up(self, part: Tensor, p: Tensor, group: dict[str, Any], rule: Rule) -> None:
+        """Add what `rules.sums` finds in this parameter's elements to `part` [tensors, 3 + P]."""
+        nets, squares = self._of_tensors(p, rule)
+        rates = self._rates(group, [p])
+        for row, x in self._stretches(p, rule, cut=True):
+            found = self._kernels.sums(rule, x, rates, Whole(nets[row], squares[row, 0].sqrt()))
+            part[row, : found.numel()] += found
+
+    def _write(self, p: Tensor, group: dict[str, Any], found: Tensor) -> None:
+        """Take one inner step per tensor from the sums over all its elements."""
+        rule, config = self.rule(group), self.config
+        nets, squares = self._of_tensors(p, rule)
+        mean = (found[:, 1:] / found[:, :1].clamp(min=1)).to(p.dtype)
+        # The first update only sets the scale: without one the network could neither read nor learn.
+        keep = config.beta1 if group["updates"] > 1 else 0.0
+        squares.mul_(keep).add_(mean[:, :1], alpha=1 - keep)
+        if rule.width:
+            gradient = mean[:, 2 : 2 + rule.size] / (mean[:, 1:2] + _LEAST_NORM)
+            nets.sub_(config.mlp_lr * gradient + config.mlp_decay * (nets - self._initial(rule, p)))
+
+
+def _copy(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.clone()

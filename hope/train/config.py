@@ -81,7 +81,11 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Largest global gradient norm, larger ones are scaled down to it; 0: never."""
     max_skips: int = 10
-    """Skipped steps (non-finite gradients) in a row after which the run ends with code 93."""
+    """Skipped steps (non-finite gradients, spikes) in a row after which the run ends with code 93."""
+    spike_sigma: float = 0.0
+    """Skip a step whose loss is more than this many standard deviations above the recent mean (try 6); 0: never."""
+    spike_window: int = 64
+    """Accepted losses that mean and deviation are taken over; before there are as many, nothing is a spike."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -100,6 +104,10 @@ class TrainConfig:
             yield f"{path}.stop_after", what, f"1 to {self.steps}, or 0 for none"
         if not (math.isfinite(self.grad_clip) and self.grad_clip >= 0):
             yield f"{path}.grad_clip", f"{self.grad_clip} is not a norm", "1.0, or 0 to never clip"
+        if not (math.isfinite(self.spike_sigma) and self.spike_sigma >= 0):
+            yield f"{path}.spike_sigma", f"{self.spike_sigma} is not a number of deviations", "6, or 0 for never"
+        if self.spike_window < 2:
+            yield f"{path}.spike_window", f"{self.spike_window} losses have no deviation", "64"
         yield from self._stage_problems(f"{path}.seq_len_stages")
 
     def _stage_problems(self, path: str) -> Iterator[Problem]:

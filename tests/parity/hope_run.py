@@ -187,7 +187,8 @@ def plain_torch(config: ModelConfig) -> Outcome:
         for group in optimizer.param_groups:
             group["lr"] = OPTIM.lr
             if step == 0:
-                outcome.norms[group["name"]] = float(torch.nn.utils.get_total_norm([p.grad for p in group["params"]]))
+                norm = float(torch.nn.utils.get_total_norm([p.grad for p in group["params"]]))
+                outcome.norms[group["name"]] = norm if group["period"] == 1 else 0.0  # the others wait
         if step == 0:
             outcome.gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         optimizer.step()

@@ -5,6 +5,9 @@ import torch
 
 from hope.config import CmsConfig, MemoryConfig, ModelConfig
 from hope.model import Model, Slice, next_token_loss
+from hope.optim.build import build_optimizer
+from hope.optim.config import OptimConfig
+from hope.optim.levels import parameter_groups
 from parallel.memory import StepShape, activation_bytes, build_part, part_activations, rank_memory
 
 
@@ -47,12 +50,48 @@ def test_bytes_of_weights_and_states():
     settings = config()
     numbers = sum(p.numel() for p in Model(settings).parameters())
     slow = sum(p.numel() for n, p in Model(settings).named_parameters() if ".cms.levels.1." in n)
-    whole = rank_memory(settings, [Slice(0, 4)], 1, StepShape(16, 2, True), adam=True)
+    whole = rank_memory(settings, [Slice(0, 4)], 1, StepShape(16, 2, True), OptimConfig())
     assert whole.weights == 2 * numbers
     assert whole.gradients == 4 * numbers
     assert whole.optimizer == 4 * (3 * numbers + slow)  # master, memory, squares; the slow level's accumulator
-    halves = rank_memory(settings, [Slice(0, 4)], 1, StepShape(16, 2, True, data=2), adam=True)
+    halves = rank_memory(settings, [Slice(0, 4)], 1, StepShape(16, 2, True, data=2), OptimConfig())
     assert halves.optimizer == whole.optimizer // 2
-    sharded = rank_memory(settings, [Slice(0, 4)], 1, StepShape(16, 2, True, tensor=2), adam=True)
+    sharded = rank_memory(settings, [Slice(0, 4)], 1, StepShape(16, 2, True, tensor=2), OptimConfig())
     assert sharded.fast_weights == whole.fast_weights // 2
     assert whole.weights / 2 < sharded.weights < 0.55 * whole.weights  # norms are on every rank
+
+
+@pytest.mark.parametrize(
+    ("optim", "numbers"),
+    [
+        (OptimConfig(), 2),
+        (OptimConfig(objective="dot", preconditioner="none"), 1),
+        (OptimConfig(memory="mlp"), 2),
+        (OptimConfig(name="muon"), 1),
+        (OptimConfig(name="m3"), 5),
+    ],
+    ids=["adamw", "sgd", "mlp", "muon", "m3"],
+)
+def test_states_of_every_optimizer(optim, numbers):
+    """What the optimizer allocates, and how many numbers that is per weight of a matrix in a level that never waits."""
+    settings = config()
+    model = Model(settings)
+    optimizer = build_optimizer(parameter_groups(model, 0.1, optim), optim)
+    optimizer.allocate_states()
+    size = sum(4 * t.numel() for state in optimizer.state.values() for t in state.values())
+    masters = 4 * sum(p.numel() for p in model.parameters())
+    assert rank_memory(settings, [Slice(0, 4)], 1, StepShape(16, 2, True), optim).optimizer == size + masters
+    matrix = model.blocks["0"].cms.levels[0].mlp.up.weight
+    whole = optimizer.per_tensor_keys
+    assert sum(t.numel() for k, t in optimizer.state[matrix].items() if k not in whole) == numbers * matrix.numel()
+
+
+def test_a_level_that_communicates_when_due_keeps_its_sums_undivided():
+    settings = config()
+    slow = sum(p.numel() for n, p in Model(settings).named_parameters() if ".cms.levels.1." in n)
+    shape = StepShape(16, 2, True, data=4)
+    sharded, local = (
+        rank_memory(settings, [Slice(0, 4)], 1, shape, OptimConfig(accumulate=mode)).optimizer
+        for mode in ("sharded", "local")
+    )
+    assert local - sharded == pytest.approx(4 * slow * 3 / 4, abs=16)

@@ -1,0 +1,14 @@
+"""The optimizer that a configuration names."""
+
+from collections.abc import Iterable
+
+from hope.optim.clocks import ClockedOptimizer
+from hope.optim.config import OptimConfig
+from hope.optim.dmgd import Dmgd
+from hope.optim.levels import MATRIX_OPTIMIZERS
+from hope.optim.matrix import MatrixOptimizer
+
+
+def build_optimizer(groups: Iterable[dict], config: OptimConfig) -> ClockedOptimizer:
+    """`groups`: from `hope.optim.levels.parameter_groups` with the same configuration."""
+    return MatrixOptimizer(groups, config) if config.name in MATRIX_OPTIMIZERS else Dmgd(groups, config)

@@ -1,0 +1,138 @@
+"""A level is a parameter group with a clock (Eq. 71): between its due steps nothing of it moves.
+
+Gradients accumulate over `period` steps. At the due step the update rule sees their mean (or sum) once: weights, decay,
+moments, the schedule's rate and the DMGD memory move together, or not at all.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hope.optim.config import OptimConfig
+
+Due = list[tuple[dict[str, Any], list[Tensor]]]
+
+
+class ClockedOptimizer(torch.optim.Optimizer):
+    """Base of all optimizers here; a subclass writes `update`.
+
+    Keys of a group: `period`, its clock in steps; `clock`, steps seen; `updates`, due steps seen; `gathered`, whether
+    gradients already arrive summed over the period, at due steps only. The caller may set before `step`: `lr`, and
+    `grad_scale`, a factor on this step's gradient (global clipping).
+    """
+
+    per_tensor_keys: frozenset[str] = frozenset()
+    """States that belong to a tensor as a whole: [tensors of the group, numbers], everything else is element-wise."""
+
+    def __init__(self, groups: Iterable[dict], config: OptimConfig) -> None:
+        self.config = config
+        self._completed = False
+        defaults = {
+            "lr": config.lr,
+            "grad_scale": 1.0,
+            "weight_decay": 0.0,
+            "period": 1,
+            "clock": 0,
+            "updates": 0,
+            "gathered": False,
+            "vectors": False,
+            "matrices": False,
+        }
+        super().__init__(groups, defaults)
+
+    def due(self, group: dict[str, Any]) -> bool:
+        """Whether the coming step is a due one of this group."""
+        return (group["clock"] + 1) % group["period"] == 0
+
+    def gradient_factor(self, group: dict[str, Any]) -> float:
+        """What makes a period's summed gradient the one that the update sees, clipping apart."""
+        return 1.0 / group["period"] if self.config.period_gradient == "mean" else 1.0
+
+    @torch.no_grad()
+    def complete(self) -> None:
+        """Add to `p.grad` of every due group what its period has accumulated before this step; once per step.
+
+        `step` does it itself; whoever needs the norm of a period's gradient first calls it before.
+        """
+        if self._completed:
+            return
+        for group in self.param_groups:
+            if group["period"] > 1 and self.due(group):
+                for p in group["params"]:
+                    if p.grad is not None and "accumulator" in self.state[p]:
+                        p.grad.add_(self.state[p]["accumulator"])
+        self._completed = True
+
+    def norm(self) -> float:
+        """L2 norm of the gradient that the coming step will use, over all due groups, when parameters are whole."""
+        self.complete()
+        squares = [
+            (p.grad.double().square().sum() * self.gradient_factor(group) ** 2).item()
+            for group in self.param_groups
+            if self.due(group)
+            for p in group["params"]
+            if p.grad is not None
+        ]
+        return math.sqrt(sum(squares))
+
+    def discard(self) -> None:
+        """Forget this step's gradients: no clock advances, and the accumulators stay as they were."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+        self._completed = False
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closures: gradients are given
+        """Advance every clock by one step and update the groups that are due.
+
+        A group without any gradient is left alone, unless it has no parameters here: others may, and keep its time.
+        """
+        self.complete()
+        due: Due = []
+        for group in self.param_groups:
+            present = [p for p in group["params"] if p.grad is not None]
+            if group["params"] and not present and not group["gathered"]:
+                continue
+            reached = self.due(group)
+            group["clock"] += 1
+            if reached:
+                group["updates"] += 1
+                due.append((group, present))
+            elif present:
+                torch._foreach_add_(self.states(present, "accumulator"), [p.grad for p in present])
+        self.update(due)
+        for _, present in due:
+            for p in present:
+                if "accumulator" in self.state[p]:
+                    self.state[p]["accumulator"].zero_()
+        self._completed = False
+
+    def update(self, due: Due) -> None:
+        """Move the weights and states of the due groups; `p.grad` holds the sum over the period."""
+        raise NotImplementedError
+
+    def states(self, params: list[Tensor], key: str) -> list[Tensor]:
+        """An element-wise state of each parameter, zeros at first."""
+        for p in params:
+            if key not in self.state[p]:
+                self.state[p][key] = torch.zeros_like(p, requires_grad=False)
+        return [self.state[p][key] for p in params]
+
+    def state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The element-wise states of a group, its accumulator apart."""
+        raise NotImplementedError
+
+    def numbers_per_tensor(self, group: dict[str, Any]) -> int:
+        """How many numbers `per_tensor_keys` keep for each tensor of a group."""
+        return 0
+
+    def allocate_states(self) -> None:
+        """Create every state that later steps would create, so that a checkpoint finds them all."""
+        for group in self.param_groups:
+            keys = self.state_keys(group) + (("accumulator",) if group["period"] > 1 else ())
+            for key in keys:
+                self.states(group["params"], key)

@@ -1,0 +1,85 @@
+"""Optimizers of whole matrices: Muon (Eq. 42, 52) and M3 (Algorithm 1); all other tensors at AdamW's setting of DMGD.
+
+Muon is DMGD whose output nonlinearity is an orthogonalisation. M3 adds a second, slow memory with a clock of its own:
+
+    every f updates:  M2 <- M2 + beta3 sum of the last f gradients;  O2 <- NS(M2)
+    every update:     M1 <- M1 + beta1 g;  V <- V + beta2 g^2;  W <- W - lr (NS(M1) + alpha O2) / (sqrt(V) + eps)
+
+as printed, which only ever adds (`m3_reading: literal`); in the `ema` reading M1, V and M2 are moving averages (M2 of
+the chunks' mean gradients). Dividing an orthogonal matrix by sqrt(V) leaves a step whose size is one over the
+gradient's: the ema reading scales it to a root mean square of `matrix_rms`, so that it takes AdamW's learning rates.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hope.optim import newton_schulz
+from hope.optim.clocks import Due
+from hope.optim.dmgd import Dmgd
+
+
+class MatrixOptimizer(Dmgd):
+    """Groups with `matrices` true hold whole matrices [n, m] or stacks of them [H, n, m], one tensor per parameter."""
+
+    def state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        if not group["matrices"]:
+            return super().state_keys(group)
+        slow = ("square", "slow_sum", "slow", "slow_direction")
+        return ("memory", *slow) if self.config.name == "m3" else ("memory",)
+
+    def update(self, due: Due) -> None:
+        super().update([(group, params) for group, params in due if not group["matrices"]])
+        for group, params in due:
+            if group["matrices"] and params:
+                self._update_matrices(group, params)
+
+    def _update_matrices(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        scale = self.gradient_factor(group) * group["grad_scale"]
+        gradients = [p.grad for p in params if p.grad is not None]
+        torch._foreach_mul_(gradients, scale)
+        before = [m.clone() for m in self.states(params, "memory")] if self.watching else []
+        directions = self._m3(group, params, gradients) if self.config.name == "m3" else self._muon(params, gradients)
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(params, directions, alpha=-group["lr"])
+        for i, old in enumerate(before):
+            self._measure_matrix(params[i], gradients[i], old, directions[i] * group["lr"])
+
+    def _muon(self, params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+        """Nesterov momentum, orthogonalised; sqrt(max(n, m)) undoes the size of an orthogonal matrix's entries."""
+        config, memories = self.config, self.states(params, "memory")
+        torch._foreach_lerp_(memories, gradients, 1 - config.beta1)
+        ahead = torch._foreach_lerp(gradients, memories, config.beta1)
+        found = newton_schulz.orthogonalise_all(list(ahead), config.newton_schulz_steps)
+        if config.matrix_rms:
+            torch._foreach_mul_(found, [config.matrix_rms * max(p.shape[-2:]) ** 0.5 for p in params])
+        return found
+
+    def _m3(self, group: dict[str, Any], params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+        config, ema = self.config, self.config.m3_reading == "ema"
+        memories, squares, sums, slow, direction = (self.states(params, key) for key in self.state_keys(group))
+        if (group["updates"] - 1) % config.m3_slow_period == 0:  # the chunk before this update has ended
+            torch._foreach_mul_(slow, config.m3_beta3 if ema else 1.0)
+            factor = (1 - config.m3_beta3) / config.m3_slow_period if ema else config.m3_beta3
+            torch._foreach_add_(slow, sums, alpha=factor)
+            torch._foreach_zero_(sums)
+            torch._foreach_copy_(direction, newton_schulz.orthogonalise_all(slow, config.newton_schulz_steps))
+        torch._foreach_add_(sums, gradients)
+        torch._foreach_mul_(memories, config.beta1 if ema else 1.0)
+        torch._foreach_add_(memories, gradients, alpha=1 - config.beta1 if ema else config.beta1)
+        torch._foreach_mul_(squares, config.beta2 if ema else 1.0)
+        torch._foreach_addcmul_(squares, gradients, gradients, value=1 - config.beta2 if ema else config.beta2)
+        found = newton_schulz.orthogonalise_all(memories, config.newton_schulz_steps)
+        torch._foreach_add_(found, direction, alpha=config.m3_alpha)
+        for out, square in zip(found, squares, strict=True):
+            out.div_(square.sqrt().add_(config.eps))
+            if ema and config.matrix_rms:
+                out.mul_(config.matrix_rms / (out.square().mean((-2, -1), keepdim=True).sqrt() + 1e-30))
+        return found
+
+    def _measure_matrix(self, p: Tensor, gradient: Tensor, before: Tensor, moved: Tensor) -> None:
+        after = self.state[p]["memory"]
+        losses = [(memory - gradient).square().sum() / 2 for memory in (before, after)]
+        squares = [t.square().sum() for t in (after, moved, p, gradient)]
+        self.measured[p] = torch.stack([*squares, *losses]).double()[None]

@@ -1,0 +1,202 @@
+"""The arithmetic of DMGD on a stretch of coordinates, all of one tensor where its numbers are needed.
+
+Written in place and free of data-dependent control flow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hope.optim import coordinate_memory as memory
+from hope.optim.config import OptimConfig
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The discrete choices. width: hidden units of the network, 0 for a linear memory; whole: whether numbers of the
+    whole tensor are needed."""
+
+    l2: bool
+    adam: bool
+    at_value: bool
+    width: int
+    gradient_key: bool
+    clip: float
+    erase: float
+
+    @staticmethod
+    def of(config: OptimConfig, vectors: bool = False) -> Rule:
+        return Rule(
+            l2=config.objective == "l2",
+            adam=config.preconditioner == "adam",
+            at_value=config.preconditioner == "adam" and config.normalise == "value",
+            width=config.mlp_width if config.memory == "mlp" and not vectors else 0,
+            gradient_key=config.mlp_key == "gradient",
+            clip=config.output_bound if config.output == "rms_clip" else 0.0,
+            erase=config.erase,
+        )
+
+    @property
+    def whole(self) -> bool:
+        return bool(self.width or self.clip or self.erase)
+
+    @property
+    def features(self) -> int:
+        if self.gradient_key:
+            return 4
+        return 3 if self.adam and not self.at_value else 2
+
+    @property
+    def size(self) -> int:
+        """Weights of the network."""
+        return memory.size(self.features, self.width) if self.width else 0
+
+
+class Rates(NamedTuple):
+    """Numbers that change from step to step, as scalar tensors on the device: a compiled kernel need not know them.
+
+    correct1, correct2: bias corrections that multiply s and sqrt(v); `_before`: those of the update before.
+    """
+
+    scale: Tensor
+    lr: Tensor
+    keep: Tensor
+    beta1: Tensor
+    gain1: Tensor
+    beta2: Tensor
+    gain2: Tensor
+    correct1: Tensor
+    correct2: Tensor
+    correct1_before: Tensor
+    correct2_before: Tensor
+    eps: Tensor
+
+    @staticmethod
+    def of(config: OptimConfig, group: dict[str, Any], scale: float, device: torch.device) -> Rates:
+        l2, updates = config.objective == "l2", group["updates"]
+        corrected = config.bias_correction
+        first = lambda t: 1 / (1 - config.beta1**t) if l2 and corrected and t else 1.0
+        second = lambda t: (1 - config.beta2**t) ** -0.5 if corrected and t else 1.0
+        numbers = (
+            scale,
+            group["lr"],
+            1 - group["lr"] * group["weight_decay"],
+            config.beta1,
+            1 - config.beta1 if l2 else 1.0,
+            config.beta2,
+            1 - config.beta2,
+            first(updates),
+            second(updates),
+            first(updates - 1),
+            second(updates - 1),
+            config.eps,
+        )
+        return Rates(*torch.tensor(numbers, dtype=torch.float64, device=device).unbind())
+
+
+class Stretch(NamedTuple):
+    """Coordinates [N]: weights, linear memory, average of squares (or None), gradient."""
+
+    p: Tensor
+    s: Tensor
+    v: Tensor | None
+    g: Tensor
+
+
+class Whole(NamedTuple):
+    """Of the tensor that a stretch belongs to: weights of its network [P] and the rms of w, a scalar tensor."""
+
+    network: Tensor
+    r: Tensor
+
+    @property
+    def inverse(self) -> Tensor:
+        """1 / r, and 0 for a tensor that never had a gradient."""
+        return torch.where(self.r > 0, 1 / self.r, torch.zeros_like(self.r))
+
+
+def update(rule: Rule, x: Stretch, c: Rates, whole: Whole) -> None:
+    """Write the gradient into the memory, read it, and move the weights. A rule without `whole` looks at none."""
+    p, s, v, g = x
+    w, root = _value(rule, v, g * c.scale, c)
+    keys = None
+    if rule.width and rule.gradient_key:
+        keys = _keys(rule, w, s, None, whole.inverse, c.correct1_before)
+    if rule.erase:
+        forgotten = rule.erase * (w * whole.inverse).square()
+        s.mul_(c.beta1 - forgotten / (1 + forgotten))
+    else:
+        s.mul_(c.beta1)
+    s.add_(w * c.gain1)
+    found = s * c.correct1
+    if rule.width:
+        if keys is None:
+            keys = _keys(rule, w, s, root, whole.inverse, c.correct1)
+        found.add_(memory.read(whole.network, keys, rule.width) * whole.r)
+    if rule.clip:
+        bound = rule.clip * whole.r
+        found = torch.minimum(torch.maximum(found, -bound), bound)
+    if root is not None and not rule.at_value:
+        found.div_(root)
+    p.mul_(c.keep).sub_(found.mul_(c.lr))
+
+
+def sums(rule: Rule, x: Stretch, c: Rates, whole: Whole) -> Tensor:
+    """[3 + P], float64: number of elements, sum of w^2, and `coordinate_memory.read_and_gradient`; 2 without a network.
+
+    Nothing is written. s, v and r are those of the update before; with r = 0 (the first) the gradient is zero.
+    """
+    w, _ = _value(rule, None if x.v is None else x.v.clone(), x.g * c.scale, c)
+    head = torch.stack([w.new_tensor(float(w.numel())), w.square().sum()])
+    if not rule.width:
+        return head.double()
+    keys = _keys(rule, w, x.s, _root_before(rule, x.v, c), whole.inverse, c.correct1_before)
+    value, held = w * whole.inverse, x.s * (whole.inverse * c.correct1_before)
+    error = (lambda y: held + y - value) if rule.l2 else (lambda y: -value)
+    gradient = memory.read_and_gradient(whole.network, keys, rule.width, error)
+    return torch.cat([head, gradient]).double()
+
+
+def measure(rule: Rule, before: Stretch, after: Stretch, c: Rates, network_before: Tensor, whole: Whole) -> Tensor:
+    """[6], float64: sums of s^2, update^2, weight^2 and w^2, and the inner loss before and after the write.
+
+    The loss is that of m at the key that this gradient was learned with; sum(loss) / sum(w^2) has no unit.
+    """
+    w, _ = _value(rule, None if before.v is None else before.v.clone(), after.g * c.scale, c)
+    guess = [before.s * c.correct1_before, after.s * c.correct1]
+    if rule.width:
+        keys = _keys(rule, w, before.s, _root_before(rule, before.v, c), whole.inverse, c.correct1_before)
+        for held, network in zip(guess, (network_before, whole.network), strict=True):
+            held.add_(memory.read(network, keys, rule.width) * whole.r)
+    losses = [(m - w).square().sum() / 2 if rule.l2 else -(m * w).sum() for m in guess]
+    squares = [t.square().sum() for t in (after.s, after.p - before.p, after.p, w)]
+    return torch.stack([*squares, *losses]).double()
+
+
+def _value(rule: Rule, v: Tensor | None, u: Tensor, c: Rates) -> tuple[Tensor, Tensor | None]:
+    """(what the memory learns, sqrt(v) + eps or None); v is updated in place."""
+    if v is None:
+        return u, None
+    v.mul_(c.beta2).add_(u * u * c.gain2)
+    root = v.sqrt().mul_(c.correct2).add_(c.eps)
+    return (u / root if rule.at_value else u), root
+
+
+def _root_before(rule: Rule, v: Tensor | None, c: Rates) -> Tensor | None:
+    """sqrt(v) + eps as the update before left it, where the network's key needs it."""
+    return None if v is None or rule.at_value else v.sqrt().mul_(c.correct2_before).add_(c.eps)
+
+
+def _keys(rule: Rule, w: Tensor, s: Tensor, root: Tensor | None, inverse: Tensor, correct1: Tensor) -> memory.Key:
+    """Features of coordinates: of gradient and memory, or of the memory alone."""
+    held = s * (inverse * correct1)
+    if rule.gradient_key:
+        value = w * inverse
+        return memory.key(value, memory.signed_log(value), held, memory.signed_log(held))
+    if root is None or rule.at_value:
+        return memory.key(held, memory.signed_log(held))
+    return memory.key(held, memory.signed_log(held), s * correct1 / root)

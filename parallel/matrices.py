@@ -1,0 +1,178 @@
+"""Muon and M3 sharded: whole matrices on their owners, everything else in ZeRO-1's partitions.
+
+The same interface as `zero.ShardedOptimizer`, so that neither the training loop nor the referee asks which one it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hope.optim.build import build_optimizer
+from hope.optim.config import OptimConfig
+from hope.optim.matrix import MatrixOptimizer
+from parallel.clocks import LocalSums, due_groups
+from parallel.groups import Ranks
+from parallel.members import Counts, first_name, members_of, union_of_names
+from parallel.ownership import OwnedGroup
+from parallel.state import StatePiece
+from parallel.statistics import group_statistics
+from parallel.zero import ShardedOptimizer
+
+
+class MatrixShardedOptimizer:
+    """Args: as `ShardedOptimizer`, but parameter groups and their configuration instead of an optimizer.
+
+    `groups`: as `hope.optim.levels.parameter_groups` makes them; those with `matrices` true go to owners.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        groups: Sequence[dict[str, Any]],
+        config: OptimConfig,
+        precision: str,
+        ranks: Ranks,
+        zero: int,
+        counts: Counts,
+    ) -> None:
+        self.ranks, self.config = ranks, config
+        everything = build_optimizer([dict(group) for group in groups], config)
+        self.group_names = union_of_names(everything)
+        members = members_of(models, everything, counts)
+        rest = [group for group in groups if not group["matrices"]]
+        self.rest = ShardedOptimizer(models, build_optimizer(rest, config), precision, ranks, zero, counts)
+        pairs = [(group, own) for group, own in zip(groups, members, strict=True) if group["matrices"]]
+        self.owned = [OwnedGroup(group["params"], own, ranks) for group, own in pairs]
+        own_groups = [
+            {**group, "params": owned.masters} for (group, _), owned in zip(pairs, self.owned, strict=True)
+        ]  # names in the group are of all matrices, `owned.names` of those on this rank
+        matrices = build_optimizer(own_groups, config)
+        assert isinstance(matrices, MatrixOptimizer)
+        self.matrices = matrices
+        self._local = [config.accumulate == "local" and group["period"] > 1 for group, _ in pairs]
+        self.reduced_bytes = 0
+        for group, owned, local in zip(self.matrices.param_groups, self.owned, self._local, strict=True):
+            group["gathered"] = local
+            owned.hold(local)
+
+    @property
+    def local(self) -> LocalSums:
+        """Of the element-wise part; matrices have no partial gradients over tensor ranks."""
+        return self.rest.local
+
+    def _waiting(self) -> list[int]:
+        due = due_groups(self.matrices)
+        return [number for number, local in enumerate(self._local) if local and number not in due]
+
+    def accumulated(self, parameter: nn.Parameter) -> Tensor | None:
+        return self.rest.accumulated(parameter)
+
+    def reduce(self) -> None:
+        self.rest.reduce()
+        self.reduced_bytes = self.rest.reduced_bytes
+        waiting = self._waiting()
+        for number, owned in enumerate(self.owned):
+            if number not in waiting:
+                self.reduced_bytes += owned.reduce()
+        self.matrices.complete()
+
+    def grad_norms(self) -> dict[str, float]:
+        names = self.group_names
+        total = torch.zeros(len(names), dtype=torch.float64, device=self.ranks.device)
+        due = due_groups(self.matrices)
+        for number, (group, owned) in enumerate(zip(self.matrices.param_groups, self.owned, strict=True)):
+            factor = self.matrices.gradient_factor(group) if number in due else 0.0
+            square = sum(torch.linalg.vector_norm(t, dtype=torch.float64) ** 2 for t in owned.held_gradients())
+            total[names.index(group["name"])] += square * factor**2
+        dist.all_reduce(total)
+        return dict(zip(names, total.sqrt().tolist(), strict=True)) | self.rest.grad_norms()
+
+    def first_nonfinite(self) -> str | None:
+        return first_name(self.rest.nonfinite() + [bad for owned in self.owned for bad in owned.nonfinite()])
+
+    def step(self, clip_scale: float = 1.0) -> None:
+        due = due_groups(self.matrices)
+        for group in self.matrices.param_groups:
+            group["grad_scale"] = clip_scale
+        for number, owned in enumerate(self.owned):
+            owned.keep(due=number in due)
+        self.matrices.step()
+        for number in due:
+            self.owned[number].publish()
+        self.rest.step(clip_scale)
+        self._discard_matrices()
+
+    def discard(self) -> None:
+        self.rest.discard()
+        self._discard_matrices()
+
+    def _discard_matrices(self) -> None:
+        self.matrices.discard()
+        for owned in self.owned:
+            owned.discard()
+
+    def set_lr(self, lr: float | Callable[[dict[str, Any]], float]) -> None:
+        self.rest.set_lr(lr)
+        for group in self.matrices.param_groups:
+            group["lr"] = lr(group) if callable(lr) else lr
+
+    def watch(self, on: bool) -> None:
+        self.rest.watch(on)
+        self.matrices.watching = on
+
+    def statistics(self) -> dict[str, float]:
+        one = torch.ones(1, dtype=torch.float64, device=self.ranks.device)
+        counted = {p: one for group in self.matrices.param_groups for p in group["params"]}
+        names = [name for name in self.group_names if name not in self.rest.group_names]
+        return self.rest.statistics() | group_statistics([self.matrices], names, counted, self.ranks.device)
+
+    def gradient_pieces(self) -> Iterator[tuple[str, int, Tensor]]:
+        yield from self.rest.gradient_pieces()
+        for owned in self.owned:
+            if owned.received is not None:
+                yield from owned.pieces(owned.received)
+
+    def master_pieces(self) -> Iterator[tuple[str, int, Tensor]]:
+        """As `ShardedOptimizer.master_pieces`, but collective over tensor ranks."""
+        yield from self.rest.master_pieces()
+        for owned in self.owned:
+            yield from owned.pieces(owned.master_shards())
+
+    def pieces(self) -> Iterator[StatePiece]:
+        yield from self.rest.pieces()
+        self._flush()
+        self.matrices.allocate_states()
+        for group, owned in zip(self.matrices.param_groups, self.owned, strict=True):
+            for name, master in zip(owned.names, group["params"], strict=True):
+                yield StatePiece("master", name, 0, master.detach().view(-1), "whole")
+                for key, value in self.matrices.state[master].items():
+                    yield StatePiece(key, name, 0, value.view(-1), "whole")
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        own = {g["name"]: {"clock": g["clock"], "updates": g["updates"]} for g in self.matrices.param_groups}
+        return self.rest.counters() | own
+
+    def restored(self, counters: Mapping[str, Mapping[str, int]]) -> None:
+        own = {group["name"] for group in self.matrices.param_groups}
+        self.rest.restored({name: values for name, values in counters.items() if name not in own})
+        for group in self.matrices.param_groups:
+            group.update(counters[group["name"]])
+        for owned in self.owned:
+            owned.publish()
+        self._discard_matrices()
+
+    def close(self) -> None:
+        for owned in self.owned:
+            owned.close()
+        self.rest.close()
+
+    def _flush(self) -> None:
+        """Move what waits on this rank into its owner's accumulator, where a checkpoint finds it. Collective."""
+        for owned in self.owned:
+            for master, waiting in zip(owned.masters, owned.take_sums(), strict=False):
+                self.matrices.states([master], "accumulator")[0].add_(waiting)

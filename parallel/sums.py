@@ -1,0 +1,48 @@
+"""Sums over the whole of every tensor, when its elements lie on several ranks.
+
+Every element counts once: over data-parallel partitions, over tensor-parallel shards, and not twice where ranks hold
+copies. Copies get the same result, bit for bit, because all ranks get the result of one all-reduce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hope.optim.segments import Piece, Segments
+from parallel.groups import Ranks
+from parallel.members import Member
+from parallel.partitions import Slice
+
+
+class TensorSums:
+    """Adds up a buffer [this rank's tensors, numbers] over the whole model. Calling it is collective over all ranks.
+
+    Rows: `groups[0]`'s members, then `groups[1]`'s, ...; all ranks' tensors make one buffer, about 100 KB for a
+    network of 32 weights on each of 300 tensors, in one all-reduce.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[Member]], ranks: Ranks) -> None:
+        own = [member for group in groups for member in group]
+        everyone: list[Any] = [None] * ranks.world_size
+        dist.all_gather_object(everyone, [member.name for member in own])
+        names = {name: row for row, name in enumerate(sorted({n for part in everyone for n in part}))}
+        self._rows = torch.tensor([names[member.name] for member in own], device=ranks.device, dtype=torch.long)
+        self._counted = torch.tensor([float(m.counted) for m in own], device=ranks.device, dtype=torch.float64)
+        self._count = len(names)
+
+    def __call__(self, parts: Tensor) -> Tensor:
+        whole = parts.new_zeros(self._count, parts.shape[1])
+        whole.index_add_(0, self._rows, parts * self._counted[:, None])
+        dist.all_reduce(whole)
+        return whole[self._rows]
+
+
+def segments_of(members: Sequence[Member], slices: Sequence[Slice]) -> Segments:
+    """Which of a group's tensors lie where in this rank's partition."""
+    position = {member.index: number for number, member in enumerate(members)}
+    return Segments(len(members), tuple(Piece(position[s.index], s.start, s.numel) for s in slices))

@@ -1,0 +1,59 @@
+"""Whole runs with other optimizers: resumed bit for bit, spikes skipped, every group's numbers in the log."""
+
+import pytest
+from multirank import run_ranks
+from test_training_run import events, metrics, run, same_curve
+from tiny import config_file
+
+import pretrain_hope
+from parallel import replica
+
+SETTINGS = {
+    "mlp-local": ["optim.memory=mlp", "optim.accumulate=local", "model.cms.unit=tokens", "model.cms.periods=[128,384]"],
+    "m3": ["optim.name=m3", "optim.m3_slow_period=2"],
+    "muon-local": ["optim.name=muon", "optim.accumulate=local"],
+}
+
+
+@pytest.mark.parametrize("name", ["mlp-local", "m3", pytest.param("muon-local", marks=pytest.mark.slow)])
+def test_resume_is_bit_equal(tmp_path, name):
+    """Saved at step 4, in the middle of a period of 3 steps, by both runs; one of them stops there and goes on."""
+    path, flags = config_file(tmp_path), [*SETTINGS[name], "checkpoint.every=4"]
+    assert run_ranks(run, 2, path, "run.name=whole", *flags, timeout=90) == [0, 0]
+    for more in (["train.stop_after=4"], []):
+        assert run_ranks(run, 2, path, "run.name=parts", *flags, *more, timeout=90) == [0, 0]
+    assert "RESUME" in [e["event"] for e in events(tmp_path, "parts")]
+    same_curve(metrics(tmp_path, "whole"), metrics(tmp_path, "parts"))
+    last = metrics(tmp_path, "parts")[-1]
+    assert (last["clock.base"], last["clock.cms1.undecayed"]) == (8, 8)
+    assert last["update_ratio.base"] > 0
+    assert last["momentum_norm.base"] > 0
+    assert 0 < last["inner_loss_after.base"] < last["inner_loss_before.base"]  # a write lowers the loss at its key
+    assert last["reduced_bytes"] > 0
+    groups = {key.split(".", 1)[1] for key in last if key.startswith("clock.")}
+    assert ("cms1.matrices" in groups) == (name != "mlp-local")
+
+
+def spiked(path: str, steps: tuple[int, ...], *overrides: str) -> int:
+    """A run whose loss is ten times as large at the given steps."""
+    original, original_loss = pretrain_hope.Run._one_step, replica.sharded_loss
+
+    def one_step(self, log, last, devices):
+        factor = 10.0 if self.step + 1 in steps else 1.0
+        replica.sharded_loss = lambda *args: original_loss(*args) * factor
+        original(self, log, last, devices)
+
+    pretrain_hope.Run._one_step = one_step
+    return run(path, *overrides)
+
+
+def test_a_loss_spike_is_skipped_with_its_numbers_and_too_many_stop_the_run(tmp_path):
+    path = config_file(tmp_path)
+    flags = ["train.spike_sigma=20", "train.spike_window=3", "train.max_skips=2", "train.eval_every=0"]
+    assert run_ranks(spiked, 2, path, (5, 7, 8), *flags, timeout=60) == [93, 93]
+    skips = [e for e in events(tmp_path) if e["event"] == "SKIP"]
+    assert [(e["step"], e["reason"]) for e in skips] == [(5, "loss_spike"), (7, "loss_spike"), (8, "loss_spike")]
+    assert all(e["loss"] > 10 > e["bound"] for e in skips)
+    assert events(tmp_path)[-1]["reason"] == "loss_spikes"
+    clocks = {r["step"]: r["clock.cms1"] for r in metrics(tmp_path)[1:]}
+    assert (clocks[4], clocks[5], clocks[6], clocks[8]) == (4, 4, 5, 5)
