@@ -36,10 +36,11 @@ def parse(text: str) -> list[dict]:
     return [{"kind": kind, "steps": int(steps), "lr": float(rate), "extra": extra} for rate in rates.split(",")]
 
 
-def run(cell: dict, args: argparse.Namespace, devices: Queue) -> dict:
+def run(cell: dict, args: argparse.Namespace, devices: Queue, name: str = "") -> dict:
+    """`name`: of the run's folder; else made of the cell's settings."""
     device = devices.get()
     words = [w.split(".")[-1] for w in cell["extra"]]
-    name = re.sub(r"[^\w.]", "", "_".join([cell["kind"], str(cell["steps"]), f"{cell['lr']:g}", *words]))
+    name = name or re.sub(r"[^\w.]", "", "_".join([cell["kind"], str(cell["steps"]), f"{cell['lr']:g}", *words]))
     overrides = [
         *KINDS[cell["kind"]],
         f"run.name={name}",
