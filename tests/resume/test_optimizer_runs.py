@@ -57,3 +57,12 @@ def test_a_loss_spike_is_skipped_with_its_numbers_and_too_many_stop_the_run(tmp_
     assert events(tmp_path)[-1]["reason"] == "loss_spikes"
     clocks = {r["step"]: r["clock.cms1"] for r in metrics(tmp_path)[1:]}
     assert (clocks[4], clocks[5], clocks[6], clocks[8]) == (4, 4, 5, 5)
+
+
+@pytest.mark.parametrize("name", ["mlp-local", "m3"])
+def test_a_checkpoint_of_one_rank_goes_on_on_two(tmp_path, name):
+    path, flags = config_file(tmp_path), [*SETTINGS[name], "optim.eps=1e-4", "model.layers=3"]
+    assert run_ranks(run, 1, path, "run.name=whole", *flags, timeout=90) == [0]
+    assert run_ranks(run, 1, path, "run.name=parts", *flags, "train.stop_after=4", timeout=90) == [0]
+    assert run_ranks(run, 2, path, "run.name=parts", *flags, timeout=90) == [0, 0]
+    same_curve(metrics(tmp_path, "whole"), metrics(tmp_path, "parts"), 2e-5)
