@@ -151,6 +151,8 @@ def from_layout(task: Task, replica: Replica, micro_batch: int) -> Evidence | No
         optimizer.set_lr(task.optim.lr)
         optimizer.step(clip_scale(norm, task.grad_clip))
     found.weights = _gather(replica, optimizer.master_pieces())
+    if task.optim.accumulate == "local":  # the first step communicates no gradient of a level that is not due
+        found.gradients = {name: found.gradients.get(name, []) for name in found.weights}
     with state_squares(replica.models) as squares:
         replica.run(micro_batches(task.batches[0], micro_batch, ranks), forward_only=True)
     everyone = _objects({layer: square.item() for layer, square in squares.items()}, ranks)

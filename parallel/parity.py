@@ -143,7 +143,7 @@ def compare(reference: Evidence, found: Evidence, precision: str, tolerance: flo
     rows: list[dict[str, Any]] = [
         {
             "name": name,
-            "gradient": max(relative(g, reference.gradients[name][0]) for g in found.gradients[name]),
+            "gradient": max((relative(g, reference.gradients[name][0]) for g in found.gradients[name]), default=0.0),
             "weight": max(relative(w, reference.weights[name][0]) for w in found.weights[name]),
             "copies": len(found.weights[name]),
         }

@@ -12,7 +12,8 @@ SETTINGS = {
     "mlp": DEEP,
     "mlp-all": [*DEEP, "optim.mlp_key=gradient", "optim.output=rms_clip", "optim.erase=0.3",
                 "optim.bias_correction=false", "optim.normalise=value"],
-    "adamw": ["optim.name=adamw"],
+    "adamw": ["optim.name=adamw", "train.grad_clip=0.1"],
+    "local": ["optim.accumulate=local", "train.grad_clip=0.1", "parallel.sequence=true"],
     "muon": ["optim.name=muon"],
     "m3": ["optim.name=m3", "optim.m3_slow_period=2"],
 }  # fmt: skip
@@ -22,6 +23,7 @@ QUICK = [
     ("dp2", "mlp"),
     ("tp2-dp2", "mlp-all"),
     ("tp2-dp2", "adamw"),
+    ("tp2-dp2", "local"),
     ("dp2", "muon"),
     ("tp2-dp2", "muon"),
     ("dp2", "m3"),
@@ -41,7 +43,7 @@ def test_layout_equals_one_device(tmp_path, layout, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["matrix", "mlp", "transformer"])
-@pytest.mark.parametrize("name", list(SETTINGS))
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "local"])
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_all_layouts(tmp_path, layout, name, kind):
     more = [flag for flag in SETTINGS[name] if not flag.startswith("model.")]
