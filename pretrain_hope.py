@@ -26,10 +26,12 @@ from data_prep.blend import open_blend, open_heldout
 from data_prep.errors import DataError
 from hope.train.diagnostics import MemoryProbe
 from hope.train.evaluate import heldout_loss
+from hope.train.heartbeat import Heartbeat
 from hope.train.metrics import NoLog, open_log
 from hope.train.schedule import learning_rate
 from hope.train.signals import StopRequest
 from hope.train.skips import SkipPolicy
+from hope.train.stragglers import BusyTimer
 from hope.train.throughput import Devices, StepTimer, memory_gb, mfu
 from parallel import groups, launcher, report
 from parallel.errors import CheckpointError, LaunchError, SaveError
@@ -53,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(
             "--devices N, at least 1, goes with --dry-run; a run counts the processes that its launcher started"
         )
+    beat = Heartbeat()
     try:
         launch = launcher.from_environment(os.environ)
         world_size = args.devices or launch.world_size
@@ -62,8 +65,10 @@ def main(argv: list[str] | None = None) -> int:
             print(facts(config, world_size), flush=True)
         if args.dry_run:
             return DONE
-        with groups.start(config.parallel) as ranks:
-            return Run(config, ranks).train()
+        with StopRequest(usr1=True) as stop:
+            beat("init")  # from here on signals are safe: the agent holds them back until the first beat
+            with groups.start(config.parallel) as ranks:
+                return Run(config, ranks, stop, beat).train()
     except (ConfigError, DataError, CheckpointError, LaunchError) as error:
         kinds = {DataError: "data error: ", CheckpointError: "checkpoint error: ", LaunchError: "launch error: "}
         kind = next((word for known, word in kinds.items() if isinstance(error, known)), "")
@@ -72,26 +77,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def facts(config: Config, world_size: int) -> str:
-    train, layout = config.train, config.parallel
-    dims = layout.dims(world_size)
-    shape = StepShape(
-        train.seq_len,
-        train.micro_batch,
-        train.precision == "bf16",
-        dims.tensor,
-        layout.sequence,
-        dims.data,
-        train.recompute,
-        train.tokens_per_step,
-    )
-    return report.describe(config.model, dims, shape, train.global_batch, config.optim)
+    dims = config.parallel.dims(world_size)
+    shape = StepShape.of(config.train, config.parallel, dims)
+    return report.describe(config.model, dims, shape, config.train.global_batch, config.optim)
 
 
 class Run:
     """One process's part of a run: everything built, then `train`."""
 
-    def __init__(self, config: Config, ranks: groups.Ranks) -> None:
-        self.ranks = ranks
+    def __init__(self, config: Config, ranks: groups.Ranks, stop: StopRequest, beat: Heartbeat) -> None:
+        self.ranks, self.stop, self.beat = ranks, stop, beat
         self.folder = Path(config.run.dir) / config.run.name
         # 1. where it stands: a checkpoint has a say in the configuration
         checkpointer, self.resumed, self.notes = start_from(self.folder / "checkpoints", config.checkpoint, ranks)
@@ -116,6 +111,7 @@ class Run:
         )
         self.optimizer = self.replica.optimizer
         self.probe = MemoryProbe(self.replica.models)
+        self.busy = BusyTimer(ranks.rank, ranks.device)
         self.flops = report.model_flops(config.model)
         # 3. the data
         data = config.data
@@ -140,7 +136,6 @@ class Run:
         devices = Devices.of(ranks.device, ranks.world_size)
         last = min(config.train.stop_after or config.train.steps, config.train.steps)
         with ExitStack() as stack:
-            stop = stack.enter_context(StopRequest(usr1=True))
             stack.callback(self.loader.close)
             log = stack.enter_context(
                 open_log(
@@ -157,20 +152,23 @@ class Run:
             self.timer = StepTimer(config.train.tokens_per_step, devices)
             if self.step == 0:
                 log.scalars({**self._empty_record(), **self.evaluate()})
-            while self.step < last:
+            wishes = self.saver.wishes(self.stop.requested)
+            while self.step < last and not wishes.signal:
                 self._one_step(log, last, devices)
                 if self.skips.stop:
                     log.event("STOP", step=self.step, reason=self.skips.stop, in_a_row=self.skips.in_a_row)
                     return DO_NOT_RESTART
-                wishes = self.saver.wishes(stop.requested)
+                wishes = self.saver.wishes(self.stop.requested)
+                self.beat("save")
                 self.saver.after_step(self.step, self.step == last, wishes, log)
-                if wishes.signal:
-                    log.event("SIGNAL", name=stop.name or "on another rank", agreed_step=self.step)
-                    # SIGINT is a person who wants to stop; the others come from a scheduler that can start us again
-                    return REQUEUE if groups.any_rank(stop.name in ("TERM", "USR1")) else DONE
-                if wishes.stop:
+                if wishes.stop and not wishes.signal:
                     log.event("STOP", step=self.step, reason="the file STOP in the run folder")
                     return DONE
+            if wishes.signal:
+                log.event("SIGNAL", name=self.stop.name or "on another rank", agreed_step=self.step)
+                # SIGINT is a person who wants to stop; the others come from a scheduler that can start us again
+                return REQUEUE if groups.any_rank(self.stop.name in ("TERM", "USR1")) else DONE
+            self.beat("exit")
             log.say(f"done at step {self.step}: {self.folder}")
         return DONE
 
@@ -182,10 +180,14 @@ class Run:
         drawn = config.log.histograms > 0 and step % config.log.histograms == 0
         self.probe.arm(logged or drawn)
         self.timer.begin()
+        self.busy.begin()
+        self.beat("data", step)
         mine = self.loader.batches(self.step * config.train.global_batch, config.train.seq_len_at(step))
         batches = [batch.to(self.ranks.device) for batch in mine]
         self.timer.got_data()
-        reports = self.replica.run(batches)
+        reports = self.replica.run(batches, phase=self.beat)
+        self.busy.end()
+        self.beat("optimizer")
         self.replica.reduce()
         norms = self.optimizer.grad_norms()
         total = math.sqrt(sum(n * n for n in norms.values()))
@@ -210,6 +212,8 @@ class Run:
                 log.histogram(name, values, step)
         if loss is not None and (logged or evaluated):
             record = self._record(loss, total, rate, devices)
+            for slow in self.busy.take_slow(record, config.launch.slow):
+                log.event("SLOW", step=step, **slow)
             self.probe.arm(False)
             log.scalars({**record, **self.evaluate()} if evaluated else record)
 
@@ -240,7 +244,7 @@ class Run:
             "reduced_bytes": self.optimizer.reduced_bytes,
             **{f"grad_norm.{name}": norm for name, norm in self.norms.items()},
             **self.optimizer.statistics(),
-            **groups.merged(self.probe.scalars()),
+            **groups.merged({**self.probe.scalars(), **self.busy.entry()}),
         }
 
     def _empty_record(self) -> dict[str, Any]:
@@ -248,19 +252,24 @@ class Run:
         return {"step": 0, "tokens": 0, **dict.fromkeys((*keys, "mfu", "memory_gb"))}
 
     def evaluate(self) -> dict[str, float]:
-        """Mean loss in nats over the held-out windows, of every source and of the blend."""
+        """Mean loss in nats over the held-out windows, of every source and of the blend; nothing if asked to stop."""
         micro, ranks, documents = self.config.train.micro_batch, self.ranks, self.config.data.documents
         copies = ranks.pp_size if ranks.vp_size > 1 else 1  # the interleaved schedule wants a multiple of its stages
 
         def forward(batch: Batch) -> dict[str, torch.Tensor]:
+            self.beat("evaluate")
             reports = self.replica.run([batch.to(ranks.device)] * copies, forward_only=True)
             return {"loss": mean_loss(reports, ranks.device)}
 
         average = lambda loss: groups.loss_on_all_ranks(loss, ranks)
+        stopped = lambda: groups.any_rank(self.stop.requested)
         losses = {}
         for name in self.heldout.sets:
             batches = self.heldout.batches(name, micro, ranks.dp_rank, ranks.dp_size, documents)
-            losses[name] = heldout_loss(batches, forward, average)
+            loss = heldout_loss(batches, forward, average, stopped)
+            if loss is None:
+                return {}
+            losses[name] = loss
         return self.heldout.summary(losses)
 
     def _announce(self, log: NoLog) -> None:

@@ -21,6 +21,7 @@ from data_prep.config import DataConfig
 from hope.config import ModelConfig
 from hope.optim.config import OptimConfig
 from hope.train.config import CheckpointConfig, LogConfig, RunConfig, TrainConfig
+from launch.config import LaunchConfig
 from parallel.topology import ParallelConfig
 
 
@@ -36,6 +37,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
 
 
 def load(path: str, overrides: list[str], *, world_size: int | None = None, check: bool = True) -> Config:
@@ -111,7 +113,7 @@ def _whole_sections(merged: DictConfig, problems: list[Problem]) -> dict[str, An
 
 def _section_problems(sections: dict[str, Any], world_size: int | None) -> Iterator[Problem]:
     """Problems of the sections given; one that needs another is skipped when that one is not there."""
-    for name in ("run", "model", "optim", "train", "checkpoint", "log"):
+    for name in ("run", "model", "optim", "train", "checkpoint", "log", "launch"):
         if name in sections:
             yield from sections[name].problems()
     model, data, optim, train = (sections.get(name) for name in ("model", "data", "optim", "train"))

@@ -22,7 +22,9 @@ from hope.optim.build import build_optimizer
 from hope.optim.config import OptimConfig
 from hope.optim.levels import parameter_groups
 from hope.self_modifying import SelfModifyingTitans
+from hope.train.config import TrainConfig
 from parallel.plan import layout_of
+from parallel.topology import ParallelConfig, ParallelDims
 
 GIB = 2**30
 
@@ -59,6 +61,20 @@ class StepShape:
     data: int = 1
     recompute: str = "none"
     tokens_per_step: int | None = None
+
+    @staticmethod
+    def of(train: TrainConfig, layout: ParallelConfig, dims: ParallelDims) -> "StepShape":
+        """Of a run's configuration on the devices of `dims`."""
+        return StepShape(
+            train.seq_len,
+            train.micro_batch,
+            train.precision == "bf16",
+            dims.tensor,
+            layout.sequence,
+            dims.data,
+            train.recompute,
+            train.tokens_per_step,
+        )
 
 
 class _FlashAttention(torch.autograd.Function):

@@ -86,7 +86,11 @@ def schedule_config(layout: ParallelConfig, precision: str, width: int = 1) -> A
 
 
 def forward_backward(
-    stages: Stage | Sequence[Stage], micro_batches: Sequence[Any], step_fn: StepFn, forward_only: bool = False
+    stages: Stage | Sequence[Stage],
+    micro_batches: Sequence[Any],
+    step_fn: StepFn,
+    forward_only: bool = False,
+    phase: Callable[[str], object] | None = None,
 ) -> list[Report]:
     """Run every micro-batch forward and, unless `forward_only`, backward.
 
@@ -97,6 +101,7 @@ def forward_backward(
         step_fn: `step_fn(model, hidden, batch)` runs a stage's model. `hidden` [T, B, D] is the previous stage's
             output, None on the first stage. Before the last stage it returns activations [T, B, D], on the last a
             scalar loss and a dict of tensors to report.
+        phase: told "forward" before and "backward" after every forward pass.
 
     Gradients are ADDED to the parameters, as the mean of the loss over these micro-batches. Returns the reports in
     order, detached, on the last stage, and [] on others. With `forward_only` nothing is recorded for a backward pass.
@@ -114,7 +119,7 @@ def forward_backward(
     try:
         with torch.set_grad_enabled(not forward_only):
             reports = run(
-                forward_step_func=_forward_step(step_fn, _last_stage()),
+                forward_step_func=_forward_step(step_fn, _last_stage(), phase),
                 data_iterator=iterators if len(chunks) > 1 else iterators[0],
                 model=chunks if len(chunks) > 1 else chunks[0],
                 num_microbatches=len(micro_batches),
@@ -135,9 +140,15 @@ def mean_loss(reports: Sequence[Report], device: torch.device) -> torch.Tensor:
     return torch.stack([report["loss"].float() for report in reports]).mean()
 
 
-def _forward_step(step_fn: StepFn, last_rank: bool) -> Callable[[Iterator[Any], Stage], tuple[torch.Tensor, Callable]]:
+def _forward_step(
+    step_fn: StepFn, last_rank: bool, phase: Callable[[str], object] | None
+) -> Callable[[Iterator[Any], Stage], tuple[torch.Tensor, Callable]]:
+    tell = phase or (lambda name: None)
+
     def forward_step(batches: Iterator[Any], stage: Stage) -> tuple[torch.Tensor, Callable]:
+        tell("forward")
         output = step_fn(stage.model, stage.received, next(batches))
+        tell("backward")
         chunks = stage.config.virtual_pipeline_model_parallel_size or 1
         last = last_rank and (stage.vp_stage or 0) == chunks - 1
         if isinstance(output, tuple) != last:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +35,11 @@ class Replica:
     ranks: groups.Ranks
     layout: ParallelConfig
 
-    def run(self, batches: Sequence[Any], forward_only: bool = False) -> list[Report]:
+    def run(
+        self, batches: Sequence[Any], forward_only: bool = False, phase: Callable[[str], object] | None = None
+    ) -> list[Report]:
         """Micro-batches through the schedule; gradients are accumulated. Reports on the last stage, else []."""
-        return forward_backward(self.stages, batches, self._stage_step, forward_only)
+        return forward_backward(self.stages, batches, self._stage_step, forward_only, phase)
 
     def _stage_step(self, model: Model, hidden: Tensor | None, batch: Any) -> Tensor | tuple[Tensor, Report]:
         inputs = batch.tokens_TB if model.has_embedding else hidden

@@ -1,0 +1,182 @@
+"""Submit, watch and repeat pretraining runs: `python -m launch {submit,local,status,logs,cancel,resume,...}`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable
+
+from configs.errors import ConfigError
+from launch.folder import RunFolder
+from launch.slurm import SlurmError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 refused with every problem listed, 1 SLURM failed."""
+    parser = argparse.ArgumentParser(prog="python -m launch", description=__doc__)
+    acts = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_submit, _local, _status, _logs, _cancel, _resume, _estimate, _preflight, _sweep, _collect):
+        add(acts)
+    args, rest = parser.parse_known_args(argv)  # overrides may stand behind options, which argparse does not take
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    try:
+        return args.act(args)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except SlurmError as error:
+        print(f"launch: {error}", file=sys.stderr)
+        return 1
+
+
+def _command(acts: argparse._SubParsersAction, name: str, text: str, act: Callable) -> argparse.ArgumentParser:
+    parser = acts.add_parser(name, help=text, description=text)
+    parser.set_defaults(act=act)
+    return parser
+
+
+def _configured(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="YAML file, see configs/")
+    parser.add_argument("overrides", nargs="*", help="section.key=value for the run, site.key=value for the profile")
+
+
+def _submit(acts: argparse._SubParsersAction) -> None:
+    def act(args: argparse.Namespace) -> int:
+        from launch import submit
+
+        print(submit.submit(args.config, args.overrides, args.nodes, args.profile, dry_run=args.dry_run,
+                            parity=args.parity))  # fmt: skip
+        return 0
+
+    parser = _command(acts, "submit", "check a run, write its batch script, and queue it", act)
+    _configured(parser)
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--profile", required=True, help="name in launch/profiles/, or a YAML file")
+    parser.add_argument("--dry-run", action="store_true", help="check, print the script, write and queue nothing")
+    parser.add_argument("--parity", action="store_true", help="run the referee on this layout before training")
+
+
+def _local(acts: argparse._SubParsersAction) -> None:
+    def act(args: argparse.Namespace) -> int:
+        from launch import local
+
+        return local.local(args.config, args.overrides, args.processes, dry_run=args.dry_run)
+
+    parser = _command(acts, "local", "the same on this machine, with torchrun", act)
+    _configured(parser)
+    parser.add_argument("--processes", type=int, default=1, help="ranks; one per GPU")
+    parser.add_argument("--dry-run", action="store_true", help="check, and print the command")
+
+
+def _status(acts: argparse._SubParsersAction) -> None:
+    def act(args: argparse.Namespace) -> int:
+        from launch import status
+
+        print(status.table(status.find_runs(args.runs)))
+        return 0
+
+    parser = _command(acts, "status", "a table of runs: progress, tokens/s, restarts, last checkpoint, verdict", act)
+    parser.add_argument("runs", nargs="*", default=["runs"], help="run folders, or folders of run folders")
+
+
+def _logs(acts: argparse._SubParsersAction) -> None:
+    def act(args: argparse.Namespace) -> int:
+        from launch import status
+
+        path = status.log_file(RunFolder(args.run), args.rank)
+        print(f"==> {path} <==\n{status.tail(path, args.lines)}")
+        if args.follow:
+            with contextlib.suppress(KeyboardInterrupt):
+                status.follow(path)
+        return 0
+
+    parser = _command(acts, "logs", "the end of a run's newest log", act)
+    parser.add_argument("run")
+    parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--lines", type=int, default=20)
+    parser.add_argument("--follow", action="store_true")
+
+
+def _cancel(acts: argparse._SubParsersAction) -> None:
+    def act(args: argparse.Namespace) -> int:
+        from launch import status
+
+        print(status.cancel(RunFolder(args.run)))
+        return 0
+
+    _command(acts, "cancel", "end a run's job, and the chain with it", act).add_argument("run")
+
+
+def _resume(acts: argparse._SubParsersAction) -> None:
+    def act(args: argparse.Namespace) -> int:
+        from launch import submit
+
+        print(submit.resume(args.run))
+        return 0
+
+    parser = _command(acts, "resume", "queue an ended run again, from its newest checkpoint", act)
+    parser.add_argument("run")
+
+
+def _estimate(acts: argparse._SubParsersAction) -> None:
+    def act(args: argparse.Namespace) -> int:
+        from configs.schema import load
+        from launch import estimate, profile
+        from launch.submit import split_overrides
+
+        own, sites = split_overrides(args.overrides)
+        site = profile.load(args.profile, sites)
+        config = load(args.config, own, check=False)
+        tokens = args.tokens or config.train.steps * config.train.tokens_per_step
+        print(estimate.describe(config, args.nodes * site.ranks_per_node, site, tokens, args.mfu))
+        return 0
+
+    parser = _command(acts, "estimate", "parameters, memory per rank, days for a token budget, layouts that fit", act)
+    _configured(parser)
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--profile", required=True, help="name in launch/profiles/, or a YAML file")
+    parser.add_argument("--tokens", type=float, help="token budget; default: train.steps")
+    parser.add_argument("--mfu", type=float, default=0.30, help="assumed model FLOPs utilisation, 0 to 1")
+
+
+def _preflight(acts: argparse._SubParsersAction) -> None:
+    def act(args: argparse.Namespace) -> int:
+        from launch import preflight_cli
+
+        return preflight_cli.check_site(args.profile, args.overrides, args.nodes, args.config)
+
+    parser = _command(acts, "preflight", "check the nodes of an allocation or of a new one, in under a minute", act)
+    parser.add_argument("overrides", nargs="*", help="site.key=value")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--profile", required=True, help="name in launch/profiles/, or a YAML file")
+    parser.add_argument("--parity", dest="config", help="also run the referee on this configuration")
+
+
+def _sweep(acts: argparse._SubParsersAction) -> None:
+    def act(args: argparse.Namespace) -> int:
+        from launch import sweep
+
+        return sweep.run(sweep.load(args.grid), dry_run=args.dry_run)
+
+    parser = _command(acts, "sweep", "a grid of runs: throttled, restartable, finished cells skipped", act)
+    parser.add_argument("grid", help="YAML file, see launch/sweeps/")
+    parser.add_argument("--dry-run", action="store_true", help="check and list the cells")
+
+
+def _collect(acts: argparse._SubParsersAction) -> None:
+    def act(args: argparse.Namespace) -> int:
+        from launch import collect, sweep
+
+        return collect.collect(sweep.load(args.grid), args.out)
+
+    parser = _command(acts, "collect", "a sweep's results as a table (CSV) and a scaling plot (SVG)", act)
+    parser.add_argument("grid", help="YAML file, see launch/sweeps/")
+    parser.add_argument("--out", help="folder; default: the sweep's folder of runs")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

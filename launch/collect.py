@@ -1,0 +1,83 @@
+"""A sweep's results: a CSV table and a scaling plot, from every run's metrics.jsonl (not from SLURM's accounting)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from pathlib import Path
+from typing import Any
+
+from launch import plot
+from launch.runs import records, steady
+from launch.sweep import Cell, Grid, cells, run_folder, verdict
+
+COLUMNS = ("cell", "nodes", "devices", "layout", "series", "global_batch", "verdict", "step", "tokens_per_s",
+           "tokens_per_s_per_device", "mfu", "efficiency", "memory_gb", "loss", "heldout_loss", "starts")  # fmt: skip
+
+
+def collect(grid: Grid, out: str | None) -> int:
+    """Write results.csv and scaling.svg to `out`, print the table; 0 if every cell has a speed."""
+    rows = add_efficiency([row(grid, cell) for cell in cells(grid)])
+    folder = Path(out) if out else run_folder(grid, cells(grid)[0]).root.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.csv").write_text(table(rows))
+    print(table(rows), end="")
+    timed = [r for r in rows if r["tokens_per_s"] is not None]
+    if timed:
+        (folder / "scaling.svg").write_text(plot.scaling(timed, f"{grid.name}, {grid.scaling} scaling"))
+        print(f"{folder / 'results.csv'}  {folder / 'scaling.svg'}")
+    return 0 if len(timed) == len(rows) else 1
+
+
+def row(grid: Grid, cell: Cell) -> dict[str, Any]:
+    """One cell; a cell that never ran has None for what was not measured."""
+    from configs.schema import load
+
+    folder = run_folder(grid, cell)
+    config = load(grid.config, [word for word in cell.overrides if not word.startswith("site.")], check=False)
+    timed, everything = steady(folder.root), records(folder.root)
+    median = lambda key: statistics.median(r[key] for r in timed) if timed and timed[-1].get(key) is not None else None
+    last = lambda key: next((r[key] for r in reversed(everything) if r.get(key) is not None), None)
+    speed, each = median("tokens_per_s"), median("tokens_per_s_per_device")
+    return {
+        "cell": cell.name,
+        "nodes": cell.nodes,
+        "devices": None if speed is None or each is None else round(speed / each),
+        "layout": cell.layout,
+        "series": cell.series,
+        "global_batch": config.train.global_batch,
+        "verdict": verdict(folder) or "none",
+        "step": last("step"),
+        "tokens_per_s": speed,
+        "tokens_per_s_per_device": each,
+        "mfu": median("mfu"),
+        "efficiency": None,
+        "memory_gb": last("memory_gb"),
+        "loss": last("loss"),
+        "heldout_loss": last("heldout_loss"),
+        "starts": len([r for r in records(folder.control, "verdicts.jsonl") if "attempt" in r]),
+    }
+
+
+def add_efficiency(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`efficiency`: tokens/s per device over that of the cell of the same series with the fewest devices."""
+    timed = sorted((r for r in rows if r["devices"]), key=lambda r: r["devices"])
+    for r in timed:
+        base = next(other for other in timed if other["series"] == r["series"])
+        r["efficiency"] = r["tokens_per_s_per_device"] / base["tokens_per_s_per_device"]
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """CSV with a header; numbers with six digits, nothing for what is unknown."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for r in rows:
+        writer.writerow(["" if r[key] is None else _cell(r[key]) for key in COLUMNS])
+    return text.getvalue()
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

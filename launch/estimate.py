@@ -1,0 +1,156 @@
+"""Will it fit, how long will it take: `python -m launch estimate CONFIG --nodes N --profile SITE`.
+
+Memory is counted from shapes (parallel/memory.py runs the rank's part of the model on the meta device); time is model
+FLOPs over the GPU's dense bf16 peak at an ASSUMED utilisation, which is printed, times the pipeline's bubble.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from configs.schema import Config
+from hope.train.console import duration
+from hope.train.throughput import peak_flops
+from launch.profile import Profile
+from parallel.advice import divisors
+from parallel.memory import GIB, RankMemory, StepShape, rank_memory
+from parallel.report import micro_batches_in_flight, model_facts
+from parallel.split import split
+from parallel.topology import ParallelConfig, ParallelDims
+
+ASSUMED_MFU = 0.30
+USABLE = 0.92  # of a device's memory: CUDA context, NCCL buffers and allocator slack take the rest
+
+
+TITLES = (
+    "tensor pipeline  data  weights  grads  optim (CMS acc.)  activ. (states)  loss    peak  bubble     step    total"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layout. `step_s` is None when the GPU's peak is unknown."""
+
+    layout: ParallelConfig
+    data: int
+    memory: RankMemory
+    fits: bool
+    bubble: float
+    step_s: float | None
+    across: bool
+    """Whether tensor-parallel ranks lie on different nodes."""
+
+    def __str__(self) -> str:
+        return f"tensor {self.layout.tensor} pipeline {self.layout.pipeline} (data {self.data})"
+
+
+def worst_rank(config: Config, layout: ParallelConfig, world: int) -> RankMemory:
+    """Bytes of the fullest pipeline stage's rank."""
+    dims = layout.dims(world)
+    shape = StepShape.of(config.train, layout, dims)
+    count = config.train.global_batch // (config.train.micro_batch * dims.data)
+    parts = split(config.model, config.train.seq_len, dims.pipeline, dims.virtual_pipeline)
+    flights = [micro_batches_in_flight(s, dims.pipeline, dims.virtual_pipeline, count) for s in range(len(parts))]
+    each = zip(parts, flights, strict=True)
+    ranks = [rank_memory(config.model, part, flight, shape, config.optim) for part, flight in each]
+    return max(ranks, key=lambda rank: rank.peak)
+
+
+def _whole(config: Config) -> StepShape:
+    return StepShape.of(config.train, config.parallel, ParallelDims(1))
+
+
+def bubble(config: Config, layout: ParallelConfig, world: int) -> float:
+    """Idle share of a 1F1B step over its useful part: (p - 1) / (v m) for m micro-batches, v virtual stages."""
+    count = config.train.global_batch // (config.train.micro_batch * layout.dims(world).data)
+    return (layout.pipeline - 1) / (layout.virtual_pipeline * max(count, 1))
+
+
+def step_seconds(
+    config: Config, world: int, gpu: str, mfu: float, layout: ParallelConfig | None = None
+) -> float | None:
+    """Seconds of an optimizer step at an assumed utilisation; None if the GPU is not in the table of peaks."""
+    peak = peak_flops(gpu)
+    if peak is None:
+        return None
+    _, flops, _ = model_facts(config.model, _whole(config))
+    useful = config.train.tokens_per_step * flops / (world * peak * mfu)
+    return useful * (1 + bubble(config, layout or config.parallel, world))
+
+
+def layouts(config: Config, world: int, site: Profile, mfu: float = ASSUMED_MFU) -> list[Row]:
+    """Every (tensor, pipeline) layout of `world` devices that the model and the batch allow: best first.
+
+    Those that fit in memory first; then tensor ranks inside a node, the shorter step, less memory.
+    """
+    rows = []
+    for layout in _candidates(config, world):
+        memory = worst_rank(config, layout, world)
+        fits = not site.gpu_memory_gb or memory.peak / GIB <= USABLE * site.gpu_memory_gb
+        step = step_seconds(config, world, site.gpu, mfu, layout)
+        across = layout.tensor > site.ranks_per_node
+        idle = bubble(config, layout, world)
+        rows.append(Row(layout, layout.dims(world).data, memory, fits, idle, step, across))
+    return sorted(rows, key=lambda r: (not r.fits, r.across, r.bubble, r.layout.tensor, r.memory.peak))
+
+
+def _candidates(config: Config, world: int) -> Iterator[ParallelConfig]:
+    train = config.train
+    for tensor in divisors(world):
+        for pipeline in divisors(world // tensor):
+            sequence = config.parallel.sequence and tensor > 1
+            virtual = config.parallel.virtual_pipeline if pipeline > 1 else 1
+            layout = dataclasses.replace(
+                config.parallel, tensor=tensor, pipeline=pipeline, sequence=sequence, virtual_pipeline=virtual
+            )
+            if not list(layout.problems(world, train.global_batch, train.micro_batch, config.model, train.seq_len)):
+                yield layout
+
+
+def parts(memory: RankMemory) -> str:
+    """The breakdown in words."""
+    names = ("weights", "gradients", "optimizer", "activations", "loss")
+    return ", ".join(f"{name} {getattr(memory, name) / GIB:.1f}" for name in names)
+
+
+def describe(config: Config, world: int, site: Profile, tokens: float, mfu: float) -> str:
+    """The page that `estimate` prints."""
+    levels, flops, writes = model_facts(config.model, _whole(config))
+    total = sum(size for _, size in levels.values())
+    clocks = "  ".join(f"{name} {size:,} every {period}" for name, (period, size) in levels.items())
+    slow = sum(size for period, size in levels.values() if period > 1)
+    peak = peak_flops(site.gpu)
+    lines = [
+        f"parameters  {total:,}  {clocks}",
+        f"FLOPs       {flops:.3e} per trained token, {writes / flops:.1%} of them memory writes",
+        f"tokens      {tokens:.3g} = {tokens / config.train.tokens_per_step:,.0f} steps of "
+        f"{config.train.tokens_per_step:,}",
+    ]
+    if peak is None:
+        lines.append(f"speed       no peak is known for {site.gpu!r}: no times")
+    else:
+        lines.append(f"speed       {world} x {site.gpu}, {peak / 1e12:.0f} TFLOP/s dense bf16 each, at an ASSUMED "
+                     f"model FLOPs utilisation of {mfu:.0%}")  # fmt: skip
+    lines += ["", f"GiB on the fullest rank; a device has {site.gpu_memory_gb:g}, of which {USABLE:.0%} count"]
+    lines.append(TITLES)
+    for row in layouts(config, world, site, mfu):
+        copies = 1 if config.optim.accumulate == "local" else row.data  # local sums are whole on every data rank
+        accumulators = 4 * slow / (row.layout.tensor * row.layout.pipeline * copies)
+        lines.append(_line(row, accumulators, tokens / config.train.tokens_per_step, row.layout == config.parallel))
+    lines.append("(CMS acc.) is part of optim, (states) of activ.; * is the layout of the configuration")
+    return "\n".join(lines)
+
+
+def _line(row: Row, accumulators: float, steps: float, chosen: bool) -> str:
+    m = row.memory
+    gib = lambda size, width: f"{size / GIB:>{width}.2f}"
+    step = "n/a" if row.step_s is None else f"{row.step_s:.2f}s"
+    total = "n/a" if row.step_s is None else duration(row.step_s * steps)
+    sizes = (gib(m.weights, 9) + gib(m.gradients, 7) + gib(m.optimizer, 7) + gib(accumulators, 11)
+             + gib(m.activations, 8) + gib(m.fast_weights, 9) + gib(m.loss, 6) + gib(m.peak, 8))  # fmt: skip
+    remark = "" if row.fits else "  does not fit"
+    remark += "  tensor ranks on different nodes" if row.across else ""
+    return (f"{row.layout.tensor:>6}{row.layout.pipeline:>9}{row.data:>6}{sizes}  {row.bubble:>6.0%}{step:>9}{total:>9}"
+            f"{' *' if chosen else ''}{remark}")  # fmt: skip

@@ -1,0 +1,117 @@
+"""Where everything of a run lies. Standard library only: the batch script's host may have nothing else.
+
+runs/NAME/launch/     job.sbatch, config.yaml (the exact one), job.json, jobs.txt, code/ (snapshot), git.txt
+         /control/    budget.json, verdict.json, verdicts.jsonl, exclude.txt, cancelled
+         /control/JOB.RESTART/   of one attempt: exit/RANK.json, failed, hang.json, reports/, stacks/, preflight/
+         /logs/       JOB.out (rank 0 and the batch script), JOB.RESTART/rank-00001.log ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("hope", "parallel", "data_prep", "configs", "launch")
+PROGRAM = "pretrain_hope.py"
+
+
+class RunFolder:
+    """Paths of one run. Nothing is created until something is written."""
+
+    def __init__(self, root: str | os.PathLike) -> None:
+        self.root = Path(root).absolute()
+        self.launch, self.control, self.logs = (self.root / name for name in ("launch", "control", "logs"))
+        self.code, self.config, self.script = (self.launch / name for name in ("code", "config.yaml", "job.sbatch"))
+        self.job, self.jobs = self.launch / "job.json", self.launch / "jobs.txt"
+        self.budget, self.verdict = self.control / "budget.json", self.control / "verdict.json"
+        self.history, self.exclude = self.control / "verdicts.jsonl", self.control / "exclude.txt"
+        self.cancelled = self.control / "cancelled"
+
+    def attempt(self, name: str) -> Path:
+        """Control folder of one attempt, `JOB.RESTART`."""
+        return self.control / name
+
+    def saved_step(self) -> int:
+        """Step of the newest complete checkpoint, -1 without one."""
+        found = [
+            int(match[1])
+            for path in (self.root / "checkpoints").glob("step_*")
+            if (match := re.fullmatch(r"step_(\d+)", path.name)) and (path / "manifest.json").exists()
+        ]
+        return max(found, default=-1)
+
+    def job_ids(self) -> list[str]:
+        """Every job that was submitted for this run, oldest first."""
+        return self.jobs.read_text().split() if self.jobs.exists() else []
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by the value as JSON: readers see the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+
+
+def read_json(path: Path, default: Any = None) -> Any:
+    """The JSON value in `path`, `default` if there is no such file or it is not whole."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return default
+
+
+def first(path: Path, value: Any) -> bool:
+    """Write `value` as JSON only if `path` does not exist; whether this caller was the first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+    temporary.write_text(json.dumps(value) + "\n")
+    try:
+        os.link(temporary, path)  # atomic on NFS too, and the file is whole from the start
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Add one JSON line; a single write, so that lines of several processes do not mix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(value) + "\n")
+
+
+def snapshot(source: Path, target: Path) -> None:
+    """Copy the program and its packages to `target`, which a running job then uses whatever happens to `source`."""
+    if target.exists():
+        shutil.rmtree(target)
+    target.mkdir(parents=True)
+    shutil.copy2(source / PROGRAM, target / PROGRAM)
+    skip = shutil.ignore_patterns("__pycache__", "*.pyc")
+    for name in PACKAGES:
+        shutil.copytree(source / name, target / name, ignore=skip)
+
+
+def describe_source(source: Path) -> str:
+    """Commit and uncommitted changes of the checkout at `source`; a line that says so if it is none."""
+    try:
+        git = lambda *words: (
+            subprocess.run(
+                ["git", "-C", str(source), *words], capture_output=True, text=True, check=True, timeout=30
+            ).stdout
+        )
+        return f"commit {git('rev-parse', 'HEAD')}{git('diff', 'HEAD', '--', *PACKAGES, PROGRAM)}"
+    except (OSError, subprocess.SubprocessError):
+        return "commit unknown: not a git checkout\n"

@@ -1,0 +1,160 @@
+"""What the batch script asks: `python -m launch.job begin` may this attempt run, `... end` what happens now.
+
+An attempt is one start of the job, `JOB.RESTART`. `end` reads how every rank ended (exit/RANK.json; srun's own code is
+143 whenever it killed somebody), writes the verdict to control/verdict.json and prints one word for the script: done,
+stop, or requeue. Starts without a newer checkpoint are counted: `launch.attempts` of them in a row and it stops.
+Standard library only, and nothing newer than Python 3.9: it runs on the host, outside any container.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from launch import slurm
+from launch.folder import RunFolder, append_line, read_json, write_json
+
+DONE, STOP, REQUEUE, CANCELLED = "done", "stop", "requeue", "cancelled"
+EXIT_DONE, EXIT_STOP = 10, 93
+CAUSES = {2: "configuration or data error", 93: "the program says: do not restart"}
+
+
+def classify(control: Path, world: int, code: int, signalled: bool) -> tuple[str, str, dict[str, Any]]:
+    """(verdict, cause, who was first) of an attempt, from its control folder.
+
+    `code`: what the starter (srun, torchrun) returned, used only in words; `signalled`: the batch script got USR1.
+    """
+    exits = [read_json(path) for path in sorted((control / "exit").glob("[0-9]*.json"))]
+    exits = [e for e in exits if e]
+    for fatal, cause in CAUSES.items():
+        for e in exits:
+            if e["code"] == fatal:
+                return STOP, cause, e
+    if (control / "parity.json").exists():
+        return STOP, "the referee finds this layout different from one device, see the log", {}
+    if (control / "bad_nodes.json").exists():
+        bad = read_json(control / "bad_nodes.json", {})
+        return REQUEUE, "preflight: " + "; ".join(f"{node}: {why}" for node, why in bad.items()), {}
+    culprits = read_json(control / "culprits.json")
+    if culprits or any(e["how"] == "hang" for e in exits):
+        who = (culprits or {}).get("culprits") or [{}]
+        return REQUEUE, "hang", who[0]
+    failed = sorted((e for e in exits if e["how"] == "failed"), key=lambda e: e["time"])
+    if failed:
+        what = failed[0].get("signal") or f"exit code {failed[0]['code']}"
+        return REQUEUE, f"rank {failed[0]['rank']} on {failed[0]['host']}: {what}", failed[0]
+    if signalled and not exits:
+        return REQUEUE, "USR1 came before training began", {}
+    saved = [e for e in exits if e["code"] == 85]
+    if saved:
+        name = next((e["signalled"] for e in saved if e["signalled"]), None) or ("USR1" if signalled else None)
+        return REQUEUE, f"saved on signal {name}" if name else "the program asks to be started again", {}
+    silent = sorted(set(range(world)) - {e["rank"] for e in exits})
+    if silent:
+        shown = ", ".join(map(str, silent[:8])) + (" ..." if len(silent) > 8 else "")
+        return REQUEUE, f"no exit record of {len(silent)} ranks ({shown}); the starter returned {code}", {}
+    return DONE, "every rank finished", {}
+
+
+def begin(run: RunFolder, attempt: str, env: dict[str, str]) -> int:
+    """Open an attempt; 0 if it may run, EXIT_DONE or EXIT_STOP if the run is over."""
+    job = read_json(run.job, {})
+    last = read_json(run.verdict, {})
+    if run.cancelled.exists() or last.get("verdict") in (DONE, STOP, CANCELLED):
+        print(f"launch: this run is over ({last.get('verdict', CANCELLED)}: {last.get('cause', '')}); "
+              "`python -m launch resume RUN` starts it again")  # fmt: skip
+        return EXIT_DONE if last.get("verdict") == DONE else EXIT_STOP
+    budget = read_json(run.budget, {"step": run.saved_step(), "left": job["attempts"], "open": None})
+    if budget["open"] and budget["open"] != attempt:  # no verdict: node failure, time limit, or killed while saving
+        spent = spend(run, budget, REQUEUE, job["attempts"])
+        _write(
+            run, budget["open"], spent, "the attempt ended without a verdict (node failure or time limit)", {}, budget
+        )
+        if spent == STOP:
+            return EXIT_STOP
+    write_json(run.budget, {**budget, "open": attempt})
+    control = run.attempt(attempt)
+    control.mkdir(parents=True, exist_ok=True)
+    write_json(control / "limits.json", job["limits"])
+    facts = {"attempt": attempt, "began": time.time(), "nodes": env.get("SLURM_JOB_NODELIST", os.uname().nodename)}
+    write_json(control / "attempt.json", facts)
+    resumes = f"resumes from step {run.saved_step()}" if run.saved_step() >= 0 else "starts from step 0"
+    print(f"launch: attempt {attempt} on {facts['nodes']} {resumes}; {budget['left']} starts left without progress")
+    return 0
+
+
+def spend(run: RunFolder, budget: dict[str, Any], verdict: str, attempts: int) -> str:
+    """Count this attempt in `budget`, which is changed; the verdict, or STOP when the budget is used up."""
+    step = run.saved_step()
+    if step > budget["step"]:
+        budget.update(step=step, left=attempts)
+    elif verdict == REQUEUE:
+        budget["left"] -= 1
+        if budget["left"] <= 0:
+            return STOP
+    return verdict
+
+
+def end(run: RunFolder, attempt: str, code: int, signalled: bool, in_slurm: bool) -> str:
+    """Close an attempt: write the verdict, return it."""
+    job = read_json(run.job, {})
+    budget = read_json(run.budget, {"step": -1, "left": job["attempts"], "open": attempt})
+    verdict, cause, who = classify(run.attempt(attempt), job["world"], code, signalled)
+    if verdict != DONE and (run.cancelled.exists() or (in_slurm and _is_cancelled(attempt))):
+        verdict, cause = CANCELLED, "cancelled by the user"
+    spent = spend(run, budget, verdict, job["attempts"])
+    if spent != verdict:
+        cause += f"; {job['attempts']} starts in a row made no checkpoint newer than step {budget['step']}"
+    budget["open"] = None
+    _write(run, attempt, spent, cause, who, budget)
+    return spent
+
+
+def _write(run: RunFolder, attempt: str, verdict: str, cause: str, who: dict, budget: dict[str, Any]) -> None:
+    facts = {"attempt": attempt, "verdict": verdict, "cause": cause, "step": budget["step"], "left": budget["left"]}
+    facts = {**facts, "first": who, "time": round(time.time(), 3)}
+    write_json(run.budget, budget)
+    write_json(run.verdict, facts)
+    append_line(run.history, facts)
+    print(f"launch: {verdict.upper()} {cause}; newest checkpoint: step {budget['step']}; "
+          f"{budget['left']} starts left without progress", file=sys.stderr, flush=True)  # fmt: skip
+
+
+def _is_cancelled(attempt: str) -> bool:
+    """Whether somebody ended this job on purpose: then requeueing would start it again.
+
+    SLURM shows COMPLETING to the script of a job that it is ending. It has counted one restart more if it means to
+    start it again (preempted beyond its grace time, a lost node); else it was cancelled, or ran out of time.
+    """
+    number, _, restart = attempt.rpartition(".")
+    shown = slurm.fields(number)
+    if shown.get("JobState") not in ("COMPLETING", "CANCELLED") or shown.get("Restarts") != restart:
+        return False
+    ran, limit = (slurm.seconds(shown.get(name, "")) for name in ("RunTime", "TimeLimit"))
+    return ran is None or limit is None or ran < limit
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="launch.job", description=__doc__)
+    parser.add_argument("act", choices=("begin", "end"))
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--attempt", required=True)
+    parser.add_argument("--code", type=int, default=0)
+    parser.add_argument("--signalled", default="", help="the signal that the batch script got")
+    parser.add_argument("--parity", action="store_true", help="the referee's step, not the trainer's, ended")
+    args = parser.parse_args(argv)
+    run = RunFolder(args.run)
+    if args.act == "begin":
+        return begin(run, args.attempt, dict(os.environ))
+    if args.parity and not args.signalled:
+        write_json(run.attempt(args.attempt) / "parity.json", {"code": args.code})
+    print(end(run, args.attempt, args.code, bool(args.signalled), "SLURM_JOB_ID" in os.environ))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

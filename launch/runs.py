@@ -1,0 +1,35 @@
+"""Reading what a run has written, from outside."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+
+def records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """The whole lines of a .jsonl file of a run folder; [] without one."""
+    found = []
+    try:
+        lines = (folder / name).read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # the last line, being written
+            continue
+    return found
+
+
+def steady(folder: Path) -> list[dict[str, Any]]:
+    """Records of steps without the first of every process, which compile and warm up: the last three quarters."""
+    timed = [r for r in records(folder) if r.get("step_time_s")]
+    return timed[len(timed) // 4 :] if len(timed) > 3 else timed[1:] or timed
+
+
+def measured_step_s(folder: Path) -> float | None:
+    """Median seconds of a step of this run so far; None if it never made one."""
+    times = [r["step_time_s"] for r in steady(folder)]
+    return statistics.median(times) if times else None

@@ -1,0 +1,101 @@
+"""The batch script: one jinja2 template, filled from a site profile and a run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+
+from launch.config import LaunchConfig
+from launch.folder import PROGRAM, RunFolder
+from launch.profile import Profile
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one run asks of a site. `folder`: where it was submitted, the jobs' working directory."""
+
+    run: RunFolder
+    site: Profile
+    launch: LaunchConfig
+    nodes: int
+    folder: Path
+    parity: bool = False
+
+    @property
+    def world(self) -> int:
+        """Ranks of the job."""
+        return self.nodes * self.site.ranks_per_node
+
+    @property
+    def warning_s(self) -> int:
+        """Seconds before the time limit at which USR1 comes."""
+        return self.launch.checkpoint_s + self.launch.margin_s
+
+
+def render(job: Job, program: str | None = None) -> str:
+    """The sbatch file. `program` replaces the snapshot's pretrain_hope.py (tests start stand-ins)."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # a shell script
+    )
+    environment.filters["quote"] = shlex.quote
+    python = task_python(job)
+    return environment.get_template("job.sbatch.j2").render(
+        site=job.site,
+        run_name=job.run.root.name,
+        job_name=re.sub(r"[^\w.-]", "-", job.run.root.name),
+        nodes=job.nodes,
+        run=str(job.run.root),
+        script=str(job.run.script),
+        folder=str(job.folder),
+        code=str(job.run.code),
+        config=str(job.run.config),
+        program=program or str(job.run.code / PROGRAM),
+        warning_s=job.warning_s,
+        checkpoint_s=job.launch.checkpoint_s,
+        parity=job.parity,
+        host_python=job.site.host_python or job.site.python,
+        python=python,
+        srun_rank=srun(job, job.site.ranks_per_node),
+        srun_node=srun(job, 1),
+    )
+
+
+def srun(job: Job, tasks: int) -> str:
+    """`srun` with `tasks` tasks on every node; together they have all cores of the job."""
+    site = job.site
+    # all three: srun takes the number of tasks from the job's environment, and then ignores --ntasks-per-node
+    words = ["srun", f"--nodes={job.nodes}", f"--ntasks={job.nodes * tasks}", f"--ntasks-per-node={tasks}"]
+    # srun has not inherited --cpus-per-task from sbatch since SLURM 22.05
+    words.append(f"--cpus-per-task={site.cpus_per_task * (site.ranks_per_node // tasks)}")
+    # a rank that has saved leaves with 85 while others still write: the agents end the others when a rank FAILS
+    words += ["--kill-on-bad-exit=0", "--wait=120", *site.srun]
+    if site.container.kind == "pyxis":
+        words += [f"--container-image={site.container.image}", f"--container-workdir={job.folder}"]
+        words.append(f"--container-mounts={','.join(_mounts(job))}")
+    return shlex.join(words)
+
+
+def task_python(job: Job) -> str:
+    """The interpreter of the tasks, with the container around it."""
+    site = job.site
+    if site.container.kind != "apptainer":
+        return shlex.quote(site.python)
+    words = ["apptainer", "exec", *(["--nv"] if site.gpus_per_node else []), f"--pwd={job.folder}"]
+    words += [f"--bind={mount}" for mount in _mounts(job)]
+    return shlex.join([*words, site.container.image, site.python])
+
+
+def _mounts(job: Job) -> list[str]:
+    own = [f"{path}:{path}" for path in dict.fromkeys((str(job.folder), str(job.run.root)))]
+    return [*own, *(mount for mount in job.site.container.mounts if mount not in own)]

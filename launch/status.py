@@ -1,0 +1,113 @@
+"""What a run is doing, from its folder and SLURM: status, logs, cancel."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from configs.errors import ConfigError
+from configs.schema import load
+from launch import slurm
+from launch.folder import RunFolder, read_json
+from launch.runs import records
+
+TITLES = ("run", "job", "state", "step", "tok/s", "loss", "eta", "starts", "saved", "verdict")
+
+
+def find_runs(where: list[str]) -> list[RunFolder]:
+    """Run folders that were launched: the ones given, or all below the folders given."""
+    found = []
+    for word in where:
+        path = Path(word)
+        inside = sorted(p.parent.parent for p in path.glob("*/launch/job.json")) if path.is_dir() else []
+        found += [RunFolder(path)] if (path / "launch").is_dir() else [RunFolder(p) for p in inside]
+    return found
+
+
+def row(run: RunFolder) -> dict[str, str]:
+    """One line of the table, every cell a text."""
+    from hope.train.console import duration, short
+
+    jobs = run.job_ids()
+    known = slurm.state(jobs[-1]) if jobs else {}
+    last = (records(run.root) or [{}])[-1]
+    verdict = read_json(run.verdict, {})
+    starts = [r for r in records(run.control, "verdicts.jsonl") if "attempt" in r]
+    step = last.get("step")
+    saved = run.saved_step()
+    return {
+        "run": run.root.name,
+        "job": jobs[-1] if jobs else "local",
+        "state": known.get("state", "-") + (f" ({known['reason']})" if known.get("reason", "None") != "None" else ""),
+        "step": "-" if step is None else f"{step}/{_steps(run)}",
+        "tok/s": "-" if last.get("tokens_per_s") is None else short(last["tokens_per_s"]),
+        "loss": "-" if last.get("loss") is None else f"{last['loss']:.4f}",
+        "eta": duration(last.get("eta_s")) if last.get("eta_s") is not None else "-",
+        "starts": str(len(starts) + (read_json(run.budget, {}).get("open") is not None)),
+        "saved": "-" if saved < 0 else str(saved),
+        "verdict": f"{verdict['verdict']}: {verdict['cause']}"
+        if verdict
+        else "cancelled" * run.cancelled.exists() or "-",
+    }
+
+
+def _steps(run: RunFolder) -> str:
+    try:
+        return str(load(str(run.config), [], check=False).train.steps)
+    except ConfigError:
+        return "?"
+
+
+def table(runs: list[RunFolder]) -> str:
+    """All runs, columns as wide as they must be."""
+    rows = [dict(zip(TITLES, TITLES, strict=True)), *(row(run) for run in runs)]
+    widths = {title: max(len(r[title]) for r in rows) for title in TITLES}
+    return "\n".join("  ".join(r[title].ljust(widths[title]) for title in TITLES).rstrip() for r in rows)
+
+
+def log_file(run: RunFolder, rank: int) -> Path:
+    """The newest log: the job's (rank 0 and the batch script), or that of another rank.
+
+    Raises:
+        SlurmError: there is none.
+    """
+    if rank:
+        files = sorted(run.logs.glob(f"*/rank-{rank:05d}.log"), key=lambda p: p.stat().st_mtime)
+    else:
+        files = sorted(run.logs.glob("*.out"), key=lambda p: p.stat().st_mtime)
+    if not files:
+        raise slurm.SlurmError(f"no log of rank {rank} in {run.logs}: has the job started?")
+    return files[-1]
+
+
+def tail(path: Path, lines: int) -> str:
+    """The last lines of a file."""
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+
+
+def follow(path: Path) -> None:
+    """Print what is added to a file until Ctrl-C."""
+    with path.open(errors="replace") as file:
+        file.seek(0, 2)
+        while True:
+            text = file.read()
+            if text:
+                print(text, end="", flush=True)
+            else:
+                time.sleep(0.5)
+
+
+def cancel(run: RunFolder) -> str:
+    """End the newest job of a run for good: the marker first, so that nothing starts it again; what was done."""
+    run.control.mkdir(parents=True, exist_ok=True)
+    run.cancelled.touch()
+    ended = [job for job in run.job_ids() if slurm.live(job)]
+    for job in ended:
+        slurm.cancel(job)
+    return f"cancelled job {', '.join(ended)}" if ended else "no job of this run waits or runs"
+
+
+def facts(run: RunFolder) -> dict[str, Any]:
+    """For tools: the row, with the verdict as it was written."""
+    return {**row(run), "verdict": read_json(run.verdict, {})}
