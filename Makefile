@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DATA := data/quickstart
 PROCESSES ?= 2
 
-.PHONY: train test parity crash-test matrix lint format bench clean kill-test
+.PHONY: train test parity crash-test matrix slurm-test lint format bench clean kill-test
 
 train: $(DATA)/heldout.manifest.json
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(PROCESSES) pretrain_hope.py configs/quickstart.yaml
@@ -28,6 +28,10 @@ matrix: $(VENV)/.installed
 # tokenizing killed at 20 random moments and resumed: equal bytes every time, two minutes
 kill-test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/data -m slow -s
+
+# power failure, a real time limit, hangs, every starter, sweeps, on a private SLURM: about ten minutes
+slurm-test: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

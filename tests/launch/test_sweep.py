@@ -1,0 +1,232 @@
+"""Cells, tables and pictures of sweeps; estimates; preflight's judgement. No cluster."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from tiny import config_file
+
+from configs.errors import ConfigError
+from configs.schema import load
+from hope.train.stragglers import BusyTimer
+from launch import collect, estimate, preflight, profile, sweep
+from launch.folder import write_json
+from launch.status import find_runs, table
+from parallel.links import partners
+
+SWEEPS = sorted((Path(sweep.__file__).parent / "sweeps").glob("*.yaml"))
+
+
+def grid_file(folder: Path, **more) -> str:
+    facts = {"name": "grid", "config": config_file(folder), "where": "local", "nodes": [1, 2], **more}
+    path = folder / "grid.yaml"
+    path.write_text(json.dumps(facts))
+    return str(path)
+
+
+def test_cells_of_a_weak_scaling_over_layouts(tmp_path):
+    grid = sweep.load(grid_file(tmp_path, scaling="weak", layouts=[{}, {"tensor": 2}], grid={"optim.lr": [1e-3, 3e-3]}))
+    cells = sweep.cells(grid)
+    fitting = ("n1_dp", "n2_dp", "n2_tp2")  # a tensor degree of 2 has no room on one process
+    assert [c.name for c in cells] == [f"{name}_lr-{lr}" for name in fitting for lr in ("0.001", "0.003")]
+    assert "train.global_batch=8" in cells[0].overrides
+    assert "train.global_batch=16" in cells[-1].overrides
+    assert "parallel.tensor=2" in cells[-1].overrides
+    assert len({str(sweep.run_folder(grid, c).root) for c in cells}) == 6
+
+
+def test_cells_that_cannot_run_are_refused_together(tmp_path):
+    grid = sweep.load(
+        grid_file(tmp_path, layouts=[{"tensor": 2}, {}], overrides=["train.global_batch=2"], nodes=[1, 2])
+    )
+    with pytest.raises(ConfigError) as caught:
+        sweep.run(grid)
+    assert [p for p, _, _ in caught.value.problems] == ["n2_dp: train.global_batch"]
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "path"),
+    [
+        ({"nodes": []}, "nodes"),
+        ({"nodes": [2, 3], "scaling": "weak"}, "nodes"),
+        ({"layouts": [{"tensr": 2}]}, "layouts[0].tensr"),
+        ({"grid": {"optim.lr": 1e-3}}, "grid.optim.lr"),
+        ({"throttle": 0}, "throttle"),
+        ({"name": "a/b"}, "name"),
+        ({"nodse": [1]}, "nodse"),
+    ],
+)
+def test_bad_grids(tmp_path, more, path):
+    with pytest.raises(ConfigError) as caught:
+        sweep.load(grid_file(tmp_path, **more))
+    assert path in [p for p, _, _ in caught.value.problems]
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
+def test_the_committed_sweeps_list_their_cells(path, monkeypatch):
+    monkeypatch.chdir(Path(sweep.__file__).parent.parent)
+    cells = sweep.cells(sweep.load(str(path)))
+    assert len(cells) >= 4
+    assert len({c.name for c in cells}) == len(cells)
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in profile.FOLDER.glob("*.yaml")))
+def test_the_committed_profiles_are_whole(name):
+    assert profile.load(name, []).ranks_per_node >= 1
+
+
+def measured(folder: Path, name: str, speed: float, devices: int) -> None:
+    run = folder / "runs" / "grid" / name
+    run.mkdir(parents=True)
+    lines = [{"step": s, "loss": 4.0 - s / 10, "tokens_per_s": speed * (s > 2) + 1.0, "step_time_s": 0.1,
+              "tokens_per_s_per_device": (speed * (s > 2) + 1.0) / devices} for s in range(1, 13)]  # fmt: skip
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 13, "lo')
+    write_json(run / "control" / "verdict.json", {"verdict": "done"})
+
+
+def test_collect_makes_a_table_and_a_picture(tmp_path, capsys):
+    grid = sweep.load(grid_file(tmp_path, nodes=[1, 2, 4]))
+    for nodes, speed in ((1, 999.0), (2, 1799.0)):
+        measured(tmp_path, f"n{nodes}_dp", speed, nodes)
+    assert collect.collect(grid, str(tmp_path / "out")) == 1  # one cell never ran
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "out/results.csv").read_text())))
+    assert [(r["cell"], r["devices"], r["verdict"], r["tokens_per_s"]) for r in rows] == [
+        ("n1_dp", "1", "done", "1000"), ("n2_dp", "2", "done", "1800"), ("n4_dp", "", "none", "")]  # fmt: skip
+    assert [r["efficiency"] for r in rows] == ["1", "0.9", ""]
+    picture = (tmp_path / "out/scaling.svg").read_text()
+    ElementTree.fromstring(picture)  # well-formed
+    assert ">90%<" in picture
+    assert "dp (dashed: ideal)" in picture
+    assert "results.csv" in capsys.readouterr().out
+
+
+def test_estimate_counts_what_the_shapes_say(tmp_path):
+    config = load(config_file(tmp_path), [])
+    site = profile.load("h100", [])
+    whole = estimate.worst_rank(config, config.parallel, 1)
+    half = estimate.worst_rank(config, config.parallel, 2)
+    assert half.weights == whole.weights
+    assert half.optimizer == pytest.approx(whole.optimizer / 2, abs=8)
+    rows = estimate.layouts(config, 2, site)
+    assert {str(r) for r in rows} == {
+        "tensor 1 pipeline 1 (data 2)", "tensor 2 pipeline 1 (data 1)", "tensor 1 pipeline 2 (data 1)"}  # fmt: skip
+    assert all(r.fits for r in rows)
+    assert [r.bubble for r in rows] == [0, 0, 0.25]  # (2 - 1) / 4 micro-batches
+    assert rows[-1].step_s == pytest.approx(1.25 * rows[0].step_s)
+    config.parallel.pipeline = 2
+    page = estimate.describe(config, 2, site, 1e6, 0.4)
+    assert "ASSUMED model FLOPs utilisation of 40%" in page
+    assert re.search(r"^ +1 +2 +1 .* \*$", page, re.MULTILINE)
+
+
+def test_estimate_knows_no_speed_of_an_unknown_gpu(tmp_path):
+    config = load(config_file(tmp_path), [])
+    page = estimate.describe(config, 1, profile.load("h100", ["gpu=Abacus"]), 1e6, 0.4)
+    assert "no peak is known for 'Abacus'" in page
+
+
+NODE = {"node": "n0", "skew_s": 0.0, "versions": "torch 2", "code": "abc", "run_gb": 99, "local_gb": 9, "local": "/tmp"}
+WANTED = {"skew_s": 2, "free_gb": 10, "local_gb": 1, "bandwidth_gb_s": 20, "gpus": 8, "gpu_memory_gb": 79.1}
+
+
+def links(node: int, **more) -> dict:
+    ring = [("n0", "n1"), ("n1", "n2"), ("n2", "n3"), ("n3", "n0")]
+    pairs = [{"nodes": list(pair), "gb_s": 30.0, "wrong": False} for pair in ring]
+    mine = [p for p in pairs if f"n{node}" in p["nodes"]]
+    inside = {"wrong": False, "gb_s": 200.0}
+    facts = {"rank": node, "node": f"n{node}", "devices": 8, "memory_gb": 79.1, "inside": inside, "pairs": mine}
+    return facts | more
+
+
+def judged(change_node: dict | None = None, change_link: dict | None = None, slow: tuple[str, ...] = ()) -> dict:
+    nodes = [NODE | {"node": f"n{n}"} for n in range(4)]
+    found = [links(n) for n in range(4)]
+    nodes[2] |= change_node or {}
+    found[2] |= change_link or {}
+    for each in found:
+        for pair in each["pairs"]:
+            pair["gb_s"] = 5.0 if set(pair["nodes"]) & set(slow) else pair["gb_s"]
+    return preflight.judge(nodes, found, 4, 4, WANTED)
+
+
+def test_a_sound_cluster_has_no_bad_nodes():
+    assert judged() == {}
+
+
+@pytest.mark.parametrize(
+    ("node", "link", "why"),
+    [
+        ({"versions": "torch 1"}, None, "other versions than most: torch 1, not torch 2"),
+        ({"code": "xyz"}, None, "other code than most"),
+        ({"skew_s": -7.25}, None, "its clock is -7.2 s off"),
+        ({"skew_s": None}, None, "could not reach the first node"),
+        ({"local_gb": 0.5}, None, "0.50 GB free in /tmp, less than 1"),
+        (None, {"devices": 7}, "shows 7 GPUs, not 8"),
+        (None, {"memory_gb": 40.0}, "a GPU with 40.0 GiB, not 79.1"),
+        (None, {"inside": {"wrong": True, "gb_s": 200.0}}, "an all-reduce inside the node gave a wrong sum"),
+        (None, {"inside": {"wrong": False, "gb_s": 3.0}}, "3.0 GB/s inside the node, less than 20"),
+    ],
+)
+def test_a_bad_node_is_named_with_its_reason(node, link, why):
+    found = judged(node, link)
+    assert list(found) == ["n2"]
+    assert why in found["n2"]
+
+
+def test_a_slow_node_is_told_from_its_partners():
+    found = judged(slow=("n3",))
+    assert list(found) == ["n3"]
+    assert "5.0 GB/s between n2 and n3" in found["n3"]
+
+
+def test_every_node_meets_two_others():
+    for nodes in (3, 4, 5, 8):
+        rounds = partners(nodes)
+        met = [n for pairs in rounds for pair in pairs for n in pair]
+        assert all(len(set(sum(pairs, ()))) == 2 * len(pairs) for pairs in rounds)
+        assert set(met) == set(range(nodes))
+        assert min(met.count(n) for n in range(nodes)) >= (2 if nodes % 2 == 0 else 1)
+    assert partners(2) == [[(0, 1)]]
+    assert partners(1) == [[]]
+
+
+def test_slow_ranks_are_found_and_removed_from_the_record():
+    record = {"loss": 1.0, **{f"busy {rank} n{rank}": 0.1 for rank in range(4)}, "busy 4 n4": 0.131}
+    timer = BusyTimer(0, torch.device("cpu"))
+    assert timer.take_slow(dict(record), 1.2) == []  # once is chance
+    assert timer.take_slow(dict(record), 1.2) == [
+        {"rank": 4, "node": "n4", "times_median": pytest.approx(1.31), "busy_s": 0.131}]  # fmt: skip
+    assert timer.take_slow(dict(record), 1.4) == []
+    assert timer.take_slow(dict(record), 1.2) == []  # not twice in a row
+    assert timer.take_slow(record, 0) == []
+    assert record == {"loss": 1.0}
+
+
+def test_a_busy_timer_reports_the_median_of_its_spans_once():
+    timer = BusyTimer(3, torch.device("cpu"))
+    assert timer.entry() == {}
+    for seconds in (0.01, 0.05, 0.01):
+        timer.begin()
+        time.sleep(seconds)
+        timer.end()
+    [(key, median)] = timer.entry().items()
+    assert key.startswith("busy 3 ")
+    assert 0.01 <= median < 0.05
+    assert timer.entry() == {}
+
+
+def test_status_reads_a_run_that_never_started(tmp_path):
+    run = tmp_path / "runs" / "a"
+    write_json(run / "launch" / "job.json", {})
+    shown = table(find_runs([str(tmp_path / "runs")])).splitlines()
+    assert shown[0].split()[:3] == ["run", "job", "state"]
+    assert shown[1].split()[:2] == ["a", "local"]
