@@ -37,7 +37,7 @@ class Agent:
     def __init__(self, command: list[str], control: Path, rank: int, world: int, local_rank: int) -> None:
         self.control, self.rank, self.world, self.host = control, rank, world, socket.gethostname()
         self.limits: dict[str, float] = read_json(control / "limits.json", {})
-        self.poll_s = 1.0 + world / 250  # all agents together look into the shared folder at most 500 times a second
+        self.poll_s = 1.0 + world / 250  # all agents together look into the shared folder at most 750 times a second
         self.signalled: str | None = None
         self.waiting: list[int] = []  # signals not passed on yet
         self.began = time.monotonic()
@@ -78,6 +78,8 @@ class Agent:
                 self.child.send_signal(self.waiting.pop(0))
             if now - looked >= self.poll_s:
                 looked = now
+                if self.signalled is None and (self.control / "USR1").exists():
+                    self._pass_on(signal.SIGUSR1, None)
                 if (self.control / "hang.json").exists():
                     return self._end_hung()
                 if (self.control / "failed").exists():

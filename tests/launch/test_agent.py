@@ -64,14 +64,23 @@ def test_a_fault_in_c_code_leaves_its_stack(control):
 
 
 def test_a_signal_is_passed_on_and_85_is_no_failure(control):
-    process = agent(control, "while True: time.sleep(0.05)", handles="signal.signal(10, lambda *_: sys.exit(85))")
-    while b"program0" not in Path(f"/proc/{process.pid}/cmdline").read_bytes():
+    mark = control.parent.parent / "up"
+    handles = f"signal.signal(10, lambda *_: sys.exit(85)); open({str(mark)!r}, 'w')"
+    process = agent(control, "while True: time.sleep(0.05)", handles=handles)
+    while not mark.exists():
         time.sleep(0.01)
-    time.sleep(0.3)  # the agent's handlers; its trainer may or may not be there
     process.send_signal(signal.SIGUSR1)
     assert process.wait(20) == 85
     assert (exit_of(control)["signalled"], exit_of(control)["how"]) == ("USR1", "exit")
     assert not (control / "failed").exists()
+
+
+def test_a_request_from_before_the_start_reaches_the_trainer_once_it_can_take_it(control):
+    (control / "USR1").touch()
+    handles = "time.sleep(1); signal.signal(10, lambda *_: sys.exit(85))"  # imports that take their time
+    process = agent(control, "while True: time.sleep(0.05)", handles=handles)
+    assert process.wait(30) == 85
+    assert exit_of(control)["signalled"] == "USR1"
 
 
 def test_the_others_end_soon_after_a_failure(control):

@@ -114,7 +114,7 @@ def test_bad_profiles(words, path, what):
 
 
 def test_an_unknown_profile_names_the_known_ones():
-    with pytest.raises(ConfigError, match="one of: cpu_apptainer, h100, h200_pyxis"):
+    with pytest.raises(ConfigError, match="one of: cpu, cpu_apptainer, h100, h200_pyxis"):
         profile.load("nowhere", [])
 
 
