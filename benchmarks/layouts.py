@@ -20,11 +20,10 @@ from pathlib import Path
 import torch
 
 from configs.schema import load
-from hope.model import Slice
 from hope.train.throughput import GIB
-from parallel import groups, parity, report
+from launch.estimate import worst_rank
+from parallel import groups, parity
 from parallel.evidence import TokenBatch, micro_batches
-from parallel.memory import StepShape, rank_memory
 from parallel.replica import build_replica
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,19 +76,7 @@ def worker(config_path: str, overrides: list[str], steps: int) -> dict:
 def predicted_gib(config_path: str, overrides: list[str], world: int) -> float:
     """The largest predicted peak of any stage."""
     config = load(config_path, overrides, check=False)
-    layout, train = config.parallel, config.train
-    dims = layout.dims(world)
-    precision = train.precision == "bf16"
-    shape = StepShape(
-        train.seq_len, train.micro_batch, precision, dims.tensor, layout.sequence, dims.data, train.recompute
-    )
-    count = train.global_batch // (train.micro_batch * dims.data)
-    peaks = []
-    for stage, parts in enumerate(report.split(config.model, train.seq_len, dims.pipeline, dims.virtual_pipeline)):
-        flight = report.micro_batches_in_flight(stage, dims.pipeline, dims.virtual_pipeline, count)
-        slices = [Slice(part.first, part.last) for part in parts]
-        peaks.append(rank_memory(config.model, slices, flight, shape, config.optim).peak)
-    return max(peaks) / GIB
+    return worst_rank(config, config.parallel, world).peak / GIB
 
 
 def launch(world: int, arguments: list[str]) -> tuple[int, str]:
