@@ -21,9 +21,9 @@ import torch
 from configs.changes import settle
 from configs.errors import ConfigError
 from configs.schema import Config, load, to_yaml
-from data_prep.batches import Batch, BatchLoader
-from data_prep.blend import open_blend, open_heldout
 from data_prep.errors import DataError
+from data_prep.training.batches import Batch, BatchLoader
+from data_prep.training.blend import open_blend, open_heldout
 from hope.train.diagnostics import MemoryProbe
 from hope.train.evaluate import heldout_loss
 from hope.train.heartbeat import Heartbeat

@@ -5,9 +5,12 @@ import importlib.util
 import os
 import sys
 
-from data_prep import corpus_cli, inspect_cli, tokenize_cli, tokenizer_cli
+from data_prep.corpora import cli as corpus_cli
 from data_prep.errors import DataError
+from data_prep.inspection import cli as inspect_cli
 from data_prep.quickstart import quickstart
+from data_prep.tokenizing import cli as tokenize_cli
+from data_prep.tokenizing import tokenizer_cli
 
 
 def build_parser(training: bool = True) -> argparse.ArgumentParser:
@@ -22,8 +25,8 @@ def build_parser(training: bool = True) -> argparse.ArgumentParser:
     tokenizer_cli.add_parser(commands)
     tokenize_cli.add_parser(commands)
     inspect_cli.add_parsers(commands)
-    if training and importlib.util.find_spec("data_prep.training_cli"):
-        from data_prep import training_cli
+    if training and importlib.util.find_spec("data_prep.training.cli"):
+        from data_prep.training import cli as training_cli
 
         training_cli.add_parsers(commands)
     return parser

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from data_prep.errors import DataError
-from data_prep.index_key import BUILD_INDEX, IndexKey, too_short_for
-from data_prep.index_store import TokenStore, open_store
+from data_prep.training.index_key import BUILD_INDEX, IndexKey, too_short_for
+from data_prep.training.index_store import TokenStore, open_store
 
 MAKE_QUICKSTART = "`python -m data_prep quickstart --out data/quickstart` makes data/quickstart/train and .../heldout"
 DOCUMENTS = ("carry", "reset", "doc")

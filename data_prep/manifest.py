@@ -26,7 +26,7 @@ class Manifest:
         sha256_source: of the one source file; of several, of their digests in order.
         licence: of the text, as its corpus says; empty if nobody said.
         sources: one {"name", "bytes", "sha256", "licence"} per input file, in order.
-        bad: records that were not as they should be, by kind (`data_prep.tokenize_records.BAD_KINDS`).
+        bad: records that were not as they should be, by kind (`data_prep.tokenizing.records.BAD_KINDS`).
         dropped: good documents left out: {"hook": n, "repeated": n}.
         length_histogram: {"2^k": documents with 2^k <= tokens < 2^(k+1)}, EOS counted; "0" for empty ones.
         recipe: digest of the settings, tokenizer and sources that the set was made with.

@@ -4,13 +4,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from data_prep.corpus import FILES, finished_corpus, quickstart_documents, write_corpus
+from data_prep.corpora.corpus import FILES, finished_corpus, quickstart_documents, write_corpus
 from data_prep.errors import DataError
 from data_prep.files import sha256_file, write_json
 from data_prep.jsonl import read_texts
 from data_prep.manifest import Manifest, is_verified, load_manifest
-from data_prep.tokenize import tokenize
-from data_prep.tokenizer import Tokenizer, train_tokenizer
+from data_prep.tokenizing.tokenize import tokenize
+from data_prep.tokenizing.tokenizer import Tokenizer, train_tokenizer
 
 Report = Callable[[str], None]
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.corpus import topic_documents, write_corpus
+from data_prep.corpora.corpus import topic_documents, write_corpus
 from data_prep.jsonl import read_texts
 from data_prep.manifest import Manifest
-from data_prep.tokenize import tokenize
-from data_prep.tokenizer import Tokenizer, train_tokenizer
+from data_prep.tokenizing.tokenize import tokenize
+from data_prep.tokenizing.tokenizer import Tokenizer, train_tokenizer
 
 VOCAB = 1000
 

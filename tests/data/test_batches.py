@@ -7,7 +7,7 @@ import torch
 from tiny import token_set
 
 from data_prep.errors import DataError
-from data_prep.reading import Batch, BatchLoader, HeldoutSet, TrainingSet, global_batch_slice, heldout_batches
+from data_prep.training.reading import Batch, BatchLoader, HeldoutSet, TrainingSet, global_batch_slice, heldout_batches
 from hope.config import MemoryConfig, ModelConfig
 from hope.model import Model, next_token_loss
 

@@ -7,13 +7,13 @@ import pytest
 from multirank import run_ranks
 from tiny import token_set
 
-from data_prep.batches import Batch, BatchLoader
-from data_prep.blend import Blend, open_blend, open_heldout
-from data_prep.blend_order import BlendOrder
-from data_prep.blend_preview import preview
 from data_prep.config import DataConfig, SourceConfig
 from data_prep.errors import DataError
-from data_prep.reading import TrainingSet
+from data_prep.training.batches import Batch, BatchLoader
+from data_prep.training.blend import Blend, open_blend, open_heldout
+from data_prep.training.blend_order import BlendOrder
+from data_prep.training.blend_preview import preview
+from data_prep.training.reading import TrainingSet
 from parallel import groups
 from parallel.topology import ParallelConfig
 

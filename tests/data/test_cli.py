@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.__main__ import build_parser, main
-from data_prep.corpus import topic_documents
+from data_prep.corpora.corpus import topic_documents
 
 ROOT = Path(__file__).parents[2]
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from data_prep.corpus import (
+from data_prep.corpora.corpus import (
     Document,
     deduplicate,
     finished_corpus,

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from data_prep.corpus import FILES, Document
-from data_prep.corpus_build import Part, build
+from data_prep.corpora.build import Part, build
+from data_prep.corpora.corpus import FILES, Document
 from data_prep.errors import DataError
 
 

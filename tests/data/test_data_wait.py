@@ -7,9 +7,9 @@ import pytest
 from tiny import token_set
 
 from configs.schema import load
-from data_prep.batches import BatchLoader
-from data_prep.blend import open_blend
 from data_prep.config import DataConfig, SourceConfig
+from data_prep.training.batches import BatchLoader
+from data_prep.training.blend import open_blend
 from hope.model import Model, next_token_loss
 
 

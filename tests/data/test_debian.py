@@ -8,14 +8,14 @@ import subprocess
 
 import pytest
 
-from data_prep import debian
-from data_prep.corpus_build import build
-from data_prep.corpus_cli import table
-from data_prep.corpus_debian import debian_parts, documents_of
-from data_prep.debian import check_tools, fetch, resolve
-from data_prep.debian_extract import dictd, jargon, joined, kjv, kjv_chapters, pages, plain, pod, wordnet
-from data_prep.debian_sources import SOURCES, TIERS, Source, chosen_sources
-from data_prep.debian_text import clean, html_text, pod_text
+from data_prep.corpora import debian
+from data_prep.corpora.build import build
+from data_prep.corpora.cli import table
+from data_prep.corpora.debian import check_tools, fetch, resolve
+from data_prep.corpora.debian_corpus import debian_parts, documents_of
+from data_prep.corpora.debian_extract import dictd, jargon, joined, kjv, kjv_chapters, pages, plain, pod, wordnet
+from data_prep.corpora.debian_sources import SOURCES, TIERS, Source, chosen_sources
+from data_prep.corpora.debian_text import clean, html_text, pod_text
 from data_prep.errors import DataError
 
 
@@ -165,8 +165,8 @@ def test_a_source_goes_from_package_file_to_corpus(tmp_path, monkeypatch):
         for i in range(30):
             write(root / f"doc/{i}.txt", f"Text number {i % 20} of the fabricated package.")
 
-    monkeypatch.setattr("data_prep.corpus_debian.unpack", unpack)
-    monkeypatch.setattr("data_prep.corpus_debian.check_tools", lambda: None)
+    monkeypatch.setattr("data_prep.corpora.debian_corpus.unpack", unpack)
+    monkeypatch.setattr("data_prep.corpora.debian_corpus.check_tools", lambda: None)
     source = Source(("fake-doc",), "MIT", 0.1, plain("doc/*.txt"), "fabricated")
     monkeypatch.setitem(SOURCES, "fake", source)
     lines = []
@@ -180,7 +180,7 @@ def test_a_source_goes_from_package_file_to_corpus(tmp_path, monkeypatch):
         "sha256": hashlib.sha256(b"package").hexdigest(),
     }
     assert (manifest["documents"], record["repeated"]) == (20, 10)
-    monkeypatch.setattr("data_prep.corpus_debian.unpack", lambda *_: pytest.fail("extracted again"))
+    monkeypatch.setattr("data_prep.corpora.debian_corpus.unpack", lambda *_: pytest.fail("extracted again"))
     again = build(tmp_path / "out", debian_parts(["fake"], tmp_path / "cache"), report=lines.append)
     assert again == manifest
     assert "kept" in lines[2]
@@ -188,7 +188,7 @@ def test_a_source_goes_from_package_file_to_corpus(tmp_path, monkeypatch):
 
 def test_unpacked_files_do_not_stay(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("data_prep.corpus_debian.unpack", lambda package, root: write(root / "a.txt", "text"))
+    monkeypatch.setattr("data_prep.corpora.debian_corpus.unpack", lambda package, root: write(root / "a.txt", "text"))
     source = Source(("p",), "MIT", 0.1, plain("*.txt"), "fabricated")
     assert [document.id for document in documents_of("s", source, [None])] == ["s/a.txt"]
     assert list(tmp_path.iterdir()) == []

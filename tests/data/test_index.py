@@ -13,13 +13,13 @@ from multirank import run_ranks
 from data_prep.__main__ import main
 from data_prep.config import DataConfig
 from data_prep.errors import DataError
-from data_prep.index_key import IndexKey
-from data_prep.index_store import MegatronStore
 from data_prep.indexed import IndexedWriter, read_header
 from data_prep.manifest import Manifest
-from data_prep.reading import HeldoutSet, TrainingSet
-from data_prep.training_cli import add_parsers
-from data_prep.window_index import open_windows
+from data_prep.training.cli import add_parsers
+from data_prep.training.index_key import IndexKey
+from data_prep.training.index_store import MegatronStore
+from data_prep.training.reading import HeldoutSet, TrainingSet
+from data_prep.training.window_index import open_windows
 
 T = 32
 
@@ -107,7 +107,7 @@ def test_bytes_are_read_once_and_not_at_every_start(copied, monkeypatch):
     TrainingSet(copied.train_prefix, T, 1)
     read = []
     digest = lambda path: read.append(str(path)) or "no digest"
-    monkeypatch.setattr("data_prep.index_store.sha256_file", digest)
+    monkeypatch.setattr("data_prep.training.index_store.sha256_file", digest)
     TrainingSet(copied.train_prefix, T, 1)
     assert read == []
     os.utime(f"{copied.train_prefix}.idx", ns=(5, 5))

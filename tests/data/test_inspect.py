@@ -6,10 +6,10 @@ import pytest
 
 from data_prep.__main__ import main
 from data_prep.errors import DataError
-from data_prep.index_store import open_store
 from data_prep.indexed import memmap_tokens, read_header
-from data_prep.inspect_tokens import checked_tokenizer, show_document, show_ids, show_window
-from data_prep.tokenizer import train_tokenizer
+from data_prep.inspection.tokens import checked_tokenizer, show_document, show_ids, show_window
+from data_prep.tokenizing.tokenizer import train_tokenizer
+from data_prep.training.index_store import open_store
 
 
 def test_a_document_is_its_text_and_its_place(tiny):
@@ -30,7 +30,7 @@ def test_resets_stand_where_training_resets(tiny):
     """The places that say RESET are those of the batch's own `starts`."""
     import torch  # noqa: F401 (batches needs it)
 
-    from data_prep.batches import Batch
+    from data_prep.training.batches import Batch
 
     encode = tiny.tokenizer.encode
     ids = np.array([*encode("end of one"), 1, *encode("whole"), 1, 1, *encode("begun"), 1, 5])
@@ -70,7 +70,7 @@ def test_commands(tiny, copied, capsys):
     assert "<EOS>" in capsys.readouterr().out
     assert main(["inspect", copied.train_prefix, "--sample", "5", "--seq-len", "32"]) == 0
     shown = capsys.readouterr().out
-    from data_prep.reading import TrainingSet
+    from data_prep.training.reading import TrainingSet
 
     ids = TrainingSet(copied.train_prefix, 32, 1234).sample(5)
     assert show_ids(ids, "carry", tiny.tokenizer) in shown
@@ -90,8 +90,8 @@ def blend_file(copied):
 
 @pytest.mark.parametrize("documents", ["carry", "reset", "doc"])
 def test_a_sample_of_a_run_is_what_training_reads(copied, capsys, documents):
-    from data_prep.blend import open_blend
-    from data_prep.index_build import read_config
+    from data_prep.training.blend import open_blend
+    from data_prep.training.index_build import read_config
 
     path, override = blend_file(copied), f"data.documents={documents}"
     blend = open_blend(*read_config(path, [override]))

@@ -1,6 +1,6 @@
 import pytest
 
-from data_prep.order import EpochOrder
+from data_prep.training.order import EpochOrder
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 255, 1000, 4096, 4097])

@@ -7,13 +7,13 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.batches import global_batch_slice
-from data_prep.blend_order import BlendOrder
-from data_prep.index_rows import DocumentRows, StreamWindows, rows_before
 from data_prep.indexed import IndexedWriter, memmap_tokens, read_header
-from data_prep.order import EpochOrder
-from data_prep.stages import split_windows
-from data_prep.tokenize_units import plan
+from data_prep.tokenizing.units import plan
+from data_prep.training.batches import global_batch_slice
+from data_prep.training.blend_order import BlendOrder
+from data_prep.training.index_rows import DocumentRows, StreamWindows, rows_before
+from data_prep.training.order import EpochOrder
+from data_prep.training.stages import split_windows
 
 quick = settings(max_examples=150, deadline=None)
 weights = st.lists(st.floats(1e-4, 1e4), min_size=1, max_size=7)

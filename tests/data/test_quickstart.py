@@ -7,7 +7,7 @@ import pytest
 
 from data_prep.__main__ import main
 from data_prep.config import DataConfig
-from data_prep.corpus import topic_documents
+from data_prep.corpora.corpus import topic_documents
 from data_prep.quickstart import quickstart
 
 

@@ -7,11 +7,11 @@ import os
 import numpy as np
 import pytest
 
-from data_prep.blend import open_blend, open_heldout
 from data_prep.config import DataConfig, SourceConfig
 from data_prep.errors import DataError
-from data_prep.raw import RawFolder
-from data_prep.reading import HeldoutSet, TrainingSet
+from data_prep.training.blend import open_blend, open_heldout
+from data_prep.training.raw import RawFolder
+from data_prep.training.reading import HeldoutSet, TrainingSet
 
 EOS, VOCAB, T = 2, 500, 16
 

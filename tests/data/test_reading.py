@@ -10,8 +10,8 @@ from multirank import run_ranks
 from data_prep.errors import DataError
 from data_prep.indexed import IndexedWriter, memmap_tokens, read_header
 from data_prep.manifest import Manifest
-from data_prep.reading import HeldoutSet, TrainingSet
-from data_prep.tokenize import tokenize
+from data_prep.tokenizing.tokenize import tokenize
+from data_prep.training.reading import HeldoutSet, TrainingSet
 
 T = 64
 
@@ -110,7 +110,7 @@ def test_a_job_that_publishes_the_same_cache_first_is_no_error(copied, monkeypat
         shutil.copytree(source, target)
         rename(source, target)
 
-    monkeypatch.setattr("data_prep.window_index.os.rename", late_rename)
+    monkeypatch.setattr("data_prep.training.window_index.os.rename", late_rename)
     dataset = TrainingSet(copied.train_prefix, T, 1234)
     assert len(dataset.window(0)) == T + 1
     assert len(list((copied.folder / "train.cache").iterdir())) == 1

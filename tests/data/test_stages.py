@@ -5,9 +5,9 @@ import pytest
 import torch
 from tiny import token_set
 
-from data_prep.batches import BatchLoader
-from data_prep.reading import TrainingSet
-from data_prep.stages import split_windows
+from data_prep.training.batches import BatchLoader
+from data_prep.training.reading import TrainingSet
+from data_prep.training.stages import split_windows
 from hope.train.config import SeqLenStage, TrainConfig
 
 T = 32

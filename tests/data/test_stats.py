@@ -5,7 +5,7 @@ from PIL import Image
 from data_prep.__main__ import main
 from data_prep.errors import DataError
 from data_prep.indexed import read_header
-from data_prep.stats import draw, picture, short_number, table
+from data_prep.inspection.stats import draw, picture, short_number, table
 
 
 def test_bars_are_as_high_as_their_counts():

@@ -6,7 +6,7 @@ from data_prep.errors import DataError
 from data_prep.files import sha256_file
 from data_prep.indexed import memmap_tokens
 from data_prep.manifest import is_verified, load_manifest, open_checked
-from data_prep.tokenize import tokenize
+from data_prep.tokenizing.tokenize import tokenize
 
 
 def write_lines(path, lines):
@@ -71,7 +71,7 @@ def test_no_documents_is_an_error(tiny, tmp_path):
 
 
 def test_documents_larger_than_one_batch_keep_their_order(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("data_prep.tokenize_shard.BATCH_CHARACTERS", 100)
+    monkeypatch.setattr("data_prep.tokenizing.shard.BATCH_CHARACTERS", 100)
     again = tokenize(tiny.folder / "train.jsonl", tiny.tokenizer, tmp_path / "out")
     assert again == tiny.train
 
@@ -92,7 +92,7 @@ def test_an_interrupted_replacement_is_refused(copied, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data_prep.tokenize.Manifest.save", stop)
+    monkeypatch.setattr("data_prep.tokenizing.tokenize.Manifest.save", stop)
     with pytest.raises(KeyboardInterrupt):
         tokenize(copied.folder / "heldout.jsonl", copied.tokenizer, copied.train_prefix)
     with pytest.raises(DataError, match=r"train\.manifest\.json: no such file"):

@@ -6,8 +6,8 @@ import pytest
 
 from data_prep.errors import DataError
 from data_prep.indexed import memmap_tokens, read_header
-from data_prep.tokenize import Settings, parse_limit, tokenize_files
-from data_prep.tokenize_records import Rules
+from data_prep.tokenizing.records import Rules
+from data_prep.tokenizing.tokenize import Settings, parse_limit, tokenize_files
 
 LONGEST = 60
 GOOD = [f'{{"text": "document number {i} with grüße"}}'.encode() for i in range(12)]

@@ -12,10 +12,10 @@ import zstandard
 from data_prep.errors import DataError
 from data_prep.hooks import load_hook, near
 from data_prep.indexed import memmap_tokens, read_header
-from data_prep.tokenize import Settings, tokenize_files
-from data_prep.tokenize_progress import line
-from data_prep.tokenize_records import Rules
-from data_prep.tokenize_units import format_of, plan
+from data_prep.tokenizing.progress import line
+from data_prep.tokenizing.records import Rules
+from data_prep.tokenizing.tokenize import Settings, tokenize_files
+from data_prep.tokenizing.units import format_of, plan
 
 TEXTS = [f"Document {i}: grüße and {'many ' * (i % 9)}words." for i in range(200)]
 HOOKS = """

@@ -13,10 +13,10 @@ import pytest
 
 from data_prep.__main__ import main
 from data_prep.errors import DataError
-from data_prep.tokenize import Settings, tokenize_files
-from data_prep.tokenize_records import Rules
-from data_prep.tokenize_units import plan
-from data_prep.tokenize_work import WorkFolder
+from data_prep.tokenizing.records import Rules
+from data_prep.tokenizing.tokenize import Settings, tokenize_files
+from data_prep.tokenizing.units import plan
+from data_prep.tokenizing.work import WorkFolder
 
 ROOT = Path(__file__).parents[2]
 SUFFIXES = ("bin", "idx", "manifest.json", "bad.jsonl")
@@ -113,13 +113,13 @@ def test_finished_parts_are_taken_up_and_not_made_again(tiny, prepared, monkeypa
     make_input(tiny, prepared / "in.jsonl", 0.3)
     source, out = str(prepared / "in.jsonl"), prepared / "out"
     settings = Settings(Rules(on_bad="skip"), unit_bytes=50_000)
-    monkeypatch.setattr("data_prep.tokenize._publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("data_prep.tokenizing.tokenize._publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         tokenize_files([source], tiny.tokenizer, out, settings)
     monkeypatch.undo()
     (prepared / "out.work" / "strange.bin").write_bytes(b"left by other settings")
     (prepared / ".out.bin.1.tmp").write_bytes(b"half")
-    monkeypatch.setattr("data_prep.tokenize_shard.Worker.run", lambda *_: pytest.fail("a part was made again"))
+    monkeypatch.setattr("data_prep.tokenizing.shard.Worker.run", lambda *_: pytest.fail("a part was made again"))
     tokenize_files([source], tiny.tokenizer, out, settings)
     assert sorted(path.name for path in prepared.glob("*out*")) == sorted(f"out.{suffix}" for suffix in SUFFIXES)
 
@@ -143,7 +143,7 @@ def test_a_damaged_part_is_noticed_and_made_again(tiny, prepared, monkeypatch):
     source = str(prepared / "in.jsonl")
     settings = Settings(Rules(on_bad="skip"), unit_bytes=50_000)
     expected = tokenize_files([source], tiny.tokenizer, prepared / "whole", settings)
-    monkeypatch.setattr("data_prep.tokenize._publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("data_prep.tokenizing.tokenize._publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         tokenize_files([source], tiny.tokenizer, prepared / "out", settings)
     monkeypatch.undo()
@@ -163,7 +163,7 @@ def test_two_runs_on_one_prefix_exclude_each_other(tiny, prepared):
 def test_an_input_that_changes_meanwhile_is_refused(tiny, prepared, monkeypatch):
     source = prepared / "in.jsonl"
     source.write_bytes((tiny.folder / "heldout.jsonl").read_bytes())
-    from data_prep import tokenize
+    from data_prep.tokenizing import tokenize
 
     collect = tokenize._collect
 

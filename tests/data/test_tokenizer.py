@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from data_prep.errors import DataError
 from data_prep.jsonl import read_texts
-from data_prep.tokenizer import Tokenizer, train_tokenizer
+from data_prep.tokenizing.tokenizer import Tokenizer, train_tokenizer
 
 HOSTILE = [
     "",

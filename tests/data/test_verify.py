@@ -10,8 +10,8 @@ import torch
 from data_prep.errors import DataError
 from data_prep.files import sha256_file
 from data_prep.indexed import IndexedWriter, memmap_tokens, read_header
+from data_prep.inspection.verify import adopt, problems
 from data_prep.manifest import length_histogram, load_manifest, open_checked
-from data_prep.verify import adopt, problems
 
 
 def test_a_whole_set_has_no_problems(tiny):

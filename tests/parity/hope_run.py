@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from multirank import run_ranks
 
-from data_prep.reading import Batch
+from data_prep.training.reading import Batch
 from hope.config import CmsConfig, MemoryConfig, ModelConfig
 from hope.model import Model, next_token_loss
 from hope.optim.config import OptimConfig

@@ -15,8 +15,8 @@ from test_training_run import run, weights
 from tiny import config_file
 
 from configs.schema import load
-from data_prep.batches import Batch
-from data_prep.reading import TrainingSet
+from data_prep.training.batches import Batch
+from data_prep.training.reading import TrainingSet
 from hope import pretrained
 from hope.model import Model
 from parallel.checkpoint.__main__ import main

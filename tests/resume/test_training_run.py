@@ -12,7 +12,7 @@ from tiny import config_file
 
 import pretrain_hope
 from configs.schema import load
-from data_prep.reading import Batch, TrainingSet
+from data_prep.training.reading import Batch, TrainingSet
 from hope.model import Model, next_token_loss
 from parallel import replica
 from parallel.checkpoint import manifest

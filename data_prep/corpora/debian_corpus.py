@@ -1,0 +1,40 @@
+"""The sources of Debian's documentation packages as parts of a corpus."""
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+from data_prep.corpora.build import Part
+from data_prep.corpora.corpus import Document
+from data_prep.corpora.debian import Package, check_tools, fetch, unpack
+from data_prep.corpora.debian_sources import SOURCES, Source
+
+EXTRACTORS = 1  # raise when an extractor's output changes, so that finished parts are made again
+
+
+def debian_parts(names: Iterable[str], cache: Path) -> Iterator[Part]:
+    """Download each source's packages into `cache` and describe the part; text is extracted when asked for.
+
+    Raises:
+        DataError: apt does not exist here, or a package cannot be had.
+    """
+    check_tools()
+    for name in names:
+        source = SOURCES[name]
+        packages = [fetch(pattern, cache) for pattern in source.packages]
+        recipe = {"packages": [package.record() for package in packages], "extractors": EXTRACTORS}
+        yield Part(name, source.licence, recipe, partial(documents_of, name, source, packages))
+
+
+def documents_of(name: str, source: Source, packages: list[Package]) -> Iterator[Document]:
+    """Unpack into a temporary folder, extract, remove."""
+    folder = Path(tempfile.mkdtemp(prefix=f"{name}-"))
+    try:
+        for package in packages:
+            unpack(package, folder)
+        for identity, text in source.extract(folder):
+            yield Document(f"{name}/{identity}", name, text)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Looking at token sets: verify, statistics, documents and samples shown as text."""

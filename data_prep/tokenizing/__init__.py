@@ -1,0 +1,1 @@
+"""Text to Megatron's .bin/.idx: in parallel, resumable, with every bad record accounted for."""
