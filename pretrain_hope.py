@@ -22,19 +22,18 @@ from configs.changes import settle
 from configs.errors import ConfigError
 from configs.schema import Config, load, to_yaml
 from data_prep.errors import DataError
-from data_prep.training.batches import Batch, BatchLoader
-from data_prep.training.blend import open_blend, open_heldout
+from data_prep.training.feed import Feed
 from hope.train.diagnostics import MemoryProbe
-from hope.train.evaluate import heldout_loss
 from hope.train.heartbeat import Heartbeat
 from hope.train.metrics import NoLog, open_log
-from hope.train.schedule import learning_rate
+from hope.train.schedule import rate_at
 from hope.train.signals import StopRequest
 from hope.train.skips import SkipPolicy
 from hope.train.stragglers import BusyTimer
 from hope.train.throughput import Devices, StepTimer, memory_gb, mfu
 from parallel import groups, launcher, report
 from parallel.errors import CheckpointError, LaunchError, SaveError
+from parallel.evaluation import heldout_losses
 from parallel.memory import StepShape
 from parallel.pipeline import mean_loss
 from parallel.replica import build_replica
@@ -114,16 +113,12 @@ class Run:
         self.busy = BusyTimer(ranks.rank, ranks.device)
         self.flops = report.model_flops(config.model)
         # 3. the data
-        data = config.data
-        self.training = open_blend(data, train.seq_len)
-        self.heldout = open_heldout(data, train.seq_len, train.eval_windows, train.micro_batch * ranks.dp_size)
-        sizes = (train.global_batch, train.micro_batch, ranks.dp_rank, ranks.dp_size)
-        self.loader = BatchLoader(self.training, *sizes, documents=data.documents)
+        self.feed = Feed(config.data, train, ranks.dp_rank, ranks.dp_size)
         # 4. go on
         self.step, self.norms = 0, dict[str, float]()  # norms: of each parameter group when it was last due
         self.skips = SkipPolicy(train.max_skips, train.spike_sigma, train.spike_window)
         if self.resumed:
-            check_data(self.resumed, self._order(), self._next_batch)
+            check_data(self.resumed, self.feed.order(), self.feed.next_batch)
             self.notes += checkpointer.load(self.resumed, self.replica.models, self.optimizer)
             self.step = self.resumed.manifest.step
             self.skips.restore(self.resumed.manifest.extra["skips"])
@@ -136,7 +131,7 @@ class Run:
         devices = Devices.of(ranks.device, ranks.world_size)
         last = min(config.train.stop_after or config.train.steps, config.train.steps)
         with ExitStack() as stack:
-            stack.callback(self.loader.close)
+            stack.callback(self.feed.close)
             log = stack.enter_context(
                 open_log(
                     ranks.rank == 0,
@@ -182,8 +177,7 @@ class Run:
         self.timer.begin()
         self.busy.begin()
         self.beat("data", step)
-        mine = self.loader.batches(self.step * config.train.global_batch, config.train.seq_len_at(step))
-        batches = [batch.to(self.ranks.device) for batch in mine]
+        batches = [batch.to(self.ranks.device) for batch in self.feed.batches(step)]
         self.timer.got_data()
         reports = self.replica.run(batches, phase=self.beat)
         self.busy.end()
@@ -191,7 +185,7 @@ class Run:
         self.replica.reduce()
         norms = self.optimizer.grad_norms()
         total = math.sqrt(sum(n * n for n in norms.values()))
-        rate, loss = self._rate(step), None
+        rate, loss = rate_at(step, config.optim, config.train.steps), None
         if logged or evaluated or self.skips.needs_loss:
             loss = groups.loss_on_all_ranks(mean_loss(reports, self.ranks.device), self.ranks).item()
         self.norms |= {name: norm for name, norm in norms.items() if norm}  # a level that is not due has 0
@@ -217,17 +211,6 @@ class Run:
             self.probe.arm(False)
             log.scalars({**record, **self.evaluate()} if evaluated else record)
 
-    def _rate(self, step: int) -> float:
-        optim = self.config.optim
-        return learning_rate(
-            step,
-            peak=optim.lr,
-            warmup=optim.warmup,
-            steps=self.config.train.steps,
-            decay=optim.decay,
-            final=optim.final_lr,
-        )
-
     def _record(self, loss: float, grad_norm: float, rate: float, devices: Devices) -> dict[str, Any]:
         speed = self.timer.report()
         flops = self.flops(self.config.train.seq_len_at(self.step)).training
@@ -252,25 +235,9 @@ class Run:
         return {"step": 0, "tokens": 0, **dict.fromkeys((*keys, "mfu", "memory_gb"))}
 
     def evaluate(self) -> dict[str, float]:
-        """Mean loss in nats over the held-out windows, of every source and of the blend; nothing if asked to stop."""
-        micro, ranks, documents = self.config.train.micro_batch, self.ranks, self.config.data.documents
-        copies = ranks.pp_size if ranks.vp_size > 1 else 1  # the interleaved schedule wants a multiple of its stages
-
-        def forward(batch: Batch) -> dict[str, torch.Tensor]:
-            self.beat("evaluate")
-            reports = self.replica.run([batch.to(ranks.device)] * copies, forward_only=True)
-            return {"loss": mean_loss(reports, ranks.device)}
-
-        average = lambda loss: groups.loss_on_all_ranks(loss, ranks)
-        stopped = lambda: groups.any_rank(self.stop.requested)
-        losses = {}
-        for name in self.heldout.sets:
-            batches = self.heldout.batches(name, micro, ranks.dp_rank, ranks.dp_size, documents)
-            loss = heldout_loss(batches, forward, average, stopped)
-            if loss is None:
-                return {}
-            losses[name] = loss
-        return self.heldout.summary(losses)
+        """Held-out losses in nats, of every source and of the blend; nothing if asked to stop."""
+        losses = heldout_losses(self.replica, self.feed.heldout(), self.beat, lambda: self.stop.requested)
+        return {} if losses is None else self.feed.summary(losses)
 
     def _announce(self, log: NoLog) -> None:
         if self.ranks.rank == 0:
@@ -282,33 +249,17 @@ class Run:
         if self.resumed:
             noted = {"notes": self.notes} if self.notes else {}
             log.event("RESUME", step=self.step, checkpoint=self.resumed.path, **noted)
-        log.say(f"{self.training.describe()}, {self.heldout.describe()}")
+        log.say(self.feed.describe())
 
     def _contents(self, step: int) -> dict[str, Any]:
         """What a checkpoint records beside the tensors and clocks."""
+        optim, train = self.config.optim, self.config.train
         return {
-            "order": self._order(),
-            "next_batch": self._next_batch(step),
-            "consumed": self.training.consumed_by_source(step * self.config.train.global_batch),
-            "tokens": step * self.config.train.tokens_per_step,
-            "schedule": {"step": step, "of": self.config.train.steps, "lr": self._rate(step)},
+            **self.feed.position(step),
+            "tokens": step * train.tokens_per_step,
+            "schedule": {"step": step, "of": train.steps, "lr": rate_at(step, optim, train.steps)},
             "skips": self.skips.state(),
             "config": dataclasses.asdict(self.config),
-        }
-
-    def _next_batch(self, step: int) -> str:
-        """Hash of the token ids of the global batch after `step`."""
-        batch = self.config.train.global_batch
-        return self.training.fingerprint(step * batch, batch)
-
-    def _order(self) -> dict[str, Any]:
-        """What decides which tokens come next; a resumed run must agree."""
-        train, data = self.config.train, self.config.data
-        return {
-            "train.seq_len": train.seq_len,
-            "train.global_batch": train.global_batch,
-            "data.seed": data.seed,
-            **self.training.identity(),
         }
 
 

@@ -24,6 +24,7 @@ optim: {lr: 1e-2, warmup: 2}
 train: {steps: 8, seq_len: 16, global_batch: 8, micro_batch: 2, eval_every: 4, eval_windows: 8}
 checkpoint: {every: 0}
 log: {every: 1, tensorboard: false}
+launch: {slow: 0}
 """
 
 

@@ -3,6 +3,8 @@
 import math
 from typing import Literal
 
+from hope.optim.config import OptimConfig
+
 Decay = Literal["cosine", "linear", "constant"]
 
 
@@ -27,6 +29,11 @@ def learning_rate(step: int, *, peak: float, warmup: int, steps: int, decay: Dec
     done = min(1.0, (step - warmup) / (steps - warmup))
     remaining = 0.5 * (1.0 + math.cos(math.pi * done)) if decay == "cosine" else 1.0 - done
     return peak * (final + (1.0 - final) * remaining)
+
+
+def rate_at(step: int, optim: OptimConfig, steps: int) -> float:
+    """The configured learning rate of step number `step` of `steps`."""
+    return learning_rate(step, peak=optim.lr, warmup=optim.warmup, steps=steps, decay=optim.decay, final=optim.final_lr)
 
 
 def _check(step: int, peak: float, warmup: int, steps: int, decay: str, final: float) -> None:

@@ -1,0 +1,41 @@
+"""Held-out losses on the layout that trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from hope.train.evaluate import heldout_loss
+from parallel import groups
+from parallel.pipeline import mean_loss
+from parallel.replica import Replica
+
+
+def heldout_losses(
+    replica: Replica,
+    sets: Iterable[tuple[str, Iterable[Any]]],
+    beat: Callable[[str], None],
+    stop_requested: Callable[[], bool],
+) -> dict[str, float] | None:
+    """Mean next-token loss in nats of every (name, batches), the same on every rank. Collective.
+
+    `beat` is called before every batch. None if a rank was asked to stop: a preempted run has no time to finish this.
+    """
+    ranks = replica.ranks
+    copies = ranks.pp_size if ranks.vp_size > 1 else 1  # the interleaved schedule wants a multiple of its stages
+
+    def forward(batch: Any) -> dict[str, torch.Tensor]:
+        beat("evaluate")
+        reports = replica.run([batch.to(ranks.device)] * copies, forward_only=True)
+        return {"loss": mean_loss(reports, ranks.device)}
+
+    losses = {}
+    for name, batches in sets:
+        average = lambda loss: groups.loss_on_all_ranks(loss, ranks)
+        loss = heldout_loss(batches, forward, average, lambda: groups.any_rank(stop_requested()))
+        if loss is None:
+            return None
+        losses[name] = loss
+    return losses
