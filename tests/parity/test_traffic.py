@@ -8,10 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from multirank import run_ranks
+from tiny import config_file
 
+from configs.errors import ConfigError
+from configs.schema import load
 from hope.config import CmsConfig, ModelConfig
 from hope.model import Model, Slice
 from hope.optim.config import OptimConfig
+from hope.optim.levels import parameter_groups
 from parallel import groups
 from parallel.evidence import TokenBatch, micro_batches
 from parallel.memory import StepShape
@@ -154,8 +158,6 @@ def test_a_bad_gradient_of_a_waiting_level_is_seen_at_once(accumulate):
 
 
 def test_periods_in_tokens_are_periods_in_steps():
-    from hope.optim.levels import parameter_groups
-
     tokens = dataclasses.replace(MODEL, cms=CmsConfig(periods=[64, 256, 1024], unit="tokens"))
     with torch.device("meta"):
         model = Model(tokens)
@@ -163,3 +165,14 @@ def test_periods_in_tokens_are_periods_in_steps():
     assert (periods["cms0"], periods["cms1"], periods["cms2"]) == (1, 4, 16)
     with pytest.raises(ValueError, match="1000"):
         parameter_groups(model, 0.0, tokens_per_step=1000)
+
+
+def test_a_period_that_no_number_of_steps_sees_is_refused(tmp_path):
+    """128 tokens per step: 300 lies between two and three steps."""
+    with pytest.raises(ConfigError) as caught:
+        load(config_file(tmp_path), ["model.cms.unit=tokens", "model.cms.periods=[128,300]"])
+    [(path, what, fix)] = caught.value.problems
+    assert path == "model.cms.periods[1]"
+    assert "300" in what
+    assert "128" in what
+    assert fix == "256 or 384"
