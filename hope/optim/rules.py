@@ -115,17 +115,15 @@ class Whole(NamedTuple):
 
     @property
     def inverse(self) -> Tensor:
-        """1 / r, and 0 for a tensor that never had a gradient."""
-        return torch.where(self.r > 0, 1 / self.r, torch.zeros_like(self.r))
+        return _inverse(self.r)
 
 
 def update(rule: Rule, x: Stretch, c: Rates, whole: Whole) -> None:
     """Write the gradient into the memory, read it, and move the weights. A rule without `whole` looks at none."""
     p, s, v, g = x
     w, root = _value(rule, v, g * c.scale, c)
-    keys = None
-    if rule.width and rule.gradient_key:
-        keys = _keys(rule, w, s, None, whole.inverse, c.correct1_before)
+    unit = whole.r if root is None else root
+    keys = _gradient_key(w, s * c.correct1_before, unit) if rule.width and rule.gradient_key else None
     if rule.erase:
         forgotten = rule.erase * (w * whole.inverse).square()
         s.mul_(c.beta1 - forgotten / (1 + forgotten))
@@ -135,12 +133,12 @@ def update(rule: Rule, x: Stretch, c: Rates, whole: Whole) -> None:
     found = s * c.correct1
     if rule.width:
         if keys is None:
-            keys = _keys(rule, w, s, root, whole.inverse, c.correct1)
-        found.add_(memory.read(whole.network, keys, rule.width) * whole.r)
+            keys = _memory_key(found, root, whole)
+        found.add_(memory.read(whole.network, keys, rule.width) * unit)
     if rule.clip:
         bound = rule.clip * whole.r
         found = torch.minimum(torch.maximum(found, -bound), bound)
-    if root is not None and not rule.at_value:
+    if root is not None:
         found.div_(root)
     p.mul_(c.keep).sub_(found.mul_(c.lr))
 
@@ -148,17 +146,19 @@ def update(rule: Rule, x: Stretch, c: Rates, whole: Whole) -> None:
 def sums(rule: Rule, x: Stretch, c: Rates, whole: Whole) -> Tensor:
     """[3 + P], float64: number of elements, sum of w^2, and `coordinate_memory.read_and_gradient`; 2 without a network.
 
-    Nothing is written. s, v and r are those of the update before; with r = 0 (the first) the gradient is zero.
+    Nothing is written. s, v and r are those of the update before, but the unit of the network is the one that this
+    gradient leaves, so that no coordinate that was silent before weighs more than the others.
     """
-    w, _ = _value(rule, None if x.v is None else x.v.clone(), x.g * c.scale, c)
+    w, root = _value(rule, None if x.v is None else x.v.clone(), x.g * c.scale, c)
     head = torch.stack([w.new_tensor(float(w.numel())), w.square().sum()])
     if not rule.width:
         return head.double()
-    keys = _keys(rule, w, x.s, _root_before(rule, x.v, c), whole.inverse, c.correct1_before)
-    value, held = w * whole.inverse, x.s * (whole.inverse * c.correct1_before)
-    error = (lambda y: held + y - value) if rule.l2 else (lambda y: -value)
-    gradient = memory.read_and_gradient(whole.network, keys, rule.width, error)
-    return torch.cat([head, gradient]).double()
+    unit = whole.r if root is None else root
+    held = x.s * c.correct1_before
+    keys = _gradient_key(w, held, unit) if rule.gradient_key else _memory_key(held, _root_before(rule, x.v, c), whole)
+    value, known = w * _inverse(unit), held * _inverse(unit)
+    error = (lambda y: known + y - value) if rule.l2 else (lambda y: -value)
+    return torch.cat([head, memory.read_and_gradient(whole.network, keys, rule.width, error)]).double()
 
 
 def measure(rule: Rule, before: Stretch, after: Stretch, c: Rates, network_before: Tensor, whole: Whole) -> Tensor:
@@ -166,37 +166,49 @@ def measure(rule: Rule, before: Stretch, after: Stretch, c: Rates, network_befor
 
     The loss is that of m at the key that this gradient was learned with; sum(loss) / sum(w^2) has no unit.
     """
-    w, _ = _value(rule, None if before.v is None else before.v.clone(), after.g * c.scale, c)
-    guess = [before.s * c.correct1_before, after.s * c.correct1]
+    w, root = _value(rule, None if before.v is None else before.v.clone(), after.g * c.scale, c)
+    held = before.s * c.correct1_before
+    guess = [held, after.s * c.correct1]
     if rule.width:
-        keys = _keys(rule, w, before.s, _root_before(rule, before.v, c), whole.inverse, c.correct1_before)
-        for held, network in zip(guess, (network_before, whole.network), strict=True):
-            held.add_(memory.read(network, keys, rule.width) * whole.r)
+        unit = whole.r if root is None else root
+        root_before = _root_before(rule, before.v, c)
+        keys = _gradient_key(w, held, unit) if rule.gradient_key else _memory_key(held, root_before, whole)
+        networks = (network_before, whole.network)
+        guess = [m + memory.read(net, keys, rule.width) * unit for m, net in zip(guess, networks, strict=True)]
     losses = [(m - w).square().sum() / 2 if rule.l2 else -(m * w).sum() for m in guess]
     squares = [t.square().sum() for t in (after.s, after.p - before.p, after.p, w)]
     return torch.stack([*squares, *losses]).double()
 
 
 def _value(rule: Rule, v: Tensor | None, u: Tensor, c: Rates) -> tuple[Tensor, Tensor | None]:
-    """(what the memory learns, sqrt(v) + eps or None); v is updated in place."""
+    """(what the memory learns, sqrt(v) + eps if it divides the memory's output); v is updated in place."""
     if v is None:
         return u, None
     v.mul_(c.beta2).add_(u * u * c.gain2)
     root = v.sqrt().mul_(c.correct2).add_(c.eps)
-    return (u / root if rule.at_value else u), root
+    return (u / root, None) if rule.at_value else (u, root)
 
 
 def _root_before(rule: Rule, v: Tensor | None, c: Rates) -> Tensor | None:
-    """sqrt(v) + eps as the update before left it, where the network's key needs it."""
+    """sqrt(v) + eps as the update before left it, where it divides the memory's output."""
     return None if v is None or rule.at_value else v.sqrt().mul_(c.correct2_before).add_(c.eps)
 
 
-def _keys(rule: Rule, w: Tensor, s: Tensor, root: Tensor | None, inverse: Tensor, correct1: Tensor) -> memory.Key:
-    """Features of coordinates: of gradient and memory, or of the memory alone."""
-    held = s * (inverse * correct1)
-    if rule.gradient_key:
-        value = w * inverse
-        return memory.key(value, memory.signed_log(value), held, memory.signed_log(held))
-    if root is None or rule.at_value:
-        return memory.key(held, memory.signed_log(held))
-    return memory.key(held, memory.signed_log(held), s * correct1 / root)
+def _gradient_key(w: Tensor, held: Tensor, unit: Tensor) -> memory.Key:
+    """Features of gradient and memory [N]."""
+    value, held = w * _inverse(unit), held * _inverse(unit)
+    return memory.key(value, memory.signed_log(value), held, memory.signed_log(held))
+
+
+def _memory_key(held: Tensor, root: Tensor | None, whole: Whole) -> memory.Key:
+    """Features of the memory alone, in units of its tensor's rms and, with a normaliser, of its own gradients'."""
+    inside = held * whole.inverse
+    if root is None:
+        return memory.key(inside, memory.signed_log(inside))
+    own = held / root
+    return memory.key(own, memory.signed_log(own), inside)
+
+
+def _inverse(unit: Tensor) -> Tensor:
+    """1 / unit, and 0 for a tensor that never had a gradient."""
+    return torch.where(unit > 0, 1 / unit, torch.zeros_like(unit))
