@@ -83,6 +83,25 @@ def test_resume_is_bit_equal(tmp_path: Path, precision: str, ranks: int) -> None
     assert straight[0][3]["gain"] == {"clock": 4, "updates": 8}
 
 
+def written_late(folder: Path) -> tuple[dict, dict, int]:
+    """States when staged, and in the checkpoint that was written after two more steps."""
+    with start(ParallelConfig(), timeout_s=60) as ranks:
+        run = Run(ranks)
+        run.train(range(2))
+        before, checkpointer = run.states(), Checkpointer(folder, ranks)
+        staged = checkpointer.stage(2, run.model, run.optimizer, EXTRA)
+        run.train(range(2, 4))
+        checkpointer.write(staged)
+        load(run, folder)
+        return before, run.states(), run.optimizer.counters()["gain"]["clock"]
+
+
+def test_steps_after_the_staging_do_not_reach_the_checkpoint(tmp_path: Path) -> None:
+    for before, saved, clock in run_ranks(written_late, 2, tmp_path):
+        assert_same(before, saved)
+        assert clock == 2
+
+
 def draws(folder: Path, then: str) -> list[float]:
     """Numbers drawn after a save, or after a resume of a rank that had drawn others."""
     with start(ParallelConfig(), timeout_s=60) as ranks:
