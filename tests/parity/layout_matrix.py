@@ -20,8 +20,11 @@ from parallel.topology import ParallelConfig
 
 # As in hope_run: with Adam's usual eps, elements whose gradient is rounding noise move by a whole learning rate.
 OPTIMIZERS = {
-    "dmgd": OptimConfig(lr=3e-3, warmup=0, eps=1e-3),
-    "dot": OptimConfig(lr=1e-2, warmup=0, objective="dot", preconditioner="none"),
+    "linear": OptimConfig(lr=3e-3, warmup=0, eps=1e-3),
+    "mlp": OptimConfig(lr=3e-3, warmup=0, eps=1e-3, memory="mlp", mlp_lr=0.5),
+    "mlp-local": OptimConfig(lr=3e-3, warmup=0, eps=1e-3, memory="mlp", mlp_lr=0.5, accumulate="local"),
+    "muon": OptimConfig(lr=3e-3, warmup=0, eps=1e-3, name="muon"),
+    "m3": OptimConfig(lr=3e-3, warmup=0, eps=1e-3, name="m3", m3_slow_period=2),
 }
 LAYOUTS = {
     "1": (1, ParallelConfig()),
