@@ -33,7 +33,7 @@ CASES = [
     (["model.memory.main_chunk=6"], r"main_chunk 6 and projection_chunk 4: one must divide the other"),
     (["train.seq_len=100000"], r"data\.train .*fewer than one window of train\.seq_len 100000"),
     (["parallel.tensor=2"], r"parallel .*tensor 2 × pipeline 1 × context 1 = 2 does not divide 1 device"),
-    (["optim.name=adamw", "optim.objective=dot"], r"optim\.name .*adamw is objective l2"),
+    (["optim.name=adamw", "optim.objective=dot"], r"optim\.name .*adamw has objective l2"),
     (["model.cms.periods=[4,1]"], r"model\.cms\.periods .*fastest first.*\[1, 4\]"),
 ]
 

@@ -233,7 +233,7 @@ def test_what_a_checkpoint_records(tmp_path):
     assert content.extra["consumed"] == {"train": 32}
     assert content.extra["tokens"] == 4 * 8 * 16
     assert content.extra["schedule"]["of"] == 8
-    assert content.extra["skips"] == 0
+    assert content.extra["skips"]["in_a_row"] == 0
     assert re.fullmatch("[0-9a-f]{64}", content.extra["next_batch"])
     assert content.extra["config"]["optim"]["lr"] == 0.01
     assert content.carried_memory_state.startswith("none: ")
