@@ -130,11 +130,13 @@ class Agent:
     def _judge(self, found: dict[str, Any]) -> None:
         reports: list[dict[str, Any]] = []
         deadline = time.monotonic() + 2 * self.poll_s + DUMP_S + GRACE_S
-        while len(reports) < self.world and time.monotonic() < deadline:
+        ended: frozenset[int] = frozenset()
+        while len(reports) + len(ended) < self.world and time.monotonic() < deadline:
             time.sleep(PAUSE_S)
+            ended = frozenset(int(path.stem) for path in (self.control / "exit").glob("[0-9]*.json"))
             read = [read_json(path) for path in sorted((self.control / "reports").glob("[0-9]*.json"))]
             reports = [report for report in read if report]
-        verdict = hang.judge(reports, self.world, found)
+        verdict = hang.judge(reports, self.world, found, ended)
         line = hang.line(verdict)
         append_line(self.control.parent.parent / "events.jsonl", {"time": time.time(), "event": "HANG", **verdict})
         print(line, flush=True)

@@ -8,15 +8,17 @@ from typing import Any
 FROZEN = {"T": "stopped by a signal", "t": "stopped by a debugger", "Z": "dead", "?": "gone"}
 
 
-def judge(reports: Sequence[dict[str, Any]], world: int, found: dict[str, Any]) -> dict[str, Any]:
+def judge(
+    reports: Sequence[dict[str, Any]], world: int, found: dict[str, Any], ended: frozenset[int] = frozenset()
+) -> dict[str, Any]:
     """The ranks that hold the others up, and why.
 
     A report has rank, host, step, phase, beats, silent_s and state. In this order: ranks without a report (their node
     is dead), stopped processes, and the ranks with the fewest steps, then beats. All ranks run the same program, so
     that the one with the fewest beats is the one the others wait for; under a pipeline the stages differ by design,
-    and the fewest steps decide first. `found`: what the first agent saw.
+    and the fewest steps decide first. `found`: what the first agent saw; `ended`: ranks whose program has ended.
     """
-    silent = sorted(set(range(world)) - {r["rank"] for r in reports})
+    silent = sorted(set(range(world)) - {r["rank"] for r in reports} - ended)
     frozen = [r for r in reports if r["state"] in FROZEN]
     if silent or frozen:
         culprits = [{"rank": rank, "host": "?", "why": "no report: its agent or node is dead"} for rank in silent]

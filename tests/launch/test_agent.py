@@ -142,6 +142,13 @@ def test_who_is_to_blame(reports, world, named):
     assert ("no rank of 2 lags" in line) == (named == [])
 
 
+def test_a_rank_that_has_ended_is_not_taken_for_dead():
+    found = {"step": 5, "phase": "exit", "limit_s": 3.0}
+    reports = [report(0, 5, 9), report(1, 5, 8)]
+    assert [c["rank"] for c in hang.judge(reports, 3, found)["culprits"]] == [2]
+    assert [c["rank"] for c in hang.judge(reports, 3, found, frozenset({2}))["culprits"]] == [1]
+
+
 def ended(control: Path, *codes: int, how: str = "exit", signalled: str | None = None) -> None:
     for rank, code in enumerate(codes):
         word = how if code not in (0, 85) else "exit"
