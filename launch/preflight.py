@@ -23,7 +23,7 @@ from typing import Any
 from launch.folder import RunFolder, read_json, write_json
 
 PACKAGES = ("torch", "megatron-core", "deepspeed", "numpy")
-PINGS, PATIENCE_S = 8, 30.0
+PINGS, PATIENCE_S = 8, 60.0
 BAD = 77
 
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from parallel import launcher
 
-TIMEOUT_S, ROUNDS = 40, 5
+TIMEOUT_S, ROUNDS = 120, 5
 GIB = 2**30
 
 

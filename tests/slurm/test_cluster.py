@@ -125,7 +125,7 @@ def test_a_bad_node_is_named_excluded_and_the_job_runs_elsewhere(submitted, tmp_
     subprocess.run(mount, check=True)
     job.cluster.run("scontrol", "release", job.job)
     job.wait("COMPLETED", seconds=400)
-    assert job.words() == ["requeue", "done"]
+    assert job.words() == ["requeue", "done"], job.log()
     assert "node2: 0.00 GB free in" in job.verdicts()[0]["cause"]
     assert job.run.exclude.read_text() == "node2\n"
     nodes = [read_json(job.run.attempt(f"{job.job}.{n}") / "attempt.json")["nodes"] for n in (0, 1)]
