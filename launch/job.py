@@ -106,6 +106,8 @@ def end(run: RunFolder, attempt: str, code: int, signalled: bool, in_slurm: bool
     verdict, cause, who = classify(run.attempt(attempt), job["world"], code, signalled)
     if verdict != DONE and (run.cancelled.exists() or (in_slurm and _is_cancelled(attempt))):
         verdict, cause = CANCELLED, "cancelled by the user"
+    elif verdict == DONE and run.saved_step() < job.get("steps", 0):  # Ctrl-C and the file STOP end with 0 too
+        verdict, cause = CANCELLED, f"ended on request at step {run.saved_step()} of {job['steps']}"
     spent = spend(run, budget, verdict, job["attempts"])
     if spent != verdict:
         cause += f"; {job['attempts']} starts in a row made no checkpoint newer than step {budget['step']}"

@@ -7,11 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import FrameType
 
 from configs.schema import Config
-from launch.folder import PROGRAM, read_json
+from launch.folder import PROGRAM
 from launch.job import DONE, REQUEUE, begin, end
 from launch.script import Job
 from launch.submit import plan, prepare
@@ -86,8 +85,3 @@ def _ignore_stop_signals() -> None:
     """In the child, before exec: torchrun inherits this and lives on; the agents install their own handlers."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-
-
-def last_verdict(root: Path) -> str:
-    """The word of a run's newest verdict, empty without one."""
-    return str(read_json(root / "control" / "verdict.json", {}).get("verdict", ""))

@@ -43,7 +43,8 @@ def prepare(config: Config, job: Job, program: str | None = None) -> None:
     snapshot(SOURCE, run.code)
     run.config.write_text(to_yaml(config))
     (run.launch / "git.txt").write_text(describe_source(SOURCE))
-    write_json(run.job, facts(job))
+    last = min(config.train.stop_after or config.train.steps, config.train.steps)
+    write_json(run.job, {**facts(job), "steps": last})
     run.script.write_text(render(job, program))
 
 

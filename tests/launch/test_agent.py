@@ -193,6 +193,17 @@ def test_the_budget_is_spent_without_progress_and_refilled_by_it(tmp_path):
     assert job.begin(run, "7.6", {}) == job.EXIT_STOP
 
 
+@pytest.mark.parametrize(("saved", "verdict"), [(4, "cancelled"), (8, "done")])
+def test_an_end_on_request_before_the_last_step_is_not_done(tmp_path, saved, verdict):
+    run = RunFolder(tmp_path / "run")
+    write_json(run.job, {"attempts": 3, "world": 2, "limits": {}, "steps": 8})
+    job.begin(run, "7.0", {})
+    (run.root / "checkpoints" / f"step_{saved:08d}").mkdir(parents=True)
+    (run.root / "checkpoints" / f"step_{saved:08d}" / "manifest.json").touch()
+    ended(run.attempt("7.0"), 0, 0)
+    assert job.end(run, "7.0", 0, False, False) == verdict
+
+
 def test_attempts_that_leave_no_verdict_spend_the_budget_too(tmp_path):
     run = RunFolder(tmp_path / "run")
     write_json(run.job, {"attempts": 2, "world": 1, "limits": {}})

@@ -14,8 +14,8 @@ import pytest
 from tiny import config_file
 
 from launch.folder import RunFolder, read_json
-from launch.local import last_verdict
 from launch.runs import records
+from launch.sweep import verdict
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -55,7 +55,7 @@ def test_a_run_without_gpus_asks_for_fake_ones_too(submitted, requeue):
     """GPU requests are scheduled, and every task sees the devices of its node."""
     job = submitted(
         f"gpus-{requeue}", "site.gpus_per_node=2", "site.tasks_per_node=0", "site.gpu_memory_gb=0",
-        f"site.requeue={requeue}", behaviour={"steps": 3},
+        f"site.requeue={requeue}", behaviour={"steps": 8},
     )  # fmt: skip
     job.wait_for("the verdict", lambda: job.words() == ["done"], 60)
     assert "CUDA_VISIBLE_DEVICES=0,1" in (job.run.root / "devices").read_text()
@@ -164,7 +164,7 @@ throttle: 2
     assert len(done()) == 4
     runs = [RunFolder(p) for p in (tmp_path / "runs/scaling").iterdir()]
     assert [len(run.job_ids()) for run in runs] == [1, 1, 1, 1]
-    assert all(last_verdict(run.root) == "done" for run in runs)
+    assert all(verdict(run) == "done" for run in runs)
     third = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert "4 cells, 4 of them over" in third.stdout
     collected = subprocess.run([*words[:3], "collect", str(grid), "--out", str(tmp_path / "out")], cwd=REPOSITORY,
