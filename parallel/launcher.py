@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import re
 import socket
 from collections.abc import Mapping
@@ -35,10 +37,15 @@ def from_environment(env: Mapping[str, str]) -> Launch:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port that nobody listens on now, below those that systems give to outgoing connections.
+
+    Port 0 would give one of the latter, which somebody's connection may take before the caller listens on it.
+    """
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise LaunchError("100 random TCP ports between 20000 and 32000 are all in use on 127.0.0.1")
 
 
 def _number(env: Mapping[str, str], key: str, launcher: str) -> int:
