@@ -91,16 +91,17 @@ def submitted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Any
     )
     path = config_file(folder)
 
-    def start(name: str, *overrides: str, behaviour: dict | None = None, nodes: int = 2) -> Submitted:
+    def start(
+        name: str, *overrides: str, behaviour: dict | None = None, nodes: int = 2, parity: bool = False
+    ) -> Submitted:
         words = [f"run.name={name}", "launch.checkpoint_s=5", "launch.margin_s=5", *overrides]
-        config, job = plan(path, words, nodes, str(site))
+        config, job = plan(path, words, nodes, str(site), parity)
         job.run.root.mkdir(parents=True, exist_ok=True)
         if behaviour is not None:
             (job.run.root / "behaviour.json").write_text(json.dumps(behaviour))
         number = send(config, job, str(PAYLOAD) if behaviour is not None else None)
         return Submitted(cluster, job.run, number)
 
-    start.site = site  # type: ignore[attr-defined]
     start.site = site  # type: ignore[attr-defined]
     return start
 
