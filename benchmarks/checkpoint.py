@@ -33,13 +33,13 @@ from parallel.replica import Replica, build_replica
 from parallel.topology import ParallelConfig
 
 # name: (vocabulary, width, layers, heads, sequence length, sequences per device)
-PRESETS = {"toy": (512, 64, 2, 4, 64, 2), "17m": (8192, 384, 8, 6, 1024, 8), "1b": (32768, 2048, 18, 16, 2048, 4)}
+PRESETS = {"toy": (512, 64, 2, 4, 64, 2), "17m": (8192, 384, 8, 6, 1024, 8), "1b": (32768, 2048, 18, 16, 1024, 8)}
 
 
 def build(preset: str, layout: ParallelConfig, ranks: groups.Ranks) -> tuple[Replica, TokenBatch]:
     """A model with its optimizer, and one global batch."""
     vocabulary, width, layers, heads, length, rows = PRESETS[preset]
-    chunk = min(64, length)
+    chunk = min(128, length)
     memory = MemoryConfig(projection_chunk=chunk, main_chunk=chunk)
     model = ModelConfig("hope", vocabulary, width, layers, heads, memory=memory, cms=CmsConfig(periods=[1, 4]))
     precision = "bf16" if ranks.device.type == "cuda" else "fp32"

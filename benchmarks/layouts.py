@@ -2,10 +2,12 @@
 
     python benchmarks/layouts.py configs/hope_340m.yaml --devices 2 [section.key=value ...]
     python benchmarks/layouts.py configs/hope_340m.yaml --devices 2 --referee train.seq_len=512 model.layers=4
+    python benchmarks/layouts.py CONFIG --layout "PP, 8 micro-batches=parallel.pipeline=2 train.micro_batch=4" ...
 
 Every layout trains the same model on the same number of random tokens per step, through the code that a run uses (no
 data files are read). One warm-up step, then the median of `--steps`. With --referee, `parallel.parity` judges every
-layout in fp32 and in bf16 instead. Prints a markdown table, and with --out writes JSON.
+layout in fp32 and in bf16 instead, `--jobs` of them at a time. `--layout` adds one, or puts another in its place.
+Prints a markdown table, and with --out writes JSON.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -81,7 +84,8 @@ def predicted_gib(config_path: str, overrides: list[str], world: int) -> float:
 
 def launch(world: int, arguments: list[str]) -> tuple[int, str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", *arguments]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     return done.returncode, done.stdout
 
@@ -117,25 +121,37 @@ def speed(args: argparse.Namespace, layouts: dict[str, list[str]]) -> dict:
     return found
 
 
+def verdict(args: argparse.Namespace, more: list[str], precision: str) -> dict:
+    arguments = ["-m", "parallel.parity", args.config, *args.overrides, *more, f"train.precision={precision}"]
+    code, text = launch(args.devices, [*arguments, "--json"])
+    return last_json(text) or {"failed": code}
+
+
 def referee(args: argparse.Namespace, layouts: dict[str, list[str]]) -> dict:
-    found = {}
+    cases = [(name, precision) for name in layouts for precision in ("fp32", "bf16")]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        verdicts = list(pool.map(lambda case: verdict(args, layouts[case[0]], case[1]), cases))
     print("| layout | precision | verdict | worst gradient | loss | all weights |\n|---|---|---|---|---|---|")
-    for name, more in layouts.items():
-        for precision in ("fp32", "bf16"):
-            arguments = ["-m", "parallel.parity", args.config, *args.overrides, *more, f"train.precision={precision}"]
-            code, text = launch(args.devices, [*arguments, "--json"])
-            verdict = last_json(text)
-            found[f"{name} {precision}"] = verdict or {"failed": code}
-            if not verdict:
-                print(f"| {name} | {precision} | failed with exit code {code} | | | |")
-                continue
-            worst = verdict["parameters"][0]
-            loss = max(row["error"] for row in verdict["losses"])
-            print(
-                f"| {name} | {precision} | {'equal' if verdict['equal'] else 'DIFFERENT'} | {worst['gradient']:.1e} "
-                f"{worst['name']} | {loss:.1e} | {verdict['weights_error']:.1e} |"
-            )
-    return found
+    for (name, precision), row in zip(cases, verdicts, strict=True):
+        if "failed" in row:
+            print(f"| {name} | {precision} | failed with exit code {row['failed']} | | | |")
+            continue
+        worst = row["parameters"][0]
+        loss = max(step["error"] for step in row["losses"])
+        print(
+            f"| {name} | {precision} | {'equal' if row['equal'] else 'DIFFERENT'} | {worst['gradient']:.1e} "
+            f"{worst['name']} | {loss:.1e} | {row['weights_error']:.1e} |"
+        )
+    return {f"{name} {precision}": row for (name, precision), row in zip(cases, verdicts, strict=True)}
+
+
+def chosen_layouts(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Name -> overrides."""
+    known = {name: LAYOUTS[name] for name in args.only.split(",") if name}
+    for text in args.layout:
+        name, _, overrides = text.partition("=")
+        known[name] = overrides.split()
+    return {name: [o.format(n=args.devices) for o in overrides] for name, overrides in known.items()}
 
 
 def main() -> int:
@@ -145,7 +161,9 @@ def main() -> int:
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--only", default=",".join(LAYOUTS), help=f"of {', '.join(LAYOUTS)}")
+    parser.add_argument("--layout", action="append", default=[], metavar="NAME=OVERRIDES", help="{n}: of devices")
     parser.add_argument("--referee", action="store_true")
+    parser.add_argument("--jobs", type=int, default=1, help="verdicts at a time, which share the devices")
     parser.add_argument("--out", default="")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args()
@@ -154,7 +172,7 @@ def main() -> int:
         if int(os.environ.get("RANK", "0")) == 0:
             print(json.dumps(found), flush=True)
         return 0
-    chosen = {name: [o.format(n=args.devices) for o in LAYOUTS[name]] for name in args.only.split(",")}
+    chosen = chosen_layouts(args)
     for more in chosen.values():  # a layout that cannot be is refused before anything starts
         parity.check(load(args.config, [*args.overrides, *more], check=False), args.devices, args.config)
     found = referee(args, chosen) if args.referee else speed(args, chosen)

@@ -1,11 +1,12 @@
 """Optimizers against each other on real text: learning rate tuned on one seed, the same grid for each, then more seeds.
 
     python benchmarks/optim_ab.py --data PREFIX_TRAIN PREFIX_HELDOUT --out runs/optim --models matrix transformer \
-        --steps 640 --grid 7.5e-4 1.5e-3 3e-3 --seeds 1 2 3 --gpus 1 --jobs 4
+        --steps 640 --tune-steps 240 --grid 1.5e-3 3e-3 6e-3 --seeds 1 2 3 --gpus 2 --jobs 4
 
-Equal tokens for every cell. A cell runs `pretrain_hope.py` once; the first seed runs the whole grid, the others only
-the rate that was best for it. Writes a markdown table (also results.json) and, per model, curves of the best runs.
-A run that is there already is not repeated, so a call that was cut off goes on.
+Equal tokens for every cell of a stage. A cell runs `pretrain_hope.py` once. The first seed runs the whole grid for
+`--tune-steps` (0: for `--steps`), with a schedule that ends there; then every seed runs `--steps` at the best rate.
+Writes a markdown table (also results.json) and, per model, curves of the best runs. A run that is there already is
+not repeated, so a call that was cut off goes on.
 """
 
 from __future__ import annotations
@@ -37,53 +38,81 @@ OPTIMIZERS = {
 RATE = {"dmgd_linear": 0.1, "dmgd_mlp_dot": 0.1}
 
 
-def cell(model: str, optimizer: str, rate: float, seed: int, args: argparse.Namespace) -> dict:
+def cell(model: str, optimizer: str, rate: float, seed: int, steps: int, args: argparse.Namespace) -> dict:
     lr = rate * RATE.get(optimizer, 1.0)
     extra = [*OPTIMIZERS[optimizer], f"run.seed={seed}", f"data.seed={seed}", "checkpoint.every=0", *args.set]
-    name = f"{model}_{optimizer}_{rate:g}_{seed}"
-    return {"kind": model, "optimizer": optimizer, "steps": args.steps, "lr": lr, "rate": rate, "seed": seed,
+    name = f"{model}_{optimizer}_{rate:g}_{seed}_{steps}"
+    return {"kind": model, "optimizer": optimizer, "steps": steps, "lr": lr, "rate": rate, "seed": seed,
             "extra": [*extra, f"run.name={name}"], "run": name}  # fmt: skip
 
 
-def execute(cells: list[dict], args: argparse.Namespace, devices: Queue) -> list[dict]:
-    def one(item: dict) -> dict:
-        folder = Path(args.out) / item["run"]
-        done = folder / "done.json"
-        if done.exists():
-            return summarise(item, folder, folder / "log", 0, json.loads(done.read_text()))
-        result = run(item, args, devices, name=item["run"])
-        if result["exit"] == 0:
-            done.write_text(json.dumps(result["seconds"]))
-        return result
-
-    with ThreadPoolExecutor(args.gpus * args.jobs) as pool:
-        return list(pool.map(one, cells))
+def execute(item: dict, args: argparse.Namespace, devices: Queue) -> dict:
+    folder = Path(args.out) / item["run"]
+    done = folder / "done.json"
+    if done.exists():
+        return summarise(item, folder, folder / "log", 0, json.loads(done.read_text()))
+    result = run(item, args, devices, name=item["run"])
+    if result["exit"] == 0:
+        done.write_text(json.dumps(result["seconds"]))
+    return result
 
 
-def best_rate(results: list[dict], model: str, optimizer: str) -> float:
-    found = [r for r in results if (r["kind"], r["optimizer"]) == (model, optimizer) and r["heldout"]]
-    return min(found, key=lambda r: r["heldout"][-1][1])["rate"]
+def tuned(results: list[dict], model: str, optimizer: str, args: argparse.Namespace) -> dict[float, float]:
+    """Rate -> final held-out loss of the first seed's grid."""
+    mine = [r for r in results if (r["kind"], r["optimizer"], r["seed"]) == (model, optimizer, args.seeds[0])]
+    return {r["rate"]: final(r) for r in mine if r["heldout"] and r["steps"] == args.tune_steps and r["exit"] == 0}
+
+
+def final(result: dict) -> float:
+    return result["heldout"][-1][1]
+
+
+def study(pair: tuple[str, str], args: argparse.Namespace, devices: Queue) -> list[dict]:
+    """All cells of one model with one optimizer: the grid, then the seeds at the best rate."""
+    model, optimizer = pair
+    cells = [cell(model, optimizer, rate, args.seeds[0], args.tune_steps, args) for rate in args.grid]
+    with ThreadPoolExecutor(len(cells) + len(args.seeds)) as pool:
+        results = list(pool.map(lambda item: execute(item, args, devices), cells))
+        losses = tuned(results, model, optimizer, args)
+        if not losses:
+            return results
+        best = min(losses, key=lambda rate: losses[rate])
+        names = {r["run"] for r in results}
+        more = [cell(model, optimizer, best, seed, args.steps, args) for seed in args.seeds]
+        return results + list(
+            pool.map(lambda item: execute(item, args, devices), [c for c in more if c["run"] not in names])
+        )
 
 
 def table(results: list[dict], args: argparse.Namespace) -> str:
-    """Final held-out loss of every rate on the first seed; at the best rate mean and spread over seeds."""
-    first = args.seeds[0]
-    head = ["model", "optimizer", *(f"{rate:g}" for rate in args.grid), "best", "mean of seeds", "spread", "ms/step"]
+    """Held-out loss of every rate in the grid; at the best rate mean and spread of the seeds' final losses."""
+    rates = [f"{rate:g}" for rate in args.grid]
+    head = ["model", "optimizer", *rates, "best", "mean of seeds", "spread", "ms/step"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for model in args.models:
         for optimizer in args.optimizers:
-            mine = [r for r in results if (r["kind"], r["optimizer"]) == (model, optimizer) and r["heldout"]]
-            if not mine:
-                continue
-            tuned = {r["rate"]: r["heldout"][-1][1] for r in mine if r["seed"] == first}
-            rate = best_rate(mine, model, optimizer)
-            finals = [r["heldout"][-1][1] for r in mine if r["rate"] == rate]
-            times = statistics.median(1e3 * args.tokens / r["tokens_per_s"] for r in mine)
-            losses = [f"{tuned[x]:.3f}" if x in tuned else "failed" for x in args.grid]
-            spread = f"{max(finals) - min(finals):.3f} ({len(finals)})"
-            row = [model, optimizer, *losses, f"{rate:g}", f"{statistics.mean(finals):.3f}", spread, f"{times:.0f}"]
+            losses = tuned(results, model, optimizer, args)
+            grid = [f"{losses[rate]:.3f}" if rate in losses else "failed" for rate in args.grid]
+            ends = seeds_of(results, model, optimizer, args)
+            row = [model, optimizer, *grid, "-", "-", "-", "-"]
+            if ends:
+                finals = [final(r) for r in ends]
+                times = statistics.median(1e3 * args.tokens / r["tokens_per_s"] for r in ends)
+                spread = f"{max(finals) - min(finals):.3f} ({len(finals)})"
+                row[-4:] = [f"{ends[0]['rate']:g}", f"{statistics.mean(finals):.3f}", spread, f"{times:.0f}"]
             lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
+
+
+def seeds_of(results: list[dict], model: str, optimizer: str, args: argparse.Namespace) -> list[dict]:
+    """The full-length runs at the best rate."""
+    losses = tuned(results, model, optimizer, args)
+    best = min(losses, key=lambda rate: losses[rate], default=None)
+    return [
+        r for r in results
+        if (r["kind"], r["optimizer"], r["rate"], r["steps"]) == (model, optimizer, best, args.steps)
+        and r["heldout"] and r["exit"] == 0
+    ]  # fmt: skip
 
 
 def tokens_per_step(args: argparse.Namespace) -> int:
@@ -101,30 +130,28 @@ def main() -> int:
     main_ones = ["adamw", "dmgd_linear", "dmgd_mlp", "muon", "m3"]
     parser.add_argument("--optimizers", nargs="+", default=main_ones, choices=list(OPTIMIZERS))
     parser.add_argument("--steps", type=int, default=640)
-    parser.add_argument("--grid", nargs="+", type=float, default=[7.5e-4, 1.5e-3, 3e-3])
+    parser.add_argument("--tune-steps", type=int, default=0, help="of the grid's runs; 0: as --steps")
+    parser.add_argument("--grid", nargs="+", type=float, default=[1.5e-3, 3e-3, 6e-3])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--set", nargs="*", default=[], metavar="A.B=C", help="overrides for every run")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time on one device")
     args = parser.parse_args()
     args.tokens = tokens_per_step(args)
+    args.tune_steps = args.tune_steps or args.steps
     Path(args.out).mkdir(parents=True, exist_ok=True)
     devices: Queue = Queue()
     for slot in range(args.gpus * args.jobs):
         devices.put(slot % args.gpus)
     pairs = [(model, optimizer) for model in args.models for optimizer in args.optimizers]
-    first, *others = args.seeds
-    results = execute([cell(m, o, rate, first, args) for m, o in pairs for rate in args.grid], args, devices)
-    learned = {(r["kind"], r["optimizer"]) for r in results if r["heldout"]}
-    more = [cell(m, o, best_rate(results, m, o), seed, args) for m, o in pairs for seed in others if (m, o) in learned]
-    results += execute(more, args, devices)
+    with ThreadPoolExecutor(len(pairs)) as pool:
+        results = [r for found in pool.map(lambda pair: study(pair, args, devices), pairs) for r in found]
     (Path(args.out) / "results.json").write_text(json.dumps(results))
     for model in args.models:
-        best = {
-            o: Path(args.out) / cell(model, o, best_rate(results, model, o), first, args)["run"]
-            for o in args.optimizers if (model, o) in learned
-        }  # fmt: skip
-        (Path(args.out) / f"{model}.svg").write_text(draw(best))
+        ends = {o: seeds_of(results, model, o, args) for o in args.optimizers}
+        best = {o: Path(args.out) / found[0]["run"] for o, found in ends.items() if found}
+        if best:
+            (Path(args.out) / f"{model}.svg").write_text(draw(best))
     print(table(results, args))
     return max(r["exit"] for r in results)
 

@@ -53,7 +53,7 @@ def stage_lines(
     config: ModelConfig, dims: ParallelDims, shape: StepShape, micro_batches: int, optim: OptimConfig
 ) -> list[str]:
     """One line per pipeline stage: all its ranks (tensor x data) hold equally much."""
-    titles = "GiB: weights  gradients  optimizer  activations  fast weights  peak"
+    titles = "GiB: weights  gradients  optimizer  activations  fast weights    peak"
     lines = [f"{'stage':<6}{'ranks':<12}{'heads':>6}{'parameters':>14}  {titles}"]
     parts = split(config, shape.seq_len, dims.pipeline, dims.virtual_pipeline)
     width = dims.tensor * dims.data
@@ -68,7 +68,7 @@ def stage_lines(
 
 def _gib(memory: RankMemory) -> str:
     columns = [(memory.weights, 12), (memory.gradients, 11), (memory.optimizer, 11), (memory.activations, 13)]
-    columns += [(memory.fast_weights, 14), (memory.peak, 6)]
+    columns += [(memory.fast_weights, 14), (memory.peak, 8)]
     return "".join(f"{size / GIB:>{width}.2f}" for size, width in columns)
 
 
