@@ -30,6 +30,8 @@ OPTIMIZERS = {
     "dmgd_mlp": ["optim.memory=mlp"],
     "dmgd_mlp_gradient": ["optim.memory=mlp", "optim.mlp_key=gradient"],
     "dmgd_mlp_dot": ["optim.memory=mlp", "optim.mlp_key=gradient", "optim.objective=dot", "optim.normalise=value"],
+    "dmgd_mlp_slow": ["optim.memory=mlp", "optim.mlp_lr=0.01"],
+    "dmgd_mlp_clip": ["optim.memory=mlp", "optim.mlp_key=gradient", "optim.output=rms_clip"],
     "dmgd_erase": ["optim.erase=0.1", "optim.bias_correction=false"],
     "muon": ["optim.name=muon", "optim.beta1=0.95"],
     "m3": ["optim.name=m3"],
