@@ -82,12 +82,18 @@ def predicted_gib(config_path: str, overrides: list[str], world: int) -> float:
     return worst_rank(config, config.parallel, world).peak / GIB
 
 
-def launch(world: int, arguments: list[str]) -> tuple[int, str]:
+def launch(world: int, arguments: list[str], limit: float) -> tuple[int, str]:
+    """(exit code, output) of a program under torchrun; one that takes longer than `limit` s is ended."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", *arguments]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    return done.returncode, done.stdout
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        text, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its workers, which are in sessions of their own
+        text, _ = process.communicate()
+    return process.returncode, text
 
 
 def last_json(text: str) -> dict:
@@ -99,31 +105,32 @@ def last_json(text: str) -> dict:
 def time_layout(args: argparse.Namespace, world: int, more: list[str]) -> dict:
     overrides = [*args.overrides, *more]
     worker_arguments = [__file__, args.config, *overrides, "--worker", "--steps", str(args.steps)]
-    code, text = launch(world, worker_arguments)
+    code, text = launch(world, worker_arguments, args.limit)
     if code:
         return {"failed": code}
     return {**last_json(text), "predicted_gib": predicted_gib(args.config, overrides, world)}
 
 
 def speed(args: argparse.Namespace, layouts: dict[str, list[str]]) -> dict:
-    found = {"1 device": time_layout(args, 1, [])}
-    found |= {name: time_layout(args, args.devices, more) for name, more in layouts.items()}
-    base = found["1 device"].get("tokens_per_s", float("nan"))
-    print("| layout | tokens/s | of one device | peak GiB | predicted |\n|---|---|---|---|---|")
-    for name, row in found.items():
+    print("| layout | tokens/s | of one device | peak GiB | predicted |\n|---|---|---|---|---|", flush=True)
+    found: dict[str, dict] = {}
+    for name, more in {"1 device": [], **layouts}.items():
+        row = found[name] = time_layout(args, args.devices if name in layouts else 1, more)
+        base = found["1 device"].get("tokens_per_s", float("nan"))
         if "failed" in row:
-            print(f"| {name} | failed with exit code {row['failed']} | | | |")
+            print(f"| {name} | failed with exit code {row['failed']} | | | |", flush=True)
             continue
         print(
             f"| {name} | {row['tokens_per_s']:,.0f} | {row['tokens_per_s'] / base:.2f} | "
-            f"{row['peak_gib']:.1f} | {row['predicted_gib']:.1f} |"
+            f"{row['peak_gib']:.1f} | {row['predicted_gib']:.1f} |",
+            flush=True,
         )
     return found
 
 
 def verdict(args: argparse.Namespace, more: list[str], precision: str) -> dict:
     arguments = ["-m", "parallel.parity", args.config, *args.overrides, *more, f"train.precision={precision}"]
-    code, text = launch(args.devices, [*arguments, "--json"])
+    code, text = launch(args.devices, [*arguments, "--json"], args.limit)
     return last_json(text) or {"failed": code}
 
 
@@ -164,6 +171,7 @@ def main() -> int:
     parser.add_argument("--layout", action="append", default=[], metavar="NAME=OVERRIDES", help="{n}: of devices")
     parser.add_argument("--referee", action="store_true")
     parser.add_argument("--jobs", type=int, default=1, help="verdicts at a time, which share the devices")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds for one layout")
     parser.add_argument("--out", default="")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args()
