@@ -61,7 +61,8 @@ UNEVEN = Segments(4, (Piece(0, 3, 300), Piece(1, 303, 141), Piece(2, 444, 50), P
 ALIGNED = Segments(4, (Piece(1, 16, 144), Piece(0, 160, 320), Piece(2, 496, 48), Piece(0, 544, 160)))
 cases = pytest.mark.parametrize(
     ("name", "segments"),
-    [(name, UNEVEN) for name in CONFIGS] + [(name, ALIGNED) for name in ("linear clip", "default width")],
+    [pytest.param(name, UNEVEN, id=name) for name in CONFIGS]
+    + [pytest.param(name, ALIGNED, id=f"{name}, aligned") for name in ("linear clip", "default width")],
 )
 
 
@@ -96,7 +97,7 @@ def problem(config: OptimConfig, segments: Segments, device: str) -> tuple[Rule,
     draw = lambda *shape: torch.randn(*shape, generator=generator)
     g = draw(733) * 1e-3
     g[310], g[320] = 1.0, 0.0  # beyond the features' bounds; a silent coordinate
-    s, v = draw(733) * 1e-3, (draw(733) * 1e-3).square()
+    s, v = draw(733) * 1e-3, (1e-3 * (0.5 + draw(733).abs())).square()
     for piece in segments.pieces:
         if piece.tensor == 2:
             for t in (g, s, v):
@@ -125,8 +126,8 @@ def test_update_is_the_rules(name, segments, device):
     assert not torch.equal(x.p, start.p)
     for found, expected, before in zip(x, exact, start, strict=True):
         if found is not None:
-            size = (expected - before).abs().max().item()  # of what an update changes
-            torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-5 * size)
+            size = (expected - before).abs().median().item()  # of what an update changes
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * size)
     for padding in (slice(494, 496), slice(730, None)):
         assert all(torch.equal(a[padding], b[padding]) for a, b in zip(x, start, strict=True) if a is not None)
 
