@@ -91,13 +91,15 @@ def short_spans(monkeypatch):
         monkeypatch.setattr(fused, "_BLOCK", {"network": blocks, "linear": blocks})
 
 
-def problem(config: OptimConfig, segments: Segments, device: str) -> tuple[Rule, Stretch, Rates, Whole]:
+def problem(
+    config: OptimConfig, segments: Segments, device: str, numel: int = 733
+) -> tuple[Rule, Stretch, Rates, Whole]:
     """The middle of a training, drawn."""
     rule, generator = Rule.of(config), torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator)
-    g = draw(733) * 1e-3
+    g = draw(numel) * 1e-3
     g[310], g[320] = 1.0, 0.0  # beyond the features' bounds; a silent coordinate
-    s, v = draw(733) * 1e-3, (1e-3 * (0.5 + draw(733).abs())).square()
+    s, v = draw(numel) * 1e-3, (1e-3 * (0.5 + draw(numel).abs())).square()
     for piece in segments.pieces:
         if piece.tensor == 2:
             for t in (g, s, v):
@@ -105,7 +107,7 @@ def problem(config: OptimConfig, segments: Segments, device: str) -> tuple[Rule,
     networks = draw(4, 0)
     if rule.width:
         networks = memory.initial(rule.features, rule.width, torch.device("cpu")) + 0.3 * draw(4, rule.size)
-    x = Stretch(draw(733) * 0.02, s, v if rule.adam else None, g)
+    x = Stretch(draw(numel) * 0.02, s, v if rule.adam else None, g)
     whole = Whole(networks, torch.tensor([1.1e-3, 9e-4, 0.0, 1e-3]))
     rates = Rates.of(config, {"lr": 0.02, "weight_decay": 0.1, "updates": 5}, 0.7)
     return rule, to(x, device=device), rates, to(whole, device=device)
@@ -119,7 +121,28 @@ def to(tensors, **kwargs):
 @devices
 @cases
 def test_update_is_the_rules(name, segments, device):
-    rule, x, rates, whole = problem(CONFIGS[name], segments, device)
+    check_update(*problem(CONFIGS[name], segments, device), segments)
+
+
+@devices
+@cases
+def test_sums_are_the_rules(name, segments, device):
+    check_sums(*problem(CONFIGS[name], segments, device), segments)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="no CUDA device")
+@pytest.mark.parametrize("name", ["linear", "linear clip", "default width", "gradient"])
+@pytest.mark.parametrize("factor", [1000, 1001], ids=["aligned", "uneven"])
+def test_large_tensors_in_the_kernels_own_spans_and_blocks(name, factor, monkeypatch):
+    monkeypatch.undo()
+    pieces = (Piece(p.tensor, p.start * factor, p.numel * factor) for p in UNEVEN.pieces)
+    segments = Segments(UNEVEN.tensors, tuple(pieces))
+    check_update(*problem(CONFIGS[name], segments, "cuda", 733 * factor), segments)
+    check_sums(*problem(CONFIGS[name], segments, "cuda", 733 * factor), segments)
+
+
+def check_update(rule: Rule, x: Stretch, rates: Rates, whole: Whole, segments: Segments) -> None:
     start, exact = to(x), to(x, dtype=torch.float64)
     fused.update(rule, x, segments, rates, whole)
     kernels.update(rule, exact, segments, rates, to(whole, dtype=torch.float64))
@@ -128,14 +151,14 @@ def test_update_is_the_rules(name, segments, device):
         if found is not None:
             size = (expected - before).abs().median().item()  # of what an update changes
             torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * size)
-    for padding in (slice(494, 496), slice(730, None)):
-        assert all(torch.equal(a[padding], b[padding]) for a, b in zip(x, start, strict=True) if a is not None)
+    padding = torch.ones_like(x.p, dtype=torch.bool)
+    for piece in segments.pieces:
+        padding[piece.start : piece.start + piece.numel] = False
+    assert padding.any()
+    assert all(torch.equal(a[padding], b[padding]) for a, b in zip(x, start, strict=True) if a is not None)
 
 
-@devices
-@cases
-def test_sums_are_the_rules(name, segments, device):
-    rule, x, rates, whole = problem(CONFIGS[name], segments, device)
+def check_sums(rule: Rule, x: Stretch, rates: Rates, whole: Whole, segments: Segments) -> None:
     start = to(x)
     found = fused.sums(rule, x, segments, rates, whole)
     expected = kernels.sums(rule, to(x, dtype=torch.float64), segments, rates, to(whole, dtype=torch.float64))
@@ -183,7 +206,7 @@ def test_a_training_is_the_same(name, device, monkeypatch):
     found = descend(CONFIGS[name], device)
     assert len(plain) == len(found)
     for a, b in zip(found, plain, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5 * b.abs().max().item())
+        torch.testing.assert_close(a, b, rtol=5e-5, atol=5e-5 * b.abs().max().item())
 
 
 @pytest.mark.gpu
