@@ -8,7 +8,7 @@ rms. Functions take the features of N coordinates as F tensors [N], and the weig
 [H F + H]: W1, then w2.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from torch import Tensor
 Key = tuple[Tensor, ...]
 
 # Features are clamped here: single coordinates of an embedding reach hundreds of rms and would saturate every unit.
-_LIMIT = 8.0
-_LOG_SCALE = 100.0  # asinh(100 x) / 5 is a signed logarithm over 1e-2 .. 1e2 rms
+LIMIT = 8.0
+LOG_SCALE, LOG_DIVISOR = 100.0, 5.0  # asinh(100 x) / 5 is a signed logarithm over 1e-2 .. 1e2 rms
 
 
 def size(features: int, width: int) -> int:
@@ -33,19 +33,17 @@ def initial(features: int, width: int, device: torch.device) -> Tensor:
 
 
 def signed_log(x: Tensor) -> Tensor:
-    return torch.asinh(x * _LOG_SCALE) / 5
+    return torch.asinh(x * LOG_SCALE) / LOG_DIVISOR
 
 
 def key(*features: Tensor) -> Key:
     """One feature vector per coordinate, as F tensors [N]."""
-    return tuple(feature.clamp(-_LIMIT, _LIMIT) for feature in features)
+    return tuple(feature.clamp(-LIMIT, LIMIT) for feature in features)
 
 
 def read(weights: Tensor, keys: Key, width: int) -> Tensor:
     """y [N]."""
     first, last = _split(weights, len(keys), width)
-    if torch.compiler.is_compiling():
-        return torch.tanh(_weighted(last, _hidden(first, keys)))
     return torch.tanh(last @ torch.tanh(first @ torch.stack(keys)))
 
 
@@ -56,8 +54,6 @@ def read_and_gradient(weights: Tensor, keys: Key, width: int, error: Callable[[T
     curvature of the mean loss: a step of a fraction of gradient / norm never overshoots (normalised least squares).
     """
     first, last = _split(weights, len(keys), width)
-    if torch.compiler.is_compiling():
-        return _unrolled_gradient(first, last, keys, error)
     stacked = torch.stack(keys)
     hidden = torch.tanh(first @ stacked)
     y = torch.tanh(last @ hidden)
@@ -66,32 +62,6 @@ def read_and_gradient(weights: Tensor, keys: Key, width: int, error: Callable[[T
     back = (1 - hidden * hidden) * last[:, None]
     norm = (slope * slope) @ (hidden.square().sum(0) + back.square().sum(0) * stacked.square().sum(0))
     return torch.cat([norm[None], ((back * delta) @ stacked.T).reshape(-1), hidden @ delta])
-
-
-def _unrolled_gradient(first: Tensor, last: Tensor, keys: Key, error: Callable[[Tensor], Tensor]) -> Tensor:
-    """The same without products of matrices: a compiler makes one kernel of it, which keeps [H, N] in registers."""
-    hidden = _hidden(first, keys)
-    y = torch.tanh(_weighted(last, hidden))
-    slope = 1 - y * y
-    delta = error(y) * slope
-    backs = [(1 - unit * unit) * last[h] for h, unit in enumerate(hidden)]
-    square = sum((unit * unit for unit in hidden), start=torch.zeros_like(y))
-    back_square = sum((back * back for back in backs), start=torch.zeros_like(y))
-    key_square = sum((k * k for k in keys), start=torch.zeros_like(y))
-    norm = (slope * slope * (square + back_square * key_square)).sum()
-    inner = [(back * delta * k).sum() for back in backs for k in keys]
-    return torch.stack([norm, *inner, *[(unit * delta).sum() for unit in hidden]])
-
-
-def _hidden(first: Tensor, keys: Key) -> list[Tensor]:
-    return [torch.tanh(_weighted(row, keys)) for row in first.unbind()]
-
-
-def _weighted(weights: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    total = weights[0] * tensors[0]
-    for weight, tensor in zip(weights.unbind()[1:], tensors[1:], strict=True):
-        total = total + weight * tensor
-    return total
 
 
 def _split(weights: Tensor, features: int, width: int) -> tuple[Tensor, Tensor]:

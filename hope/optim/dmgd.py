@@ -16,7 +16,7 @@ Everything is element-wise but the numbers of a whole tensor, r and the network:
 that cuts across tensors (`segments`), and their sums may have parts on other ranks (`tensor_sums`).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -25,9 +25,9 @@ from torch import Tensor
 from hope.optim import coordinate_memory as memory
 from hope.optim.clocks import ClockedOptimizer, Due
 from hope.optim.config import OptimConfig
-from hope.optim.kernels import kernels_for
+from hope.optim.kernels import kernels_for, stretches
 from hope.optim.rules import Rates, Rule, Stretch, Whole, measure
-from hope.optim.segments import CHUNK, Piece, Segments, chunks
+from hope.optim.segments import Segments
 
 _LEAST_NORM = 1e-6  # of a network's gradient: one that sees nothing learns nothing
 
@@ -54,7 +54,6 @@ class Dmgd(ClockedOptimizer):
         self.watching = False
         self.measured: dict[Tensor, Tensor] = {}
         self._start: Tensor | None = None
-        self._kernels = kernels_for(self.param_groups[0]["params"])
 
     def rule(self, group: dict[str, Any]) -> Rule:
         return Rule.of(self.config, vectors=group["vectors"])
@@ -78,39 +77,42 @@ class Dmgd(ClockedOptimizer):
         if any(self.rule(group).whole for group in self.param_groups):
             self._learn(due)
         for group, params in due:
-            rule, rates = self.rule(group), self._rates(group, params)
+            rule, rates = self.rule(group), self._rates(group)
             for p in params:
-                nets_now, squares = self._of_tensors(p, rule)
-                for row, x in self._stretches(p, rule, cut=rule.whole or self.watching):
-                    whole = Whole(nets_now[row], squares[row, 0].sqrt())
-                    before = Stretch(x.p.clone(), x.s.clone(), _copy(x.v), x.g) if self.watching else None
-                    self._kernels.update(rule, x, rates, whole)
-                    if before is not None:
-                        self._measured_of(p)[row] += measure(rule, before, x, rates, nets[p][row], whole)
+                x, whole = self._stretch(p, rule), self._whole(p, rule)
+                if self.watching:
+                    self._watched_update(p, rule, x, rates, Whole(nets[p], whole.r), whole)
+                else:
+                    # All as one stretch if nothing asks which tensor a coordinate belongs to.
+                    segments = self._layout(p) if rule.whole else Segments.single(p)
+                    kernels_for(x).update(rule, x, segments, rates, whole)
+
+    def _watched_update(self, p: Tensor, rule: Rule, x: Stretch, c: Rates, before: Whole, whole: Whole) -> None:
+        """In chunks, so that what was before the update need never be copied as a whole."""
+        self.measured[p] = torch.zeros(self._layout(p).tensors, 6, dtype=torch.float64, device=p.device)
+        for row, part in stretches(x, self._layout(p)):
+            old = Stretch(part.p.clone(), part.s.clone(), None if part.v is None else part.v.clone(), part.g)
+            own = Whole(whole.network[row : row + 1], whole.r[row : row + 1])
+            kernels_for(part).update(rule, part, Segments.single(part.p), c, own)
+            self.measured[p][row] += measure(rule, old, part, c, before.network[row], whole.of(row))
 
     def _networks(self) -> dict[Tensor, Tensor]:
         """The networks as they are now, copied."""
         return {p: self._of_tensors(p, self.rule(g))[0].clone() for g in self.param_groups for p in g["params"]}
 
-    def _measured_of(self, p: Tensor) -> Tensor:
-        if p not in self.measured:
-            self.measured[p] = torch.zeros(self._layout(p).tensors, 6, dtype=torch.float64, device=p.device)
-        return self.measured[p]
+    def _rates(self, group: dict[str, Any]) -> Rates:
+        return Rates.of(self.config, group, self.gradient_factor(group) * group["grad_scale"])
 
-    def _rates(self, group: dict[str, Any], params: list[Tensor]) -> Rates:
-        device = params[0].device if params else torch.device("cpu")
-        return Rates.of(self.config, group, self.gradient_factor(group) * group["grad_scale"], device)
-
-    def _stretches(self, p: Tensor, rule: Rule, cut: bool) -> Iterator[tuple[int, Stretch]]:
-        """(tensor, coordinates) of `p` in chunks; not cut at tensors' boundaries if nothing asks which tensor it is."""
+    def _stretch(self, p: Tensor, rule: Rule) -> Stretch:
+        """All coordinates of `p`."""
         assert p.grad is not None
-        s, g = self.states([p], "memory")[0].view(-1), p.grad.view(-1)
-        square = self.states([p], "square")[0].view(-1) if rule.adam else None
-        pieces = self._layout(p).pieces if cut else (Piece(0, 0, p.numel()),)
-        for piece in pieces:
-            for span in chunks(piece.start, piece.numel, CHUNK[p.device.type]):
-                v = None if square is None else square[span]
-                yield piece.tensor, Stretch(p.view(-1)[span], s[span], v, g[span])
+        s = self.states([p], "memory")[0].view(-1)
+        v = self.states([p], "square")[0].view(-1) if rule.adam else None
+        return Stretch(p.view(-1), s, v, p.grad.view(-1))
+
+    def _whole(self, p: Tensor, rule: Rule) -> Whole:
+        nets, squares = self._of_tensors(p, rule)
+        return Whole(nets, squares[:, 0].sqrt())
 
     def _layout(self, p: Tensor) -> Segments:
         return self.segments.get(p) or Segments.single(p)
@@ -142,19 +144,13 @@ class Dmgd(ClockedOptimizer):
             for p in group["params"]:
                 parts.append(torch.zeros(self._layout(p).tensors, width, dtype=torch.float64, device=p.device))
                 if p in present:
-                    self._sum_up(parts[-1], p, group, rule)
+                    x = self._stretch(p, rule)
+                    found = kernels_for(x).sums(rule, x, self._layout(p), self._rates(group), self._whole(p, rule))
+                    parts[-1][:, : found.shape[1]] = found
         total = self.tensor_sums(torch.cat(parts)).split([part.shape[0] for part in parts])
         for p, found in zip((p for group in self.param_groups for p in group["params"]), total, strict=True):
             if p in present:
                 self._write(p, present[p], found)
-
-    def _sum_up(self, part: Tensor, p: Tensor, group: dict[str, Any], rule: Rule) -> None:
-        """Add what `rules.sums` finds in this parameter's elements to `part` [tensors, 3 + P]."""
-        nets, squares = self._of_tensors(p, rule)
-        rates = self._rates(group, [p])
-        for row, x in self._stretches(p, rule, cut=True):
-            found = self._kernels.sums(rule, x, rates, Whole(nets[row], squares[row, 0].sqrt()))
-            part[row, : found.numel()] += found
 
     def _write(self, p: Tensor, group: dict[str, Any], found: Tensor) -> None:
         """Take one inner step per tensor from the sums over all its elements."""
@@ -167,7 +163,3 @@ class Dmgd(ClockedOptimizer):
         if rule.width:
             gradient = mean[:, 2 : 2 + rule.size] / (mean[:, 1:2] + _LEAST_NORM)
             nets.sub_(config.mlp_lr * gradient + config.mlp_decay * (nets - self._initial(rule, p)))
-
-
-def _copy(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.clone()

@@ -1,32 +1,53 @@
-"""The element-wise arithmetic, compiled to single kernels where the device can."""
+"""The arithmetic of `rules` on whole parameters: in chunks, or in one launch of a kernel where the device can."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hope.optim import rules
+from hope.optim.rules import Rates, Rule, Stretch, Whole
+from hope.optim.segments import CHUNK, Segments, chunks
 
 
 class Kernels(NamedTuple):
-    """`rules.update` and `rules.sums`."""
+    """`rules.update` and `rules.sums` on all pieces of a flat parameter [N].
 
-    update: Callable[[rules.Rule, rules.Stretch, rules.Rates, rules.Whole], None]
-    sums: Callable[[rules.Rule, rules.Stretch, rules.Rates, rules.Whole], Tensor]
+    `Whole` holds the numbers of all its tensors; sums are [tensors, 2 or 3 + P], zeros for a tensor without a piece.
+    """
 
-
-def kernels_for(parameters: Sequence[Tensor]) -> Kernels:
-    """Compiled on a GPU, where every operation of its own would read and write all of memory once more."""
-    on_gpu = any(p.is_cuda for p in parameters)
-    if on_gpu and importlib.util.find_spec("triton") is not None:
-        return compiled()
-    return Kernels(rules.update, rules.sums)
+    update: Callable[[Rule, Stretch, Segments, Rates, Whole], None]
+    sums: Callable[[Rule, Stretch, Segments, Rates, Whole], Tensor]
 
 
-def compiled() -> Kernels:
-    """By torch's compiler, for any length: tensors and the last chunks of partitions differ in it."""
-    return Kernels(torch.compile(rules.update, dynamic=True), torch.compile(rules.sums, dynamic=True))
+def kernels_for(x: Stretch) -> Kernels:
+    """Fused in single precision on a GPU, where every operation of its own would read and write all of memory again."""
+    fits = all(t.is_cuda and t.dtype == torch.float32 for t in x if t is not None)
+    if fits and importlib.util.find_spec("triton") is not None:
+        fused = importlib.import_module("hope.optim.fused")
+        return Kernels(fused.update, fused.sums)
+    return Kernels(update, sums)
+
+
+def update(rule: Rule, x: Stretch, segments: Segments, c: Rates, whole: Whole) -> None:
+    for tensor, part in stretches(x, segments):
+        rules.update(rule, part, c, whole.of(tensor))
+
+
+def sums(rule: Rule, x: Stretch, segments: Segments, c: Rates, whole: Whole) -> Tensor:
+    found = torch.zeros(segments.tensors, 3 + rule.size if rule.width else 2, dtype=torch.float64, device=x.p.device)
+    for tensor, part in stretches(x, segments):
+        found[tensor] += rules.sums(rule, part, c, whole.of(tensor))
+    return found
+
+
+def stretches(x: Stretch, segments: Segments) -> Iterator[tuple[int, Stretch]]:
+    """(tensor, its coordinates) of all pieces in chunks."""
+    for piece in segments.pieces:
+        for span in chunks(piece.start, piece.numel, CHUNK[x.p.device.type]):
+            yield piece.tensor, Stretch(x.p[span], x.s[span], None if x.v is None else x.v[span], x.g[span])

@@ -57,26 +57,26 @@ class Rule:
 
 
 class Rates(NamedTuple):
-    """Numbers that change from step to step, as scalar tensors on the device: a compiled kernel need not know them.
+    """Numbers that change from step to step.
 
     correct1, correct2: bias corrections that multiply s and sqrt(v); `_before`: those of the update before.
     """
 
-    scale: Tensor
-    lr: Tensor
-    keep: Tensor
-    beta1: Tensor
-    gain1: Tensor
-    beta2: Tensor
-    gain2: Tensor
-    correct1: Tensor
-    correct2: Tensor
-    correct1_before: Tensor
-    correct2_before: Tensor
-    eps: Tensor
+    scale: float
+    lr: float
+    keep: float
+    beta1: float
+    gain1: float
+    beta2: float
+    gain2: float
+    correct1: float
+    correct2: float
+    correct1_before: float
+    correct2_before: float
+    eps: float
 
     @staticmethod
-    def of(config: OptimConfig, group: dict[str, Any], scale: float, device: torch.device) -> Rates:
+    def of(config: OptimConfig, group: dict[str, Any], scale: float) -> Rates:
         l2, updates = config.objective == "l2", group["updates"]
         corrected = config.bias_correction
         first = lambda t: 1 / (1 - config.beta1**t) if l2 and corrected and t else 1.0
@@ -95,7 +95,7 @@ class Rates(NamedTuple):
             second(updates - 1),
             config.eps,
         )
-        return Rates(*torch.tensor(numbers, dtype=torch.float64, device=device).unbind())
+        return Rates(*map(float, numbers))
 
 
 class Stretch(NamedTuple):
@@ -108,10 +108,16 @@ class Stretch(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """Of the tensor that a stretch belongs to: weights of its network [P] and the rms of w, a scalar tensor."""
+    """Of the tensor that a stretch belongs to: weights of its network [P] and the rms of w, a scalar tensor.
+
+    Of all tensors of a parameter: [tensors, P] and [tensors].
+    """
 
     network: Tensor
     r: Tensor
+
+    def of(self, tensor: int) -> Whole:
+        return Whole(self.network[tensor], self.r[tensor])
 
     @property
     def inverse(self) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 # Elements per element-wise operation. On a CPU: temporaries, the mlp's hidden layer of 8 included, that stay in the
 # second-level cache and below malloc's threshold for fresh pages (32k elements took 20 times as long per element).
-# On a GPU: 16 MiB each, so few launches that they do not show; the hidden layer makes 33M elements of it.
+# On a GPU, where no kernel takes a whole parameter (hope/optim/fused.py) or statistics need copies: 16 MiB each, so few
+# launches that they do not show; the hidden layer makes 33M elements of it.
 CHUNK = {"cpu": 1 << 13, "cuda": 1 << 22}
 
 
