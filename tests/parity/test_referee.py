@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from doubles import compute_in_float64
 from multirank import run_ranks
 from tiny import CONFIG
 
@@ -58,9 +59,11 @@ def config_file(folder: Path) -> str:
     return str(path)
 
 
-def judge(path: str, overrides: list[str], spoil: str = "") -> dict:
+def judge(path: str, overrides: list[str], spoil: str = "", double: bool = False) -> dict:
     """The verdict of rank 0; {} elsewhere."""
     torch.set_num_threads(1)
+    if double:
+        compute_in_float64()
     if spoil:
         SPOILERS[spoil]()
     config = load(path, [*BASE, *overrides], check=False)
@@ -72,10 +75,10 @@ def judge(path: str, overrides: list[str], spoil: str = "") -> dict:
         return parity.compare(parity.single_device(task, ranks.device), found, task.precision)
 
 
-def verdict(tmp_path: Path, layout: str, kind: str, *more: str, spoil: str = "") -> dict:
+def verdict(tmp_path: Path, layout: str, kind: str, *more: str, spoil: str = "", double: bool = False) -> dict:
     world, overrides = LAYOUTS[layout]
-    answers = run_ranks(judge, world, config_file(tmp_path), [*KINDS[kind], *overrides, *more], spoil, timeout=120)
-    return answers[0]
+    arguments = config_file(tmp_path), [*KINDS[kind], *overrides, *more], spoil, double
+    return run_ranks(judge, world, *arguments, timeout=120)[0]
 
 
 @pytest.mark.parametrize(("layout", "kind"), QUICK, ids=lambda v: v)
