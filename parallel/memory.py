@@ -33,7 +33,7 @@ GIB = 2**30
 class RankMemory:
     """Bytes on one rank. `activations`: saved for backward over all micro-batches in flight; `fast_weights`: the
     memory states of one micro-batch at one time (part of what activations hold per chunk); `loss`: the fp32 gradient
-    of the scores, which is made while all activations are still there."""
+    of the scores, which is made while all activations are still there (under tensor parallelism in place of them)."""
 
     weights: int
     gradients: int
@@ -212,8 +212,13 @@ def rank_memory(
         optimizer=optimizer_bytes(models, optim, shape),
         activations=round(activations * in_flight) + _recomputed(config, shape),
         fast_weights=sum(fast_weight_bytes(model, shape.micro_batch) for model in models),
-        loss=4 * shape.seq_len * shape.micro_batch * config.vocab_size // shape.tensor if models[-1].has_head else 0,
+        loss=_loss_gradient(config, shape) if models[-1].has_head else 0,
     )
+
+
+def _loss_gradient(config: ModelConfig, shape: StepShape) -> int:
+    """The fp32 gradient of the scores; megatron-core's cross-entropy of divided scores makes it in their own place."""
+    return 4 * shape.seq_len * shape.micro_batch * config.vocab_size if shape.tensor == 1 else 0
 
 
 def _recomputed(config: ModelConfig, shape: StepShape) -> int:

@@ -79,6 +79,7 @@ class Saver:
         self._saved_step: int | None = None
         self._failures = 0
         self._answering = False  # the SAVE file was seen, and is removed once its checkpoint is durable
+        checkpointer.reserve(optimizer)
 
     def wishes(self, signalled: bool) -> Wishes:
         """Agree between all ranks, once per step: on signals that any rank got, and on the files that rank 0 sees."""

@@ -68,6 +68,10 @@ class Checkpointer:
         """The newest sound checkpoint, and notes; see `find_newest`."""
         return find_newest(self._folder, self._ranks, self._groups)
 
+    def reserve(self, optimizer: ShardedState) -> None:
+        """Allocate the host memory of `stage` ahead of the first save. All ranks call it, between two steps."""
+        self._memory.reserve(optimizer.pieces())
+
     def stage(
         self, step: int, models: nn.Module | Sequence[nn.Module], optimizer: ShardedState, extra: Mapping[str, Any]
     ) -> Staged:

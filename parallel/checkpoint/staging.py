@@ -11,24 +11,29 @@ from parallel.state import StatePiece
 
 
 class HostMemory:
-    """One buffer per dtype, pinned beside a GPU, allocated at the first save and used again by the following ones.
+    """One buffer per dtype, pinned beside a GPU, allocated once: by `reserve`, or else by the first save.
 
-    It is as large as this rank's share of the state, so a node's host memory holds the state of its ranks once more.
+    Pinning takes half a second per GB, which a training step would wait for. It is as large as this rank's share of the state, so a node's host memory holds the state of its ranks once more.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._buffers: dict[torch.dtype, torch.Tensor] = {}
 
-    def copy(self, pieces: Iterable[StatePiece]) -> list[StatePiece]:
-        """The same pieces with values in host memory, valid until the next call; done when this returns."""
-        own = list(pieces)
+    def reserve(self, pieces: Iterable[StatePiece]) -> dict[torch.dtype, int]:
+        """Allocate what a copy of these pieces needs; how many numbers of each dtype that is."""
         sizes: dict[torch.dtype, int] = {}
-        for piece in own:
+        for piece in pieces:
             sizes[piece.values.dtype] = sizes.get(piece.values.dtype, 0) + piece.values.numel()
         for dtype, size in sizes.items():
             if dtype not in self._buffers or self._buffers[dtype].numel() < size:
                 self._buffers[dtype] = torch.empty(size, dtype=dtype, pin_memory=self._device.type == "cuda")
+        return sizes
+
+    def copy(self, pieces: Iterable[StatePiece]) -> list[StatePiece]:
+        """The same pieces with values in host memory, valid until the next call; done when this returns."""
+        own = list(pieces)
+        sizes = self.reserve(own)
         used = dict.fromkeys(sizes, 0)
         staged = []
         for piece in own:

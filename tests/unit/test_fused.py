@@ -231,7 +231,8 @@ def test_offsets_beyond_two_to_the_31(monkeypatch):
     for t in here:
         t.normal_(std=1e-3)
     here.v.square_()
-    rule, whole = Rule.of(MLP), Whole(torch.randn(1, 32, device="cuda"), torch.full((1,), 1e-3, device="cuda"))
+    rule = Rule.of(MLP)
+    whole = Whole(torch.randn(1, rule.size, device="cuda"), torch.full((1,), 1e-3, device="cuda"))
     exact, alone = to(here, dtype=torch.float64), Segments.single(here.p)
     expected = kernels.sums(rule, exact, alone, rates, to(whole, dtype=torch.float64))
     kernels.update(rule, exact, alone, rates, to(whole, dtype=torch.float64))

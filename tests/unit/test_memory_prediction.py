@@ -59,6 +59,8 @@ def test_bytes_of_weights_and_states():
     sharded = rank_memory(settings, [Slice(0, 4)], 1, StepShape(16, 2, True, tensor=2), OptimConfig())
     assert sharded.fast_weights == whole.fast_weights // 2
     assert whole.weights / 2 < sharded.weights < 0.55 * whole.weights  # norms are on every rank
+    assert whole.loss == 4 * 16 * 2 * settings.vocab_size
+    assert sharded.loss == 0  # made in place of the probabilities
 
 
 @pytest.mark.parametrize(
