@@ -33,8 +33,9 @@ class OptimConfig:
     """Normaliser: nothing, or Adam's root mean square."""
     normalise: Literal["output", "value"] = "output"
     """Where the preconditioner acts: on what the memory gives (Eq. 102, 105), or on what it learns (Eq. 47)."""
-    output: Literal["identity", "rms_clip"] = "identity"
-    """rms_clip: every coordinate that the memory gives is bounded by output_bound x its tensor's gradient rms."""
+    output: Literal["identity", "rms_clip", "rms_match"] = "identity"
+    """rms_clip: every coordinate that the memory gives is bounded by output_bound x its tensor's gradient rms.
+    rms_match: what an mlp gives is scaled, tensor by tensor, to the rms that the linear memory alone would have."""
     output_bound: float = 3.0
     """Bound of rms_clip."""
     erase: float = 0.0
@@ -97,6 +98,8 @@ class OptimConfig:
                 yield f"{path}.{name}", f"{getattr(self, name)} is less than 1", str(defaults[name])
         if self.mlp_lr > 1:
             yield f"{path}.mlp_lr", f"{self.mlp_lr} is more than the largest stable step", "0.1"
+        if self.output == "rms_match" and self.memory == "linear":
+            yield f"{path}.output", "rms_match scales an mlp to the linear memory, which is here alone", "identity"
         if not 0 <= self.mlp_decay < 1:
             yield f"{path}.mlp_decay", f"{self.mlp_decay} is not in [0, 1)", "1e-3"
         if self.name != "dmgd":

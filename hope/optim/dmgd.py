@@ -30,6 +30,7 @@ from hope.optim.rules import Rates, Rule, Stretch, Whole, measure
 from hope.optim.segments import Segments
 
 _LEAST_NORM = 1e-6  # of a network's gradient: one that sees nothing learns nothing
+_LARGEST_GAIN = 10.0  # of `rms_match`: a network that takes back nearly all of the linear memory leaves noise
 
 
 class Dmgd(ClockedOptimizer):
@@ -54,6 +55,7 @@ class Dmgd(ClockedOptimizer):
         self.watching = False
         self.measured: dict[Tensor, Tensor] = {}
         self._start: Tensor | None = None
+        self._gains: dict[Tensor, Tensor] = {}
 
     def rule(self, group: dict[str, Any]) -> Rule:
         return Rule.of(self.config, vectors=group["vectors"])
@@ -81,19 +83,18 @@ class Dmgd(ClockedOptimizer):
             for p in params:
                 x, whole = self._stretch(p, rule), self._whole(p, rule)
                 if self.watching:
-                    self._watched_update(p, rule, x, rates, Whole(nets[p], whole.r), whole)
+                    self._watched_update(p, rule, x, rates, whole._replace(network=nets[p]), whole)
                 else:
                     # All as one stretch if nothing asks which tensor a coordinate belongs to.
                     segments = self._layout(p) if rule.whole else Segments.single(p)
-                    kernels_for(x).update(rule, x, segments, rates, whole)
+                    kernels_for(rule, x).update(rule, x, segments, rates, whole)
 
     def _watched_update(self, p: Tensor, rule: Rule, x: Stretch, c: Rates, before: Whole, whole: Whole) -> None:
         """In chunks, so that what was before the update need never be copied as a whole."""
         self.measured[p] = torch.zeros(self._layout(p).tensors, 6, dtype=torch.float64, device=p.device)
         for row, part in stretches(x, self._layout(p)):
             old = Stretch(part.p.clone(), part.s.clone(), None if part.v is None else part.v.clone(), part.g)
-            own = Whole(whole.network[row : row + 1], whole.r[row : row + 1])
-            kernels_for(part).update(rule, part, Segments.single(part.p), c, own)
+            kernels_for(rule, part).update(rule, part, Segments.single(part.p), c, whole.of(slice(row, row + 1)))
             self.measured[p][row] += measure(rule, old, part, c, before.network[row], whole.of(row))
 
     def _networks(self) -> dict[Tensor, Tensor]:
@@ -112,7 +113,7 @@ class Dmgd(ClockedOptimizer):
 
     def _whole(self, p: Tensor, rule: Rule) -> Whole:
         nets, squares = self._of_tensors(p, rule)
-        return Whole(nets, squares[:, 0].sqrt())
+        return Whole(nets, squares[:, 0].sqrt(), self._gains.get(p))
 
     def _layout(self, p: Tensor) -> Segments:
         return self.segments.get(p) or Segments.single(p)
@@ -137,7 +138,7 @@ class Dmgd(ClockedOptimizer):
     def _learn(self, due: Due) -> None:
         """Teach every due tensor's network, and follow its mean square: one reduction for all tensors together."""
         present = {p: group for group, params in due for p in params if self.rule(group).whole}
-        width = 3 + max(self.rule(group).size for group in self.param_groups)
+        width = max(self.rule(group).numbers for group in self.param_groups)
         parts = []
         for group in self.param_groups:
             rule = self.rule(group)
@@ -145,7 +146,9 @@ class Dmgd(ClockedOptimizer):
                 parts.append(torch.zeros(self._layout(p).tensors, width, dtype=torch.float64, device=p.device))
                 if p in present:
                     x = self._stretch(p, rule)
-                    found = kernels_for(x).sums(rule, x, self._layout(p), self._rates(group), self._whole(p, rule))
+                    found = kernels_for(rule, x).sums(
+                        rule, x, self._layout(p), self._rates(group), self._whole(p, rule)
+                    )
                     parts[-1][:, : found.shape[1]] = found
         total = self.tensor_sums(torch.cat(parts)).split([part.shape[0] for part in parts])
         for p, found in zip((p for group in self.param_groups for p in group["params"]), total, strict=True):
@@ -163,3 +166,7 @@ class Dmgd(ClockedOptimizer):
         if rule.width:
             gradient = mean[:, 2 : 2 + rule.size] / (mean[:, 1:2] + _LEAST_NORM)
             nets.sub_(config.mlp_lr * gradient + config.mlp_decay * (nets - self._initial(rule, p)))
+        if rule.match:
+            linear, deep = mean[:, 2 + rule.size], mean[:, 3 + rule.size]
+            gain = (linear / deep).sqrt().clamp(max=_LARGEST_GAIN)
+            self._gains[p] = torch.where(linear * deep > 0, gain, torch.ones_like(gain))

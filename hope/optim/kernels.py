@@ -18,16 +18,19 @@ from hope.optim.segments import CHUNK, Segments, chunks
 class Kernels(NamedTuple):
     """`rules.update` and `rules.sums` on all pieces of a flat parameter [N].
 
-    `Whole` holds the numbers of all its tensors; sums are [tensors, 2 or 3 + P], zeros for a tensor without a piece.
+    `Whole` has the numbers of all its tensors; sums are [tensors, `Rule.numbers`], zeros for a tensor without a piece.
     """
 
     update: Callable[[Rule, Stretch, Segments, Rates, Whole], None]
     sums: Callable[[Rule, Stretch, Segments, Rates, Whole], Tensor]
 
 
-def kernels_for(x: Stretch) -> Kernels:
-    """Fused in single precision on a GPU, where every operation of its own would read and write all of memory again."""
-    fits = all(t.is_cuda and t.dtype == torch.float32 for t in x if t is not None)
+def kernels_for(rule: Rule, x: Stretch) -> Kernels:
+    """Fused in single precision on a GPU, where every operation of its own would read and write all of memory again.
+
+    `match` is not in the fused kernels.
+    """
+    fits = not rule.match and all(t.is_cuda and t.dtype == torch.float32 for t in x if t is not None)
     if fits and importlib.util.find_spec("triton") is not None:
         fused = importlib.import_module("hope.optim.fused")
         return Kernels(fused.update, fused.sums)
@@ -40,7 +43,7 @@ def update(rule: Rule, x: Stretch, segments: Segments, c: Rates, whole: Whole) -
 
 
 def sums(rule: Rule, x: Stretch, segments: Segments, c: Rates, whole: Whole) -> Tensor:
-    found = torch.zeros(segments.tensors, 3 + rule.size if rule.width else 2, dtype=torch.float64, device=x.p.device)
+    found = torch.zeros(segments.tensors, rule.numbers, dtype=torch.float64, device=x.p.device)
     for tensor, part in stretches(x, segments):
         found[tensor] += rules.sums(rule, part, c, whole.of(tensor))
     return found

@@ -17,8 +17,8 @@ from hope.optim.config import OptimConfig
 
 @dataclass(frozen=True)
 class Rule:
-    """The discrete choices. width: hidden units of the network, 0 for a linear memory; whole: whether numbers of the
-    whole tensor are needed."""
+    """The discrete choices. width: hidden units of the network, 0 for a linear memory; match: whether its output is
+    scaled to the linear memory's rms; whole: whether numbers of the whole tensor are needed."""
 
     l2: bool
     adam: bool
@@ -26,6 +26,7 @@ class Rule:
     width: int
     gradient_key: bool
     clip: float
+    match: bool
     erase: float
 
     @staticmethod
@@ -37,6 +38,7 @@ class Rule:
             width=config.mlp_width if config.memory == "mlp" and not vectors else 0,
             gradient_key=config.mlp_key == "gradient",
             clip=config.output_bound if config.output == "rms_clip" else 0.0,
+            match=config.output == "rms_match" and config.memory == "mlp" and not vectors,
             erase=config.erase,
         )
 
@@ -54,6 +56,11 @@ class Rule:
     def size(self) -> int:
         """Weights of the network."""
         return memory.size(self.features, self.width) if self.width else 0
+
+    @property
+    def numbers(self) -> int:
+        """How many `sums` gives."""
+        return 3 + self.size + 2 * self.match if self.width else 2
 
 
 class Rates(NamedTuple):
@@ -108,16 +115,18 @@ class Stretch(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """Of the tensor that a stretch belongs to: weights of its network [P] and the rms of w, a scalar tensor.
+    """Of the tensor that a stretch belongs to: weights of its network [P], the rms of w, a scalar tensor, and what
+    scales the memory's output under `Rule.match`.
 
-    Of all tensors of a parameter: [tensors, P] and [tensors].
+    Of all tensors of a parameter: [tensors, P], [tensors] and [tensors].
     """
 
     network: Tensor
     r: Tensor
+    gain: Tensor | None = None
 
-    def of(self, tensor: int) -> Whole:
-        return Whole(self.network[tensor], self.r[tensor])
+    def of(self, tensor: int | slice) -> Whole:
+        return Whole(self.network[tensor], self.r[tensor], None if self.gain is None else self.gain[tensor])
 
     @property
     def inverse(self) -> Tensor:
@@ -141,6 +150,8 @@ def update(rule: Rule, x: Stretch, c: Rates, whole: Whole) -> None:
         if keys is None:
             keys = _memory_key(found, root, whole)
         found.add_(memory.read(whole.network, keys, rule.width) * unit)
+    if rule.match and whole.gain is not None:
+        found.mul_(whole.gain)
     if rule.clip:
         bound = rule.clip * whole.r
         found = torch.minimum(torch.maximum(found, -bound), bound)
@@ -151,6 +162,7 @@ def update(rule: Rule, x: Stretch, c: Rates, whole: Whole) -> None:
 
 def sums(rule: Rule, x: Stretch, c: Rates, whole: Whole) -> Tensor:
     """[3 + P], float64: number of elements, sum of w^2, and `coordinate_memory.read_and_gradient`; 2 without a network.
+    With `match` two more: sums of squares, in the network's unit, of the linear memory and of the whole one.
 
     Nothing is written. s, v and r are those of the update before, but the unit of the network is the one that this
     gradient leaves, so that no coordinate that was silent before weighs more than the others.
@@ -164,7 +176,11 @@ def sums(rule: Rule, x: Stretch, c: Rates, whole: Whole) -> Tensor:
     keys = _gradient_key(w, held, unit) if rule.gradient_key else _memory_key(held, _root_before(rule, x.v, c), whole)
     value, known = w * _inverse(unit), held * _inverse(unit)
     error = (lambda y: known + y - value) if rule.l2 else (lambda y: -value)
-    return torch.cat([head, memory.read_and_gradient(whole.network, keys, rule.width, error)]).double()
+    found = [head, memory.read_and_gradient(whole.network, keys, rule.width, error)]
+    if rule.match:
+        deep = known + memory.read(whole.network, keys, rule.width)
+        found.append(torch.stack([known.square().sum(), deep.square().sum()]))
+    return torch.cat(found).double()
 
 
 def measure(rule: Rule, before: Stretch, after: Stretch, c: Rates, network_before: Tensor, whole: Whole) -> Tensor:

@@ -20,6 +20,8 @@ OPTIONS = [
     dataclasses.replace(MLP, objective="dot", preconditioner="none", output="rms_clip"),
     dataclasses.replace(MLP, normalise="value", erase=0.5, bias_correction=False),
     dataclasses.replace(MLP, memory="linear", output="rms_clip", output_bound=1.0),
+    dataclasses.replace(MLP, output="rms_match"),
+    dataclasses.replace(MLP, output="rms_match", mlp_key="gradient", objective="dot", preconditioner="none"),
 ]
 
 
@@ -261,3 +263,29 @@ def test_a_level_with_a_clock_teaches_its_network_only_when_due():
     assert nets[:2] == [None, None]
     moved = [not torch.equal(a, b) for a, b in pairwise(nets[2:])]
     assert moved == [False, False, True, False, False, True]
+
+
+def rms_of_steps(config: OptimConfig, steps: int = 60) -> float:
+    """The rms of a tensor's last update in units of the learning rate; gradients are noise with a small mean."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.nn.Parameter(torch.zeros(30, 20, dtype=torch.float64))
+    optimizer = Dmgd([{"params": [weight]}], config)
+    for _ in range(steps):
+        before = weight.detach().clone()
+        weight.grad = torch.randn(30, 20, generator=generator, dtype=torch.float64) + 0.05
+        optimizer.step()
+    return ((weight.detach() - before) / config.lr).square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("key", ["memory", "gradient"])
+def test_rms_match_gives_the_step_the_length_of_the_linear_memorys(key):
+    linear = rms_of_steps(dataclasses.replace(MLP, memory="linear"))
+    free = rms_of_steps(dataclasses.replace(MLP, mlp_key=key))
+    matched = rms_of_steps(dataclasses.replace(MLP, mlp_key=key, output="rms_match"))
+    assert abs(free / linear - 1) > 0.25  # a network that predicts noise takes the step back
+    assert matched == pytest.approx(linear, rel=0.2)  # of the memory before the write: a step behind
+
+
+def test_rms_match_needs_a_network():
+    assert [path for path, _, _ in OptimConfig(output="rms_match").problems()] == ["optim.output"]
+    assert not list(OptimConfig(output="rms_match", memory="mlp").problems())

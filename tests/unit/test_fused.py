@@ -200,9 +200,9 @@ def descend(config: OptimConfig, device: str) -> list[torch.Tensor]:
 @devices
 @pytest.mark.parametrize("name", ["linear", "memory", "all gradient"])
 def test_a_training_is_the_same(name, device, monkeypatch):
-    monkeypatch.setattr(dmgd, "kernels_for", lambda x: Kernels(kernels.update, kernels.sums))
+    monkeypatch.setattr(dmgd, "kernels_for", lambda rule, x: Kernels(kernels.update, kernels.sums))
     plain = descend(CONFIGS[name], device)
-    monkeypatch.setattr(dmgd, "kernels_for", lambda x: Kernels(fused.update, fused.sums))
+    monkeypatch.setattr(dmgd, "kernels_for", lambda rule, x: Kernels(fused.update, fused.sums))
     found = descend(CONFIGS[name], device)
     assert len(plain) == len(found)
     for a, b in zip(found, plain, strict=True):
@@ -213,8 +213,8 @@ def test_a_training_is_the_same(name, device, monkeypatch):
 @pytest.mark.skipif(not GPU, reason="no CUDA device")
 def test_single_precision_on_a_gpu_takes_the_kernels():
     single, double = torch.zeros(4, device="cuda"), torch.zeros(4, device="cuda", dtype=torch.float64)
-    assert kernels.kernels_for(Stretch(single, single, None, single)).update is fused.update
-    assert kernels.kernels_for(Stretch(double, double, None, double)).update is kernels.update
+    assert kernels.kernels_for(Rule.of(MLP), Stretch(single, single, None, single)).update is fused.update
+    assert kernels.kernels_for(Rule.of(MLP), Stretch(double, double, None, double)).update is kernels.update
 
 
 @pytest.mark.gpu
