@@ -28,6 +28,7 @@ OPTIMIZERS = {
     "adamw": ["optim.name=adamw"],
     "dmgd_linear": ["optim.objective=dot", "optim.normalise=value"],  # Eq. 47
     "dmgd_mlp": ["optim.memory=mlp"],
+    "dmgd_mlp_match": ["optim.memory=mlp", "optim.output=rms_match"],
     "dmgd_mlp_gradient": ["optim.memory=mlp", "optim.mlp_key=gradient"],
     "dmgd_mlp_dot": ["optim.memory=mlp", "optim.mlp_key=gradient", "optim.objective=dot", "optim.normalise=value"],
     "dmgd_mlp_slow": ["optim.memory=mlp", "optim.mlp_lr=0.01"],

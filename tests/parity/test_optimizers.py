@@ -12,6 +12,7 @@ SETTINGS = {
     "mlp": DEEP,
     "mlp-all": [*DEEP, "optim.mlp_key=gradient", "optim.output=rms_clip", "optim.erase=0.3",
                 "optim.bias_correction=false", "optim.normalise=value"],
+    "mlp-match": [*DEEP, "optim.output=rms_match"],
     "adamw": ["optim.name=adamw", "train.grad_clip=0.1"],
     "local": ["optim.accumulate=local", "train.grad_clip=0.1", "parallel.sequence=true"],
     "muon": ["optim.name=muon"],
@@ -26,6 +27,7 @@ QUICK = [
     ("pp2", "mlp"),
     ("dp2", "mlp"),
     ("tp2-dp2", "mlp-all"),
+    ("tp2-dp2", "mlp-match"),
     ("tp2-dp2", "adamw"),
     ("tp2-dp2", "local"),
     ("dp2", "muon"),
@@ -76,11 +78,12 @@ def not_added_up(numbers: slice):
     return spoil
 
 
-OF_THE_RMS, OF_THE_NETWORK = slice(0, 2), slice(2, None)
+OF_THE_RMS, OF_THE_NETWORK, OF_THE_GAIN = slice(0, 2), slice(2, None), slice(-2, None)
 BROKEN = {
     "network": (OF_THE_NETWORK, [*DEEP, "optim.mlp_key=gradient"], False),
     "network in float64": (OF_THE_NETWORK, SETTINGS[IN_FLOAT64], True),
     "rms in float64": (OF_THE_RMS, SETTINGS[IN_FLOAT64], True),
+    "gain": (OF_THE_GAIN, SETTINGS["mlp-match"], False),
 }
 
 
