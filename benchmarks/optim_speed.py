@@ -25,7 +25,7 @@ import torch
 from hope.optim.build import build_optimizer
 from hope.optim.config import OptimConfig
 from hope.optim.dmgd import Dmgd
-from hope.optim.segments import CHUNK, Piece, Segments
+from hope.optim.segments import Piece, Segments
 
 SETTINGS = {
     "dmgd linear (AdamW)": OptimConfig(),
@@ -95,7 +95,7 @@ def main() -> None:
     count = max(1, round(args.parameters / args.shape**2))
     numbers = count * args.shape**2
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    print(f"{numbers:,} parameters in {count} matrices of {args.shape}, {name}, chunks of {CHUNK[device.type]:,}")
+    print(f"{numbers:,} parameters in {count} matrices of {args.shape}, {name}")
     print(
         "| optimizer | ms per step | range | x torch's fused AdamW | peak temporary GiB | state bytes per parameter |"
     )

@@ -13,8 +13,8 @@ from parallel.state import StatePiece
 class HostMemory:
     """One buffer per dtype, pinned beside a GPU, allocated once: by `reserve`, or else by the first save.
 
-    Pinning takes half a second per GB, which a training step would wait for. It is as large as this rank's share of the
-    state, so a node's host memory holds the state of its ranks once more.
+    Allocating pinned memory takes about half a second per GB, which a training step would wait for. It is as large as
+    this rank's share of the state, so a node's host memory holds the state of its ranks once more.
     """
 
     def __init__(self, device: torch.device) -> None:
