@@ -5,6 +5,7 @@
 
 Equal tokens for every cell of a stage. A cell runs `pretrain_hope.py` once. The first seed runs the whole grid for
 `--tune-steps` (0: for `--steps`), with a schedule that ends there; then every seed runs `--steps` at the best rate.
+A grid of one rate is not tuned.
 Writes a markdown table (also results.json) and, per model, curves of the best runs. A run that is there already is
 not repeated, so a call that was cut off goes on.
 """
@@ -30,6 +31,7 @@ OPTIMIZERS = {
     "dmgd_mlp": ["optim.memory=mlp"],
     "dmgd_mlp_match": ["optim.memory=mlp", "optim.output=rms_match"],
     "dmgd_mlp_gradient": ["optim.memory=mlp", "optim.mlp_key=gradient"],
+    "dmgd_mlp_gradient_match": ["optim.memory=mlp", "optim.mlp_key=gradient", "optim.output=rms_match"],
     "dmgd_mlp_dot": ["optim.memory=mlp", "optim.mlp_key=gradient", "optim.objective=dot", "optim.normalise=value"],
     "dmgd_mlp_slow": ["optim.memory=mlp", "optim.mlp_lr=0.01"],
     "dmgd_mlp_clip": ["optim.memory=mlp", "optim.mlp_key=gradient", "optim.output=rms_clip"],
@@ -66,6 +68,14 @@ def tuned(results: list[dict], model: str, optimizer: str, args: argparse.Namesp
     return {r["rate"]: final(r) for r in mine if r["heldout"] and r["steps"] == args.tune_steps and r["exit"] == 0}
 
 
+def best_rate(results: list[dict], model: str, optimizer: str, args: argparse.Namespace) -> float | None:
+    """None: every rate failed."""
+    if len(args.grid) == 1:
+        return args.grid[0]
+    losses = tuned(results, model, optimizer, args)
+    return min(losses, key=lambda rate: losses[rate], default=None)
+
+
 def final(result: dict) -> float:
     return result["heldout"][-1][1]
 
@@ -73,13 +83,13 @@ def final(result: dict) -> float:
 def study(pair: tuple[str, str], args: argparse.Namespace, devices: Queue) -> list[dict]:
     """All cells of one model with one optimizer: the grid, then the seeds at the best rate."""
     model, optimizer = pair
-    cells = [cell(model, optimizer, rate, args.seeds[0], args.tune_steps, args) for rate in args.grid]
+    grid = args.grid if len(args.grid) > 1 else []
+    cells = [cell(model, optimizer, rate, args.seeds[0], args.tune_steps, args) for rate in grid]
     with ThreadPoolExecutor(len(cells) + len(args.seeds)) as pool:
         results = list(pool.map(lambda item: execute(item, args, devices), cells))
-        losses = tuned(results, model, optimizer, args)
-        if not losses:
+        best = best_rate(results, model, optimizer, args)
+        if best is None:
             return results
-        best = min(losses, key=lambda rate: losses[rate])
         names = {r["run"] for r in results}
         more = [cell(model, optimizer, best, seed, args.steps, args) for seed in args.seeds]
         return results + list(
@@ -95,7 +105,8 @@ def table(results: list[dict], args: argparse.Namespace) -> str:
     for model in args.models:
         for optimizer in args.optimizers:
             losses = tuned(results, model, optimizer, args)
-            grid = [f"{losses[rate]:.3f}" if rate in losses else "failed" for rate in args.grid]
+            missing = "failed" if len(args.grid) > 1 else "not tuned"
+            grid = [f"{losses[rate]:.3f}" if rate in losses else missing for rate in args.grid]
             ends = seeds_of(results, model, optimizer, args)
             row = [model, optimizer, *grid, "-", "-", "-", "-"]
             if ends:
@@ -109,8 +120,7 @@ def table(results: list[dict], args: argparse.Namespace) -> str:
 
 def seeds_of(results: list[dict], model: str, optimizer: str, args: argparse.Namespace) -> list[dict]:
     """The full-length runs at the best rate."""
-    losses = tuned(results, model, optimizer, args)
-    best = min(losses, key=lambda rate: losses[rate], default=None)
+    best = best_rate(results, model, optimizer, args)
     return [
         r for r in results
         if (r["kind"], r["optimizer"], r["rate"], r["steps"]) == (model, optimizer, best, args.steps)
