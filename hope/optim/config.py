@@ -46,8 +46,9 @@ class OptimConfig:
     """Hidden width of the mlp."""
     mlp_lr: float = 0.1
     """Learning rate of the mlp's own weights, a fraction of the largest stable step; 0 leaves the memory linear."""
-    mlp_decay: float = 1e-3
-    """Decay of the mlp's weights towards their initial values, per update."""
+    mlp_decay: float = 0.1
+    """Decay of the mlp's weights towards their initial values, per update. With 1e-3 they learned to take the
+    linear memory's steps back, and trained worse than none."""
     beta1: float = 0.9
     """Retention of the momentum memory."""
     beta2: float = 0.95
@@ -101,7 +102,7 @@ class OptimConfig:
         if self.output == "rms_match" and self.memory == "linear":
             yield f"{path}.output", "rms_match scales an mlp to the linear memory, which is here alone", "identity"
         if not 0 <= self.mlp_decay < 1:
-            yield f"{path}.mlp_decay", f"{self.mlp_decay} is not in [0, 1)", "1e-3"
+            yield f"{path}.mlp_decay", f"{self.mlp_decay} is not in [0, 1)", "0.1"
         if self.name != "dmgd":
             yield from self._not_adamw(path)
         elif self.erase > 0 and self.objective == "l2" and self.bias_correction:
