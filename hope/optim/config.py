@@ -47,8 +47,8 @@ class OptimConfig:
     mlp_lr: float = 0.1
     """Learning rate of the mlp's own weights, a fraction of the largest stable step; 0 leaves the memory linear."""
     mlp_decay: float = 0.1
-    """Decay of the mlp's weights towards their initial values, per update. With 1e-3 they learned to take the
-    linear memory's steps back, and trained worse than none."""
+    """Decay of the mlp's weights towards their initial values, per update. With 1e-3, runs of more than a few
+    hundred steps ended worse than with a linear memory (docs/results.md)."""
     beta1: float = 0.9
     """Retention of the momentum memory."""
     beta2: float = 0.95
