@@ -16,8 +16,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from configs.changes import settle
 from configs.errors import ConfigError
 from configs.schema import Config, load, to_yaml
@@ -26,6 +24,7 @@ from data_prep.training.feed import Feed
 from hope.train.diagnostics import MemoryProbe
 from hope.train.heartbeat import Heartbeat
 from hope.train.metrics import NoLog, open_log
+from hope.train.numerics import set_numerics
 from hope.train.schedule import rate_at
 from hope.train.signals import StopRequest
 from hope.train.skips import SkipPolicy
@@ -93,8 +92,7 @@ class Run:
             config, changes = settle(config, self.resumed.manifest.extra["config"], ranks.world_size)
             self.notes += changes
         self.config = config
-        if config.train.precision == "bf16":
-            torch.set_float32_matmul_precision("high")  # fp32 memory states through tf32 products
+        set_numerics(config.train)
         # 2. this rank's part of the model, and its optimizer
         train = config.train
         self.replica = build_replica(

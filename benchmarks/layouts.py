@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from configs.schema import load
+from hope.train.numerics import set_numerics
 from hope.train.throughput import GIB
 from launch.estimate import worst_rank
 from parallel import groups, parity
@@ -42,8 +43,7 @@ def worker(config_path: str, overrides: list[str], steps: int) -> dict:
     """One rank's part of a timing; the figures are rank 0's, the peak is the largest of all ranks."""
     config = load(config_path, overrides, check=False)
     train, batch = config.train, config.train.global_batch
-    if train.precision == "bf16":
-        torch.set_float32_matmul_precision("high")
+    set_numerics(train)
     with groups.start(config.parallel) as ranks:
         replica = build_replica(
             config.model,

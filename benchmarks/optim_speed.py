@@ -60,7 +60,8 @@ def ours(config: OptimConfig, count: int, shape: int, device: torch.device) -> t
     assert master.grad is not None
     for matrix, gradient in zip(matrices, master.grad.split(size), strict=True):
         matrix.grad = gradient.view(shape, shape)
-    optimizer = build_optimizer([{"params": matrices, "matrices": True}], dataclasses.replace(config, lr=1e-5))
+    groups = [{"params": matrices, "matrices": True}]
+    optimizer = build_optimizer(groups, dataclasses.replace(config, lr=1e-5), precision="bf16")
     assert isinstance(optimizer, Dmgd)
     return optimizer.step, optimizer
 

@@ -28,6 +28,7 @@ FREE = (
     "data.index",
     "train.stop_after",
     "train.micro_batch",
+    "train.deterministic",
     "train.recompute",
     "train.eval_every",
     "train.eval_windows",

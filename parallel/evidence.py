@@ -104,7 +104,8 @@ def single_device(task: Task, device: torch.device) -> Evidence:
     model = Model(task.model).initialise(task.seed).to(device).to(dtype)
     masters = {name: nn.Parameter(p.detach().float().clone()) for name, p in model.named_parameters()}
     levels = parameter_groups(model, task.optim.weight_decay, task.optim)
-    optimizer = build_optimizer([{**g, "params": [masters[n] for n in g["names"]]} for g in levels], task.optim)
+    own = [{**group, "params": [masters[name] for name in group["names"]]} for group in levels]
+    optimizer = build_optimizer(own, task.optim, task.precision)
     found = Evidence()
     for batch in task.batches:
         loss = _loss(model, batch.to(device))

@@ -51,7 +51,7 @@ class MatrixShardedOptimizer:
         own_groups = [
             {**group, "params": owned.masters} for (group, _), owned in zip(pairs, self.owned, strict=True)
         ]  # names in the group are of all matrices, `owned.names` of those on this rank
-        matrices = build_optimizer(own_groups, config)
+        matrices = build_optimizer(own_groups, config, precision)
         assert isinstance(matrices, MatrixOptimizer)
         self.matrices = matrices
         self._local = [config.accumulate == "local" and group["period"] > 1 for group, _ in pairs]

@@ -1,11 +1,13 @@
 """Kill a training run with SIGKILL at random moments, restart it, and compare it with one that was left alone.
 
     python tests/crash.py --rounds 50        (make crash-test)
+    python tests/crash.py --rounds 6 configs/hope_17m_1xh200.yaml section.key=value ...
 
 A round starts the run, which resumes from its checkpoints, and kills one rank or all of them: at some moment of
 training, or within a save. Then the next start must resume exactly at the checkpoint that was durable at the kill; when
 the run gets to its end, every loss must equal the uninterrupted run's to the last bit, and another run begins. Ranks
-are forked after one import, so a round takes seconds.
+are forked after one import, so a round takes seconds. With GPUs, each process one, they start afresh, and all of them
+are killed: the peer of a rank that died waits in NCCL, and it is the launcher that ends it.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from parallel.checkpoint import folders
 from parallel.launcher import free_port
 
 STEPS = 30
-FLAGS = [f"train.steps={STEPS}", "checkpoint.every=2", "checkpoint.keep=3", "train.eval_every=10"]
+FLAGS = [f"train.steps={STEPS}", "checkpoint.every=2", "checkpoint.keep=3", "train.eval_every=10", "log.every=1"]
 PATIENCE_S = 120.0  # a rank whose peer died must end by itself
 
 
@@ -53,9 +55,10 @@ class Tally:
 class Crashes:
     """A run in `folder`, over and over."""
 
-    def __init__(self, folder: Path, ranks: int, seed: int) -> None:
+    def __init__(self, folder: Path, ranks: int, seed: int, run: list[str]) -> None:
+        """`run`: a config file and overrides; empty: a tiny model."""
         self._folder, self._ranks, self._random = folder, ranks, random.Random(seed)
-        self._config = config_file(folder)
+        self._arguments = [*(run or [config_file(folder)]), f"run.dir={folder / 'runs'}", *FLAGS]
         self._run = folder / "runs" / "crashing"
         self.tally = Tally()
         self._wait(self._start("whole"), must_succeed=True)
@@ -93,12 +96,13 @@ class Crashes:
 
     def _start(self, name: str) -> list[Any]:
         """The ranks of a run as processes, each its own group of threads, output into a file."""
-        port, context = free_port(), mp.get_context("fork")
+        port, context = free_port(), mp.get_context("spawn" if torch.cuda.is_available() else "fork")
         self._started = time.time()
         self._events_before = len(_events(self._folder / "runs" / name))
         workers = []
         for rank in range(self._ranks):
-            arguments = (self._config, name, rank, self._ranks, port, self._folder / "output.txt")
+            flags = [*self._arguments, f"run.name={name}"]
+            arguments = (flags, rank, self._ranks, port, self._folder / "output.txt")
             workers.append(context.Process(target=_rank, args=arguments, daemon=True))
             workers[-1].start()
         return workers
@@ -151,7 +155,7 @@ class Crashes:
         return steps[0]
 
 
-def _rank(config: str, name: str, rank: int, ranks: int, port: int, output: Path) -> None:
+def _rank(flags: list[str], rank: int, ranks: int, port: int, output: Path) -> None:
     torch.set_num_threads(1)
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in environment.items()}, MASTER_ADDR="127.0.0.1")
@@ -161,7 +165,7 @@ def _rank(config: str, name: str, rank: int, ranks: int, port: int, output: Path
         os.dup2(file.fileno(), 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         try:
-            code = pretrain_hope.main([config, f"run.name={name}", *FLAGS])
+            code = pretrain_hope.main(flags)
         except BaseException:
             traceback.print_exc()
         sys.stdout.flush()
@@ -182,13 +186,13 @@ def _losses(run: Path) -> list[tuple]:
     return [(r["step"], r["loss"], r["grad_norm"], r.get("heldout_loss")) for r in records]
 
 
-def rounds(folder: Path, count: int, ranks: int = 2, seed: int = 0) -> Tally:
+def rounds(folder: Path, count: int, ranks: int = 2, seed: int = 0, run: list[str] | None = None) -> Tally:
     """`count` kills, half of them in saves, half of them of all ranks; and the run to its end."""
     preload()
-    crashes = Crashes(folder, ranks, seed)
+    crashes = Crashes(folder, ranks, seed, run or [])
     number = 0
     while crashes.tally.kills < count:
-        line = crashes.round(in_save=number % 2 == 0, kill_all=number % 4 < 2)
+        line = crashes.round(in_save=number % 2 == 0, kill_all=number % 4 < 2 or torch.cuda.is_available())
         print(f"round {number + 1:>3}: {line}", flush=True)
         number += 1
     crashes.finish()
@@ -197,9 +201,10 @@ def rounds(folder: Path, count: int, ranks: int = 2, seed: int = 0) -> Tally:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="*", help="config file and overrides; without: a tiny model")
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as place:
-        print(rounds(Path(place), args.rounds, args.ranks, args.seed))
+        print(rounds(Path(place), args.rounds, args.ranks, args.seed, args.run))

@@ -51,10 +51,10 @@ def token_set(prefix: Path, documents: int, seed: int, vocab_size: int = VOCAB) 
     ).save(prefix)
 
 
-def config_file(folder: Path, memory: str = "matrix") -> str:
-    """Token sets and a config in `folder`; returns the config's path."""
-    token_set(folder / "train", 60, 0)
-    token_set(folder / "heldout", 20, 1)
+def config_file(folder: Path, memory: str = "matrix", documents: tuple[int, int] = (60, 20)) -> str:
+    """Token sets, of `documents` to train on and held out, and a config in `folder`; returns the config's path."""
+    token_set(folder / "train", documents[0], 0)
+    token_set(folder / "heldout", documents[1], 1)
     path = folder / "tiny.yaml"
     text = CONFIG.replace("RUNS", str(folder / "runs")).replace("DATA", str(folder)).replace("MEMORY", memory)
     path.write_text(text)

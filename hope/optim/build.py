@@ -9,6 +9,8 @@ from hope.optim.levels import MATRIX_OPTIMIZERS
 from hope.optim.matrix import MatrixOptimizer
 
 
-def build_optimizer(groups: Iterable[dict], config: OptimConfig) -> ClockedOptimizer:
-    """`groups`: from `hope.optim.levels.parameter_groups` with the same configuration."""
-    return MatrixOptimizer(groups, config) if config.name in MATRIX_OPTIMIZERS else Dmgd(groups, config)
+def build_optimizer(groups: Iterable[dict], config: OptimConfig, precision: str = "fp32") -> ClockedOptimizer:
+    """`groups`: from `hope.optim.levels.parameter_groups`, with the same `config`; `precision`: train.precision."""
+    if config.name in MATRIX_OPTIMIZERS:
+        return MatrixOptimizer(groups, config, half=precision == "bf16")
+    return Dmgd(groups, config)

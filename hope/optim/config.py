@@ -46,7 +46,7 @@ class OptimConfig:
     """Hidden width of the mlp."""
     mlp_lr: float = 0.1
     """Learning rate of the mlp's own weights, a fraction of the largest stable step; 0 leaves the memory linear."""
-    mlp_decay: float = 0.1
+    mlp_decay: float = 0.3
     """Decay of the mlp's weights towards their initial values, per update. With 1e-3, runs of more than a few
     hundred steps ended worse than with a linear memory (docs/results.md)."""
     beta1: float = 0.9
@@ -102,7 +102,7 @@ class OptimConfig:
         if self.output == "rms_match" and self.memory == "linear":
             yield f"{path}.output", "rms_match scales an mlp to the linear memory, which is here alone", "identity"
         if not 0 <= self.mlp_decay < 1:
-            yield f"{path}.mlp_decay", f"{self.mlp_decay} is not in [0, 1)", "0.1"
+            yield f"{path}.mlp_decay", f"{self.mlp_decay} is not in [0, 1)", "0.3"
         if self.name != "dmgd":
             yield from self._not_adamw(path)
         elif self.erase > 0 and self.objective == "l2" and self.bias_correction:

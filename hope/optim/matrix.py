@@ -10,6 +10,7 @@ the chunks' mean gradients). Dividing an orthogonal matrix by sqrt(V) leaves a s
 gradient's: the ema reading scales it to a root mean square of `matrix_rms`, so that it takes AdamW's learning rates.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,11 +18,19 @@ from torch import Tensor
 
 from hope.optim import newton_schulz
 from hope.optim.clocks import Due
+from hope.optim.config import OptimConfig
 from hope.optim.dmgd import Dmgd
 
 
 class MatrixOptimizer(Dmgd):
-    """Groups with `matrices` true hold whole matrices [n, m] or stacks of them [H, n, m], one tensor per parameter."""
+    """Groups with `matrices` true hold whole matrices [n, m] or stacks of them [H, n, m], one tensor per parameter.
+
+    `half`: orthogonalise with bf16 products on a GPU; false for runs in fp32, whose layouts agree to fp32's rounding.
+    """
+
+    def __init__(self, groups: Iterable[dict], config: OptimConfig, half: bool = False) -> None:
+        super().__init__(groups, config)
+        self.half = half
 
     def state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         if not group["matrices"]:
@@ -51,7 +60,7 @@ class MatrixOptimizer(Dmgd):
         config, memories = self.config, self.states(params, "memory")
         torch._foreach_lerp_(memories, gradients, 1 - config.beta1)
         ahead = torch._foreach_lerp(gradients, memories, config.beta1)
-        found = newton_schulz.orthogonalise_all(list(ahead), config.newton_schulz_steps)
+        found = self._orthogonal(list(ahead))
         if config.matrix_rms:
             torch._foreach_mul_(found, [config.matrix_rms * max(p.shape[-2:]) ** 0.5 for p in params])
         return found
@@ -64,19 +73,23 @@ class MatrixOptimizer(Dmgd):
             factor = (1 - config.m3_beta3) / config.m3_slow_period if ema else config.m3_beta3
             torch._foreach_add_(slow, sums, alpha=factor)
             torch._foreach_zero_(sums)
-            torch._foreach_copy_(direction, newton_schulz.orthogonalise_all(slow, config.newton_schulz_steps))
+            torch._foreach_copy_(direction, self._orthogonal(slow))
         torch._foreach_add_(sums, gradients)
         torch._foreach_mul_(memories, config.beta1 if ema else 1.0)
         torch._foreach_add_(memories, gradients, alpha=1 - config.beta1 if ema else config.beta1)
         torch._foreach_mul_(squares, config.beta2 if ema else 1.0)
         torch._foreach_addcmul_(squares, gradients, gradients, value=1 - config.beta2 if ema else config.beta2)
-        found = newton_schulz.orthogonalise_all(memories, config.newton_schulz_steps)
+        found = self._orthogonal(memories)
         torch._foreach_add_(found, direction, alpha=config.m3_alpha)
         for out, square in zip(found, squares, strict=True):
             out.div_(square.sqrt().add_(config.eps))
             if ema and config.matrix_rms:
                 out.mul_(config.matrix_rms / (out.square().mean((-2, -1), keepdim=True).sqrt() + 1e-30))
         return found
+
+    def _orthogonal(self, matrices: list[Tensor]) -> list[Tensor]:
+        half = self.half and matrices[0].is_cuda  # a CPU gains nothing
+        return newton_schulz.orthogonalise_all(matrices, self.config.newton_schulz_steps, half)
 
     def _measure_matrix(self, p: Tensor, gradient: Tensor, before: Tensor, moved: Tensor) -> None:
         after = self.state[p]["memory"]

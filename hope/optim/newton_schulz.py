@@ -10,9 +10,12 @@ from hope.optim.segments import CHUNK
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
-def orthogonalise(matrices: Tensor, steps: int) -> Tensor:
-    """Roughly the nearest semi-orthogonal matrices of a stack [..., n, m]; zero stays zero. bf16 products on a GPU."""
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
+def orthogonalise(matrices: Tensor, steps: int, half: bool = False) -> Tensor:
+    """Roughly the nearest semi-orthogonal matrices of a stack [..., n, m]; zero stays zero.
+
+    `half`: with bf16 products. Their rounding depends on which matrices share a batch.
+    """
+    x = matrices.bfloat16() if half else matrices
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
@@ -23,8 +26,8 @@ def orthogonalise(matrices: Tensor, steps: int) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-def orthogonalise_all(matrices: list[Tensor], steps: int) -> list[Tensor]:
-    """Of every [n, m] or [H, n, m]: equal shapes in one batch, up to a bounded number of elements at a time."""
+def orthogonalise_all(matrices: list[Tensor], steps: int, half: bool = False) -> list[Tensor]:
+    """`orthogonalise` for every [n, m] or [H, n, m]: equal shapes in one batch, of a bounded number of elements."""
     found: dict[int, Tensor] = {}
     shapes: dict[tuple[int, int], list[int]] = {}
     for number, matrix in enumerate(matrices):
@@ -32,7 +35,7 @@ def orthogonalise_all(matrices: list[Tensor], steps: int) -> list[Tensor]:
     for (n, m), numbers in shapes.items():
         for batch in _batches(matrices, numbers):
             stacks = [matrices[i].reshape(-1, n, m) for i in batch]
-            out = orthogonalise(torch.cat(stacks), steps).split([s.shape[0] for s in stacks])
+            out = orthogonalise(torch.cat(stacks), steps, half).split([s.shape[0] for s in stacks])
             found |= {i: part.view_as(matrices[i]) for i, part in zip(batch, out, strict=True)}
     return [found[number] for number in range(len(matrices))]
 

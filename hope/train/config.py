@@ -72,6 +72,9 @@ class TrainConfig:
     """Sequences per device and forward pass."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: matrix products in bfloat16; master weights and fast weights stay fp32."""
+    deterministic: bool = False
+    """Only kernels that repeat themselves: on a GPU too, a run that runs again, or is resumed, is then the same to the
+    last bit (same layout, same kind of GPU, same versions). Attention becomes slower."""
     recompute: Literal["none", "memory", "block"] = "none"
     """What the backward pass computes again instead of keeping: nothing, the mixers (chunk loops), or whole blocks."""
     eval_every: int = 0

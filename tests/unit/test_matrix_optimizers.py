@@ -51,7 +51,8 @@ def test_equal_shapes_are_batched_and_nothing_changes(monkeypatch):
     alone = [newton_schulz.orthogonalise(m, 5) for m in stack]
     calls = []
     original = newton_schulz.orthogonalise
-    monkeypatch.setattr(newton_schulz, "orthogonalise", lambda m, n: (calls.append(tuple(m.shape)), original(m, n))[1])
+    spy = lambda m, n, half: (calls.append(tuple(m.shape)), original(m, n, half))[1]
+    monkeypatch.setattr(newton_schulz, "orthogonalise", spy)
     together = newton_schulz.orthogonalise_all(stack, 5)
     assert calls == [(5, 4, 6), (1, 6, 4)]
     for a, b in zip(together, alone, strict=True):
@@ -60,6 +61,38 @@ def test_equal_shapes_are_batched_and_nothing_changes(monkeypatch):
     calls.clear()
     newton_schulz.orthogonalise_all(stack, 5)
     assert len(calls) == 4
+
+
+def test_bf16_products_are_nearly_the_same():
+    [matrix] = gradients(1, 12, 20)
+    exact, rough = (newton_schulz.orthogonalise(matrix, 5, half) for half in (False, True))
+    assert rough.dtype == exact.dtype
+    assert 1e-4 < (rough - exact).norm() / exact.norm() < 5e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("config", [MUON, M3], ids=lambda config: config.name)
+def test_a_run_in_fp32_orthogonalises_in_fp32_on_a_gpu_too(config):
+    [gradient] = gradients(1, 64, 96)
+
+    def a_step(device: str, precision: str) -> torch.Tensor:
+        p = torch.nn.Parameter(torch.zeros(64, 96, device=device))
+        optimizer = build_optimizer([{"params": [p], "matrices": True}], config, precision)
+        p.grad = gradient.float().to(device)
+        optimizer.step()
+        return p.detach().cpu()
+
+    expected = a_step("cpu", "fp32")
+    error = lambda step: ((step - expected).norm() / expected.norm()).item()
+    assert error(a_step("cuda", "fp32")) < 1e-4
+    assert error(a_step("cuda", "bf16")) > 1e-3
+
+
+def test_a_precision_reaches_the_orthogonalisation():
+    p = torch.nn.Parameter(torch.zeros(4, 4))
+    half = [build_optimizer([{"params": [p], "matrices": True}], MUON, word).half for word in ("fp32", "bf16")]
+    assert half == [False, True]
 
 
 def test_muon_is_torchs():
@@ -88,7 +121,7 @@ def test_a_stack_of_heads_is_a_batch_of_matrices():
 
 @pytest.fixture
 def without_orthogonalisation(monkeypatch):
-    monkeypatch.setattr(newton_schulz, "orthogonalise", lambda matrix, steps: matrix)
+    monkeypatch.setattr(newton_schulz, "orthogonalise", lambda matrix, steps, half: matrix)
 
 
 def test_m3_without_orthogonalisation_is_adam_or_adagrad(without_orthogonalisation):
