@@ -51,7 +51,8 @@ def test_the_same_run_twice_is_equal_to_the_last_bit(tmp_path, kind):
 
 @pytest.fixture
 def numerics_as_before(monkeypatch):
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that what a test leaves is taken back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     deterministic, precision = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
     yield
     torch.use_deterministic_algorithms(deterministic)
