@@ -1,7 +1,7 @@
 """Kill a training run with SIGKILL at random moments, restart it, and compare it with one that was left alone.
 
-    python tests/crash.py --rounds 50        (make crash-test)
-    python tests/crash.py --rounds 6 configs/hope_17m_1xh200.yaml section.key=value ...
+    PYTHONPATH=.:tests python tests/crash.py --rounds 50        (make crash-test)
+    PYTHONPATH=.:tests python tests/crash.py --rounds 6 configs/hope_17m_1xh200.yaml section.key=value ...
 
 A round starts the run, which resumes from its checkpoints, and kills one rank or all of them: at some moment of
 training, or within a save. Then the next start must resume exactly at the checkpoint that was durable at the kill; when
