@@ -30,14 +30,16 @@ from hope.train.signals import StopRequest
 from hope.train.skips import SkipPolicy
 from hope.train.stragglers import BusyTimer
 from hope.train.throughput import Devices, StepTimer, memory_gb, mfu
-from parallel import groups, launcher, report
-from parallel.errors import CheckpointError, LaunchError, SaveError
-from parallel.evaluation import heldout_losses
-from parallel.memory import StepShape
-from parallel.pipeline import mean_loss
-from parallel.replica import build_replica
-from parallel.resume import check_data, start_from
-from parallel.saving import Saver
+from parallel.checkpoint.errors import CheckpointError, SaveError
+from parallel.checkpoint.resume import check_data, start_from
+from parallel.checkpoint.saving import Saver
+from parallel.compute.evaluation import heldout_losses
+from parallel.compute.pipeline import mean_loss
+from parallel.compute.replica import build_replica
+from parallel.layout import report
+from parallel.layout.memory import StepShape
+from parallel.start import groups, launcher
+from parallel.start.errors import LaunchError
 
 DONE, FAILURE, CONFIG_ERROR, REQUEUE, DO_NOT_RESTART = 0, 1, 2, 85, 93
 

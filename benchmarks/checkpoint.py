@@ -25,12 +25,12 @@ import torch.distributed as dist
 
 from hope.config import CmsConfig, MemoryConfig, ModelConfig
 from hope.optim.config import OptimConfig
-from parallel import groups
 from parallel.checkpoint.checkpointer import Checkpointer, Written
-from parallel.evidence import TokenBatch, micro_batches
-from parallel.pipeline import mean_loss
-from parallel.replica import Replica, build_replica
-from parallel.topology import ParallelConfig
+from parallel.compute.pipeline import mean_loss
+from parallel.compute.replica import Replica, build_replica
+from parallel.layout.topology import ParallelConfig
+from parallel.referee.evidence import TokenBatch, micro_batches
+from parallel.start import groups
 
 # name: (vocabulary, width, layers, heads, sequence length, sequences per device)
 PRESETS = {"toy": (512, 64, 2, 4, 64, 2), "17m": (8192, 384, 8, 6, 1024, 8), "1b": (32768, 2048, 18, 16, 1024, 8)}

@@ -26,9 +26,10 @@ from configs.schema import load
 from hope.train.numerics import set_numerics
 from hope.train.throughput import GIB
 from launch.estimate import worst_rank
-from parallel import groups, parity
-from parallel.evidence import TokenBatch, micro_batches
-from parallel.replica import build_replica
+from parallel.compute.replica import build_replica
+from parallel.referee import parity
+from parallel.referee.evidence import TokenBatch, micro_batches
+from parallel.start import groups
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYOUTS = {

@@ -22,7 +22,7 @@ from hope.config import ModelConfig
 from hope.optim.config import OptimConfig
 from hope.train.config import CheckpointConfig, LogConfig, RunConfig, TrainConfig
 from launch.config import LaunchConfig
-from parallel.topology import ParallelConfig
+from parallel.layout.topology import ParallelConfig
 
 
 @dataclass(kw_only=True)

@@ -23,7 +23,7 @@ from typing import Any
 from hope.train import heartbeat
 from launch import hang
 from launch.folder import append_line, first, read_json, write_json
-from parallel.launcher import from_environment
+from parallel.start.launcher import from_environment
 
 OK = (0, 2, 85, 93)  # ends that the trainer chose: done, config error, requeue, do not restart
 HUNG, PEER_FAILED = 86, 87

@@ -1,7 +1,7 @@
 """Will it fit, how long will it take: `python -m launch estimate CONFIG --nodes N --profile SITE`.
 
-Memory is counted from shapes (parallel/memory.py runs the rank's part of the model on the meta device); time is model
-FLOPs over the GPU's dense bf16 peak at an ASSUMED utilisation, which is printed, times the pipeline's bubble.
+Memory is counted from shapes (parallel/layout/memory.py runs the rank's part of the model on the meta device); time is
+model FLOPs over the GPU's dense bf16 peak at an ASSUMED utilisation, which is printed, times the pipeline's bubble.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from configs.schema import Config
 from hope.train.console import duration
 from hope.train.throughput import peak_flops
 from launch.profile import Profile
-from parallel.advice import divisors
-from parallel.memory import GIB, RankMemory, StepShape, rank_memory
-from parallel.report import micro_batches_in_flight, model_facts
-from parallel.split import split
-from parallel.topology import ParallelConfig, ParallelDims
+from parallel.layout.advice import divisors
+from parallel.layout.memory import GIB, RankMemory, StepShape, rank_memory
+from parallel.layout.report import micro_batches_in_flight, model_facts
+from parallel.layout.stages import split
+from parallel.layout.topology import ParallelConfig, ParallelDims
 
 ASSUMED_MFU = 0.30
 USABLE = 0.92  # of a device's memory: CUDA context, NCCL buffers and allocator slack take the rest

@@ -14,7 +14,7 @@ from launch.folder import PROGRAM
 from launch.job import DONE, REQUEUE, begin, end
 from launch.script import Job
 from launch.submit import plan, prepare
-from parallel.launcher import free_port
+from parallel.start.launcher import free_port
 
 
 def local(path: str, overrides: list[str], processes: int, *, dry_run: bool = False) -> int:

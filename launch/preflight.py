@@ -1,8 +1,8 @@
 """Are these nodes fit to train? `python -m launch.preflight {node,judge}`, before training, in the job's own script.
 
-`node` (one task per node) writes what it finds to the attempt's preflight/ folder, `python -m parallel.links` (one task
-per device) adds devices and all-reduces, and `judge` names the bad nodes: bad_nodes.json for the verdict, exclude.txt
-for the next start. Standard library only.
+`node` (one task per node) writes what it finds to the attempt's preflight/ folder, `python -m
+parallel.start.interconnect` (one task per device) adds devices and all-reduces, and `judge` names the bad nodes:
+bad_nodes.json for the verdict, exclude.txt for the next start. Standard library only.
 """
 
 from __future__ import annotations

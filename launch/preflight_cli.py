@@ -33,7 +33,7 @@ def check_site(site_name: str, overrides: list[str], nodes: int, config: str | N
         host, task = shlex.quote(site.host_python or site.python), task_python(job)
         lines = [
             f"{srun(job, 1)} {task} -m launch.preflight node",
-            f"{srun(job, site.ranks_per_node)} {task} -m parallel.links",
+            f"{srun(job, site.ranks_per_node)} {task} -m parallel.start.interconnect",
             f"{host} -m launch.preflight judge",
         ]
         if config is not None:

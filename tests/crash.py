@@ -33,7 +33,7 @@ from tiny import config_file
 
 import pretrain_hope
 from parallel.checkpoint import folders
-from parallel.launcher import free_port
+from parallel.start.launcher import free_port
 
 STEPS = 30
 FLAGS = [f"train.steps={STEPS}", "checkpoint.every=2", "checkpoint.keep=3", "train.eval_every=10", "log.every=1"]

@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from parallel.groups import import_quietly
-from parallel.launcher import free_port
+from parallel.start.groups import import_quietly
+from parallel.start.launcher import free_port
 
-_PRELOAD = ("parallel.pipeline", "parallel.zero", "parallel.saving")
+_PRELOAD = ("parallel.compute.pipeline", "parallel.optimizer.zero", "parallel.checkpoint.saving")
 
 
 class RankDied(RuntimeError):

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from parallel.checkpoint import folders, manifest
 from parallel.checkpoint.describe import contents, reshard_plan
-from parallel.errors import CheckpointError
-from parallel.topology import ParallelConfig
+from parallel.checkpoint.errors import CheckpointError
+from parallel.layout.topology import ParallelConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from parallel.checkpoint import folders, manifest, rng
+from parallel.checkpoint.errors import CheckpointError
 from parallel.checkpoint.find import Found, find_newest
 from parallel.checkpoint.manifest import FileEntry, Manifest, TensorEntry
 from parallel.checkpoint.planner import Part, PartsLoadPlanner, PartsSavePlanner
@@ -22,9 +23,8 @@ from parallel.checkpoint.regroup import Unit, collect, distribute, units_of
 from parallel.checkpoint.staging import HostMemory
 from parallel.checkpoint.storage import RawReader, RawWriter
 from parallel.checkpoint.together import host_groups, reason, together
-from parallel.errors import CheckpointError
-from parallel.groups import Ranks
-from parallel.state import ShardedState, StatePiece
+from parallel.optimizer.checkpoint_views import ShardedState, StatePiece
+from parallel.start.groups import Ranks
 
 
 @dataclass(frozen=True)

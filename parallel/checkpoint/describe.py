@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 
 from hope.config import ModelConfig
+from parallel.checkpoint.errors import CheckpointError
 from parallel.checkpoint.manifest import Manifest, TensorEntry
-from parallel.errors import CheckpointError
-from parallel.topology import ParallelConfig
+from parallel.layout.topology import ParallelConfig
 
 _GIB = 2**30
 _RECORDED = ("tokens", "consumed", "schedule", "skips", "next_batch")
@@ -46,7 +46,7 @@ def reshard_plan(content: Manifest, layout: ParallelConfig, data: int) -> str:
     Raises:
         CheckpointError: the model does not fit the layout, or the checkpoint does not say what model it holds.
     """
-    from parallel.split import split  # torch, which takes seconds to import; the other commands do without
+    from parallel.layout.stages import split  # torch, which takes seconds to import; the other commands do without
 
     config = content.extra.get("config")
     if config is None:
@@ -100,7 +100,7 @@ def _read(content: Manifest, names: Sequence[str], rank: int, tensor: int) -> st
 
 def _box(content: Manifest, name: str, rank: int, tensor: int) -> list[tuple[int, int]]:
     """(first, last) in every dimension of the shard that a tensor-parallel rank holds."""
-    from parallel.plan import layout_of
+    from parallel.layout.plan import layout_of
 
     entry, parameter = content.tensors[name], name.partition("/")[2]
     sides = [(0, size) for size in entry.shape]

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from parallel.checkpoint import manifest
+from parallel.checkpoint.errors import CheckpointError
 from parallel.checkpoint.storage import read_tensor
-from parallel.errors import CheckpointError
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 

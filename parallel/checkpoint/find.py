@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 
 from parallel.checkpoint import folders, manifest
+from parallel.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from parallel.checkpoint.manifest import Manifest
 from parallel.checkpoint.together import HostGroups, first_only, together
-from parallel.errors import CheckpointError, DamagedCheckpoint
-from parallel.groups import Ranks
+from parallel.start.groups import Ranks
 
 
 @dataclass(frozen=True)

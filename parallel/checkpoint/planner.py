@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from parallel.errors import CheckpointError
+from parallel.checkpoint.errors import CheckpointError
 
 Counters = Mapping[str, Mapping[str, int]]
 

@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.checkpoint.errors import CheckpointError
 from parallel.checkpoint.planner import Part
-from parallel.errors import CheckpointError
-from parallel.groups import Ranks
-from parallel.plan import layout_of
-from parallel.state import Scope, StatePiece
+from parallel.layout.plan import layout_of
+from parallel.optimizer.checkpoint_views import Scope, StatePiece
+from parallel.start.groups import Ranks
 
 _BUCKET_BYTES = 1 << 28  # in flight at a time: 256 MiB
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from parallel.checkpoint.manifest import TensorEntry
 from parallel.checkpoint.planner import Part
-from parallel.groups import Ranks
+from parallel.start.groups import Ranks
 
 
 def states(ranks: Ranks) -> dict[str, Tensor]:

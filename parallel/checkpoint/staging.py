@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from parallel.state import StatePiece
+from parallel.optimizer.checkpoint_views import StatePiece
 
 
 class HostMemory:

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from parallel.errors import CheckpointError, DamagedCheckpoint
-from parallel.groups import Ranks
+from parallel.checkpoint.errors import CheckpointError, DamagedCheckpoint
+from parallel.start.groups import Ranks
 
 T = TypeVar("T")
 

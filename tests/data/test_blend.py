@@ -14,8 +14,8 @@ from data_prep.training.blend import Blend, open_blend, open_heldout
 from data_prep.training.blend_order import BlendOrder
 from data_prep.training.blend_preview import preview
 from data_prep.training.reading import TrainingSet
-from parallel import groups
-from parallel.topology import ParallelConfig
+from parallel.layout.topology import ParallelConfig
+from parallel.start import groups
 
 T, GLOBAL_BATCH, STEPS = 16, 16, 200
 WEIGHTS = {"web": 0.7, "code": 0.2, "books": 0.1}

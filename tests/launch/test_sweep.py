@@ -20,7 +20,7 @@ from hope.train.stragglers import BusyTimer
 from launch import collect, estimate, preflight, profile, sweep
 from launch.folder import write_json
 from launch.status import find_runs, table
-from parallel.links import partners
+from parallel.start.interconnect import partners
 
 SWEEPS = sorted((Path(sweep.__file__).parent / "sweeps").glob("*.yaml"))
 

@@ -6,7 +6,7 @@ as it was.
 
 import torch
 
-from parallel import parity
+from parallel.referee import parity
 
 BOUND = 1e-9  # of everything; 8e-13 was measured where fp32 gives 9e-4
 

@@ -16,13 +16,14 @@ from hope.model import Model, next_token_loss
 from hope.optim.config import OptimConfig
 from hope.optim.dmgd import Dmgd
 from hope.optim.levels import parameter_groups
-from parallel import gradients, groups
-from parallel.pipeline import forward_backward, mean_loss, stages_of
-from parallel.plan import layout_of
-from parallel.split import split
-from parallel.tensor import shard_model, sharded_loss
-from parallel.topology import ParallelConfig
-from parallel.zero import ShardedOptimizer
+from parallel.compute import gradients
+from parallel.compute.pipeline import forward_backward, mean_loss, stages_of
+from parallel.compute.tensor import shard_model, sharded_loss
+from parallel.layout.plan import layout_of
+from parallel.layout.stages import split
+from parallel.layout.topology import ParallelConfig
+from parallel.optimizer.zero import ShardedOptimizer
+from parallel.start import groups
 
 # In fp32 one process is itself up to 1e-5 away from float64 in the gradient of a gate's bias (a sum that cancels), by
 # the seed; with this one it is 2.8e-6. With heads of 4 instead of 8 some vector of norm near 0 is normalised: 2e-4.

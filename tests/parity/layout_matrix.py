@@ -12,11 +12,11 @@ from multirank import run_ranks
 
 from hope.optim.config import OptimConfig
 from parallel.checkpoint.checkpointer import Checkpointer
-from parallel.groups import loss_on_all_ranks, start
-from parallel.pipeline import mean_loss
-from parallel.plan import layout_of
-from parallel.replica import Replica, build_replica
-from parallel.topology import ParallelConfig
+from parallel.compute.pipeline import mean_loss
+from parallel.compute.replica import Replica, build_replica
+from parallel.layout.plan import layout_of
+from parallel.layout.topology import ParallelConfig
+from parallel.start.groups import loss_on_all_ranks, start
 
 # As in hope_run: with Adam's usual eps, elements whose gradient is rounding noise move by a whole learning rate.
 OPTIMIZERS = {

@@ -20,10 +20,10 @@ from toy_run import Run, Toy
 
 from parallel.checkpoint import folders, manifest, storage
 from parallel.checkpoint.checkpointer import Checkpointer, Written
+from parallel.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from parallel.checkpoint.find import Found
-from parallel.errors import CheckpointError, DamagedCheckpoint
-from parallel.groups import start
-from parallel.topology import ParallelConfig
+from parallel.layout.topology import ParallelConfig
+from parallel.start.groups import start
 
 EXTRA = {"consumed_samples": 16, "fingerprint": "ab12"}
 

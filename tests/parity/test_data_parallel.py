@@ -9,9 +9,9 @@ import torch
 from multirank import run_ranks
 from toy_run import Momentum, Run, Toy, batch, groups_of, loss_fn
 
-from parallel.groups import start
-from parallel.topology import ParallelConfig
-from parallel.zero import ShardedOptimizer
+from parallel.layout.topology import ParallelConfig
+from parallel.optimizer.zero import ShardedOptimizer
+from parallel.start.groups import start
 
 STEPS = 4
 Result = tuple[list[float], dict[str, torch.Tensor], int]

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from multirank import run_ranks
 from toy_run import Momentum, Run, Toy, batch, groups_of, loss_fn, micro_batches, step_fn
 
-from parallel.groups import any_rank, mean_over_data, start
-from parallel.pipeline import Stage, forward_backward
-from parallel.topology import ParallelConfig
-from parallel.zero import ShardedOptimizer
+from parallel.compute.pipeline import Stage, forward_backward
+from parallel.layout.topology import ParallelConfig
+from parallel.optimizer.zero import ShardedOptimizer
+from parallel.start.groups import any_rank, mean_over_data, start
 
 
 def norms(precision: str, dim: int) -> dict[str, float]:

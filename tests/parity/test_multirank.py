@@ -11,8 +11,8 @@ import torch.distributed as dist
 from multirank import RankDied, RankTimeout, run_ranks
 from toy_run import Run
 
-from parallel.groups import start
-from parallel.topology import ParallelConfig
+from parallel.layout.topology import ParallelConfig
+from parallel.start.groups import start
 
 
 def world(factor: int) -> tuple[int, int, int]:

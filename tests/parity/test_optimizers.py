@@ -3,8 +3,8 @@
 import pytest
 from test_referee import LAYOUTS, SPOILERS, verdict
 
-from parallel import parity
-from parallel.sums import TensorSums
+from parallel.optimizer.tensor_sums import TensorSums
+from parallel.referee import parity
 
 # 3 layers: with 4, data-parallel partitions meet exactly at boundaries of tensors, and no deep memory is cut
 DEEP = ["optim.memory=mlp", "optim.mlp_lr=0.5", "model.kind=hope_attention", "model.layers=3"]

@@ -28,11 +28,11 @@ from multirank import run_ranks
 
 from hope.model import Model
 from hope.optim.levels import parameter_groups
-from parallel import groups
-from parallel.pipeline import Stage, forward_backward, mean_loss, stages_of
-from parallel.split import split
-from parallel.topology import ParallelConfig
-from parallel.zero import ShardedOptimizer
+from parallel.compute.pipeline import Stage, forward_backward, mean_loss, stages_of
+from parallel.layout.stages import split
+from parallel.layout.topology import ParallelConfig
+from parallel.optimizer.zero import ShardedOptimizer
+from parallel.start import groups
 
 PP2, PP4 = ParallelConfig(pipeline=2), ParallelConfig(pipeline=4)
 INTERLEAVED = ParallelConfig(pipeline=2, virtual_pipeline=2)

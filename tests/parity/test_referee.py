@@ -12,8 +12,9 @@ from tiny import CONFIG
 from configs.schema import load
 from hope.memory.matrix import MatrixBank
 from hope.model import Model
-from parallel import gradients, parity
-from parallel.plan import PLAN, Layout, Rule
+from parallel.compute import gradients
+from parallel.layout.plan import PLAN, Layout, Rule
+from parallel.referee import parity
 
 BASE = ["model.layers=4", "model.heads=4", "model.width=32", "data.train=none", "data.heldout=none"]
 KINDS = {

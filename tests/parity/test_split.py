@@ -9,7 +9,7 @@ import pytest
 
 from hope.config import ModelConfig
 from hope.model import Model, Slice
-from parallel.split import describe_split, split
+from parallel.layout.stages import describe_split, split
 
 SMALL_HEAD = ModelConfig(vocab_size=32, width=64, layers=6, heads=4)
 LARGE_HEAD = ModelConfig(vocab_size=32768, width=64, layers=6, heads=4)

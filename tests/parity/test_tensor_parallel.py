@@ -10,11 +10,11 @@ from multirank import run_ranks
 
 from hope.config import CmsConfig, MemoryConfig, ModelConfig
 from hope.model import Model, next_token_loss
-from parallel import groups
-from parallel.gradients import combine_over_tensor_ranks
-from parallel.plan import PLAN, Layout, Rule, layout_of
-from parallel.tensor import shard_model, sharded_loss
-from parallel.topology import ParallelConfig
+from parallel.compute.gradients import combine_over_tensor_ranks
+from parallel.compute.tensor import shard_model, sharded_loss
+from parallel.layout.plan import PLAN, Layout, Rule, layout_of
+from parallel.layout.topology import ParallelConfig
+from parallel.start import groups
 
 TENSOR = {"fp64": 1e-12, "fp32": 2e-5}
 

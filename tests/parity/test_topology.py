@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from hope.config import CmsConfig, ModelConfig
-from parallel.errors import LaunchError
-from parallel.launcher import first_host, from_environment
-from parallel.topology import ParallelConfig, ParallelDims
+from parallel.layout.topology import ParallelConfig, ParallelDims
+from parallel.start.errors import LaunchError
+from parallel.start.launcher import first_host, from_environment
 
 MODEL = ModelConfig(vocab_size=8192, width=384, layers=8, heads=6, cms=CmsConfig(hidden=512))
 
@@ -163,7 +163,7 @@ def test_coordinates_number_tensor_fastest_and_pipeline_slowest() -> None:
 def test_refused_in_seconds_without_loading_the_libraries() -> None:
     """A login node answers at once: neither torch nor megatron-core nor DeepSpeed is imported for it."""
     code = (
-        "import sys; from parallel.topology import ParallelConfig as P\n"
+        "import sys; from parallel.layout.topology import ParallelConfig as P\n"
         "print(*[p for p, *_ in P(tensor=3, sequence=True, zero=2).problems(8, 10, 4)])\n"
         "assert not {'torch', 'megatron', 'deepspeed'} & set(sys.modules)"
     )

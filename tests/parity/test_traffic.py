@@ -16,13 +16,13 @@ from hope.config import CmsConfig, ModelConfig
 from hope.model import Model, Slice
 from hope.optim.config import OptimConfig
 from hope.optim.levels import parameter_groups
-from parallel import groups
-from parallel.evidence import TokenBatch, micro_batches
-from parallel.memory import StepShape
-from parallel.pipeline import mean_loss
-from parallel.replica import Replica, build_replica
-from parallel.topology import ParallelConfig
-from parallel.traffic import reduced_bytes_per_step
+from parallel.compute.pipeline import mean_loss
+from parallel.compute.replica import Replica, build_replica
+from parallel.layout.memory import StepShape
+from parallel.layout.topology import ParallelConfig
+from parallel.layout.traffic import reduced_bytes_per_step
+from parallel.referee.evidence import TokenBatch, micro_batches
+from parallel.start import groups
 
 MODEL = ModelConfig("hope_attention", 64, 32, 2, 4, cms=CmsConfig(periods=[1, 4, 16], hidden=32))
 OPTIM = OptimConfig(lr=3e-3, eps=1e-4)

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from parallel.groups import Ranks, mean_over_data
-from parallel.pipeline import Stage, forward_backward
-from parallel.zero import ShardedOptimizer
+from parallel.compute.pipeline import Stage, forward_backward
+from parallel.optimizer.zero import ShardedOptimizer
+from parallel.start.groups import Ranks, mean_over_data
 
 VOCAB, DIM = 31, 10
 GLOBAL_BATCH, SEQ = 8, 6

@@ -20,7 +20,7 @@ from data_prep.training.reading import TrainingSet
 from hope import pretrained
 from hope.model import Model
 from parallel.checkpoint.__main__ import main
-from parallel.replica import build_replica
+from parallel.compute.replica import build_replica
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_exported_weights_give_the_logits_of_the_checkpoint_with_torch_alone(tra
 def logits_in_training(path: str, tokens: torch.Tensor) -> torch.Tensor:
     """What the model computes on one device after a resume from the same checkpoint."""
     from parallel.checkpoint.checkpointer import Checkpointer
-    from parallel.groups import start
+    from parallel.start.groups import start
 
     config = load(path, [])
     with start(config.parallel) as ranks:

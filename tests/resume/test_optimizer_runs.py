@@ -6,7 +6,7 @@ from test_training_run import events, metrics, run, same_curve
 from tiny import config_file
 
 import pretrain_hope
-from parallel import replica
+from parallel.compute import replica
 
 SETTINGS = {
     "mlp-local": ["optim.memory=mlp", "optim.accumulate=local", "model.cms.unit=tokens", "model.cms.periods=[128,384]"],

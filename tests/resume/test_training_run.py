@@ -14,10 +14,10 @@ import pretrain_hope
 from configs.schema import load
 from data_prep.training.reading import Batch, TrainingSet
 from hope.model import Model, next_token_loss
-from parallel import replica
 from parallel.checkpoint import manifest
 from parallel.checkpoint.folders import step_folder
 from parallel.checkpoint.storage import read_tensor
+from parallel.compute import replica
 
 
 def run(path: str, *overrides: str) -> int:

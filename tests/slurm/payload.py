@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hope.train.heartbeat import Heartbeat
 from hope.train.signals import StopRequest
-from parallel.launcher import from_environment
+from parallel.start.launcher import from_environment
 
 beat = Heartbeat()
 run, control = Path(os.environ["HOPE_RUN"]), Path(os.environ["HOPE_CONTROL"])

@@ -8,7 +8,7 @@ from hope.model import Model, Slice, next_token_loss
 from hope.optim.build import build_optimizer
 from hope.optim.config import OptimConfig
 from hope.optim.levels import parameter_groups
-from parallel.memory import StepShape, activation_bytes, build_part, part_activations, rank_memory
+from parallel.layout.memory import StepShape, activation_bytes, build_part, part_activations, rank_memory
 
 
 def config(kind: str = "hope", memory: str = "matrix", layers: int = 4) -> ModelConfig:

@@ -7,7 +7,7 @@ import torch
 
 from hope.config import CmsConfig, MemoryConfig, ModelConfig
 from hope.model import Model
-from parallel.plan import PLAN, ROWS, PlanError, Rule, layout_of
+from parallel.layout.plan import PLAN, ROWS, PlanError, Rule, layout_of
 
 MODELS = list(
     itertools.product(["hope", "hope_attention", "transformer"], ["matrix", "mlp"], ["sequential", "independent"])

@@ -6,7 +6,7 @@ import torch
 from hope.config import MemoryConfig, ModelConfig
 from hope.memory.delta import DeltaChunk
 from hope.model import Model, Slice, next_token_loss
-from parallel.memory import StepShape, activation_bytes, build_part
+from parallel.layout.memory import StepShape, activation_bytes, build_part
 
 
 def run(what: str, memory: str, monkeypatch) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel.checkpoint.regroup import Fragment, Unit, _with_owners
-from parallel.partitions import slices_of
+from parallel.optimizer.partitions import slices_of
 
 
 def units(sizes: list[int], ranks: int) -> list[Unit]:

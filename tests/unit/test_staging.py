@@ -3,7 +3,7 @@
 import torch
 
 from parallel.checkpoint.staging import HostMemory
-from parallel.state import StatePiece
+from parallel.optimizer.checkpoint_views import StatePiece
 
 
 def pieces(value: float) -> list[StatePiece]:

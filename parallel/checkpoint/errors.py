@@ -1,8 +1,4 @@
-"""Errors of this package that a user can act on; the message says what to do."""
-
-
-class LaunchError(RuntimeError):
-    """The processes were started in a way that cannot form one job."""
+"""Errors of checkpoints that a user can act on; the message says what to do."""
 
 
 class CheckpointError(RuntimeError):

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from parallel.errors import LaunchError
+from parallel.start.errors import LaunchError
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parallel import cpu, launcher
-from parallel.errors import LaunchError
-from parallel.topology import ParallelConfig, ParallelDims
+from parallel.layout.topology import ParallelConfig, ParallelDims
+from parallel.start import cpu, launcher
+from parallel.start.errors import LaunchError
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from hope.flops import Flops
 from hope.model import Model
 from hope.optim.config import OptimConfig
 from hope.optim.levels import parameter_groups
-from parallel.memory import GIB, RankMemory, StepShape, build_part, rank_memory
-from parallel.split import describe_split, split
-from parallel.topology import ParallelDims
-from parallel.traffic import reduced_bytes_per_step
+from parallel.layout.memory import GIB, RankMemory, StepShape, build_part, rank_memory
+from parallel.layout.stages import describe_split, split
+from parallel.layout.topology import ParallelDims
+from parallel.layout.traffic import reduced_bytes_per_step
 
 
 def model_flops(config: ModelConfig) -> Callable[[int], Flops]:

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.assignment import Assignment, Place, assign
-from parallel.groups import Ranks, data_group, tensor_group
-from parallel.members import Member
-from parallel.plan import Layout, layout_of
+from parallel.layout.plan import Layout, layout_of
+from parallel.optimizer.assignment import Assignment, Place, assign
+from parallel.optimizer.members import Member
+from parallel.start.groups import Ranks, data_group, tensor_group
 
 
 class OwnedGroup:

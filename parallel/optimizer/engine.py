@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from parallel.groups import data_group, import_quietly, parallel_state
+from parallel.start.groups import data_group, import_quietly, parallel_state
 
 _BUCKET_ELEMENTS = 500_000_000  # one collective up to 2 GB of fp32 gradients
 

@@ -22,10 +22,10 @@ from hope.optim.build import build_optimizer
 from hope.optim.config import OptimConfig
 from hope.optim.levels import parameter_groups
 from hope.self_modifying import SelfModifyingTitans
-from parallel import groups
-from parallel.pipeline import mean_loss
-from parallel.plan import layout_of
-from parallel.replica import Replica
+from parallel.compute.pipeline import mean_loss
+from parallel.compute.replica import Replica
+from parallel.layout.plan import layout_of
+from parallel.start import groups
 
 
 @dataclass(frozen=True)

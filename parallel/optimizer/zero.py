@@ -16,10 +16,10 @@ from torch import nn
 
 from hope.optim.clocks import ClockedOptimizer
 from hope.optim.dmgd import Dmgd
-from parallel import engine
-from parallel.clocks import LocalSums, due_groups
-from parallel.groups import Ranks
-from parallel.members import (
+from parallel.optimizer import engine
+from parallel.optimizer.checkpoint_views import StatePiece, inner_states
+from parallel.optimizer.clocks import LocalSums, due_groups
+from parallel.optimizer.members import (
     Counts,
     counts_everything,
     drop_empty_groups,
@@ -28,10 +28,10 @@ from parallel.members import (
     name_of,
     union_of_names,
 )
-from parallel.partitions import Slice, partitions_of, slices_of
-from parallel.state import StatePiece, inner_states
-from parallel.statistics import counted_rows, group_statistics
-from parallel.sums import TensorSums, segments_of
+from parallel.optimizer.partitions import Slice, partitions_of, slices_of
+from parallel.optimizer.statistics import counted_rows, group_statistics
+from parallel.optimizer.tensor_sums import TensorSums, segments_of
+from parallel.start.groups import Ranks
 
 
 class ShardedOptimizer:

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hope.optim.clocks import ClockedOptimizer
-from parallel.groups import Ranks, data_group
-from parallel.partitions import Partitions
+from parallel.optimizer.partitions import Partitions
+from parallel.start.groups import Ranks, data_group
 
 Combine = Callable[[Callable[[nn.Parameter], Tensor | None]], None]
 

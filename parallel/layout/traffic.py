@@ -8,7 +8,7 @@ from hope.config import ModelConfig
 from hope.model import Slice
 from hope.optim.config import OptimConfig
 from hope.optim.levels import parameter_groups
-from parallel.memory import StepShape, build_part
+from parallel.layout.memory import StepShape, build_part
 
 
 def reduced_bytes_per_step(config: ModelConfig, parts: Sequence[Slice], shape: StepShape, optim: OptimConfig) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from parallel.advice import ModelSizes, Problem, batch_problems, divisors, layouts_that_fit, near, near_multiples
+from parallel.layout.advice import ModelSizes, Problem, batch_problems, divisors, layouts_that_fit, near, near_multiples
 
 __all__ = ["ModelSizes", "ParallelConfig", "ParallelDims", "Problem"]
 

@@ -22,10 +22,10 @@ from torch import nn
 from hope.train.config import CheckpointConfig
 from hope.train.metrics import NoLog
 from parallel.checkpoint.checkpointer import Checkpointer, Staged, Written
+from parallel.checkpoint.errors import SaveError
 from parallel.checkpoint.together import reason
-from parallel.errors import SaveError
-from parallel.groups import Ranks, any_rank
-from parallel.state import ShardedState
+from parallel.optimizer.checkpoint_views import ShardedState
+from parallel.start.groups import Ranks, any_rank
 
 SAVE_FILE, STOP_FILE = "SAVE", "STOP"
 

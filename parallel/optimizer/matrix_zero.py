@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from hope.optim.build import build_optimizer
 from hope.optim.config import OptimConfig
 from hope.optim.matrix import MatrixOptimizer
-from parallel.clocks import LocalSums, due_groups
-from parallel.groups import Ranks
-from parallel.members import Counts, first_name, members_of, union_of_names
-from parallel.ownership import OwnedGroup
-from parallel.state import StatePiece
-from parallel.statistics import group_statistics
-from parallel.zero import ShardedOptimizer
+from parallel.optimizer.checkpoint_views import StatePiece
+from parallel.optimizer.clocks import LocalSums, due_groups
+from parallel.optimizer.members import Counts, first_name, members_of, union_of_names
+from parallel.optimizer.ownership import OwnedGroup
+from parallel.optimizer.statistics import group_statistics
+from parallel.optimizer.zero import ShardedOptimizer
+from parallel.start.groups import Ranks
 
 
 class MatrixShardedOptimizer:

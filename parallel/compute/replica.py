@@ -14,13 +14,14 @@ from hope.model import Model
 from hope.optim.build import build_optimizer
 from hope.optim.config import OptimConfig
 from hope.optim.levels import parameter_groups
-from parallel import gradients, groups
-from parallel.matrices import MatrixShardedOptimizer
-from parallel.pipeline import Report, Stage, forward_backward, stages_of
-from parallel.split import split
-from parallel.tensor import shard_model, sharded_loss
-from parallel.topology import ParallelConfig
-from parallel.zero import ShardedOptimizer
+from parallel.compute import gradients
+from parallel.compute.pipeline import Report, Stage, forward_backward, stages_of
+from parallel.compute.tensor import shard_model, sharded_loss
+from parallel.layout.stages import split
+from parallel.layout.topology import ParallelConfig
+from parallel.optimizer.matrix_zero import MatrixShardedOptimizer
+from parallel.optimizer.zero import ShardedOptimizer
+from parallel.start import groups
 
 Sharded = ShardedOptimizer | MatrixShardedOptimizer
 

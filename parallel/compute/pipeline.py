@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from parallel.groups import import_quietly, parallel_state
-from parallel.topology import ParallelConfig
+from parallel.layout.topology import ParallelConfig
+from parallel.start.groups import import_quietly, parallel_state
 
 Report = dict[str, torch.Tensor]
 StepFn = Callable[[Any, torch.Tensor | None, Any], torch.Tensor | tuple[torch.Tensor, Report]]
@@ -36,7 +36,9 @@ class Stage(nn.Module):
         self.model = model
         self.config = config or schedule_config(ParallelConfig(), precision)
         self.model_type = ModelType.encoder_or_decoder
-        self.share_embeddings_and_output_weights = False  # the copies' gradients are summed by parallel/gradients.py
+        self.share_embeddings_and_output_weights = (
+            False  # the copies' gradients are summed by parallel/compute/gradients.py
+        )
         self.vp_stage = chunk
         self.received: torch.Tensor | None = None
 

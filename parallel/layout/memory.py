@@ -23,8 +23,8 @@ from hope.optim.config import OptimConfig
 from hope.optim.levels import parameter_groups
 from hope.self_modifying import SelfModifyingTitans
 from hope.train.config import TrainConfig
-from parallel.plan import layout_of
-from parallel.topology import ParallelConfig, ParallelDims
+from parallel.layout.plan import layout_of
+from parallel.layout.topology import ParallelConfig, ParallelDims
 
 GIB = 2**30
 

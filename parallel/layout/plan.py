@@ -94,7 +94,7 @@ def layout_of(name: str, plan: dict[str, Layout] = PLAN) -> Layout:
     found = [pattern for pattern in plan if re.fullmatch(_regex(pattern), name)]
     if len(found) != 1:
         matched = "no row of the plan" if not found else "rows " + " and ".join(found)
-        raise PlanError(f"parameter {name} matches {matched}; give it exactly one in parallel/plan.py")
+        raise PlanError(f"parameter {name} matches {matched}; give it exactly one in parallel/layout/plan.py")
     return plan[found[0]]
 
 

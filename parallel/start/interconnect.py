@@ -1,4 +1,4 @@
-"""Correctness and speed of all-reduce inside every node and between nodes: `srun python -m parallel.links`.
+"""Correctness and speed of all-reduce inside every node and between nodes: `python -m parallel.start.interconnect`.
 
 Every rank writes links-RANK.json to $HOPE_CONTROL/preflight. Sums are of small whole numbers, so they are exact in
 fp32 in any order. Nodes are measured in pairs, twice with other partners, so that a slow node can be told from a slow
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parallel import launcher
+from parallel.start import launcher
 
 TIMEOUT_S, ROUNDS = 120, 5
 GIB = 2**30

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hope.optim.dmgd import Dmgd
-from parallel.members import Member, name_of
+from parallel.optimizer.members import Member, name_of
 
 
 def counted_rows(members: Sequence[Member], device: torch.device) -> Tensor:

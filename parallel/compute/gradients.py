@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hope.model import Model
-from parallel.plan import Rule, layout_of
+from parallel.layout.plan import Rule, layout_of
 
 Accumulated = Callable[[nn.Parameter], Tensor | None]
 

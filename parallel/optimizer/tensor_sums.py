@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hope.optim.segments import Piece, Segments
-from parallel.groups import Ranks
-from parallel.members import Member
-from parallel.partitions import Slice
+from parallel.optimizer.members import Member
+from parallel.optimizer.partitions import Slice
+from parallel.start.groups import Ranks
 
 
 class TensorSums:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from hope.train.evaluate import heldout_loss
-from parallel import groups
-from parallel.pipeline import mean_loss
-from parallel.replica import Replica
+from parallel.compute.pipeline import mean_loss
+from parallel.compute.replica import Replica
+from parallel.start import groups
 
 
 def heldout_losses(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hope.model import Embedding, Model, next_token_loss
-from parallel.plan import layout_of
+from parallel.layout.plan import layout_of
 
 
 class Mapping(nn.Module):

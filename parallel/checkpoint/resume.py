@@ -12,9 +12,9 @@ from typing import Any
 
 from hope.train.config import CheckpointConfig
 from parallel.checkpoint.checkpointer import Checkpointer
+from parallel.checkpoint.errors import CheckpointError
 from parallel.checkpoint.find import Found
-from parallel.errors import CheckpointError
-from parallel.groups import Ranks
+from parallel.start.groups import Ranks
 
 
 def check_data(found: Found, order: Mapping[str, Any], next_batch: Callable[[int], str]) -> None:

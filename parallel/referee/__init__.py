@@ -1,0 +1,1 @@
+"""Any layout against one device, parameter by parameter."""
