@@ -1,7 +1,7 @@
 """What the referee compares: losses, gradients, weights and memory states of a few training steps.
 
-`single_device` makes it with nothing of parallel/: a plain model, the whole batch at once, plain autograd, the
-optimizer on whole tensors. `from_layout` makes it on the real path and gathers whole tensors on rank 0.
+`from_layout` makes it on the real path and gathers whole tensors on rank 0. `one_device.single_device` makes it with
+nothing of parallel/.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hope.config import ModelConfig
-from hope.model import Model, next_token_loss
-from hope.optim.build import build_optimizer
+from hope.model import Model
 from hope.optim.config import OptimConfig
-from hope.optim.levels import parameter_groups
 from hope.self_modifying import SelfModifyingTitans
 from parallel.compute.pipeline import mean_loss
 from parallel.compute.replica import Replica
@@ -96,44 +94,6 @@ def state_squares(models: Sequence[Model]) -> Iterator[dict[str, Tensor]]:
     finally:
         for handle in hooks:
             handle.remove()
-
-
-def single_device(task: Task, device: torch.device) -> Evidence:
-    """The reference: one device, the whole batch in one piece."""
-    dtype = torch.bfloat16 if task.precision == "bf16" else torch.float32
-    model = Model(task.model).initialise(task.seed).to(device).to(dtype)
-    masters = {name: nn.Parameter(p.detach().float().clone()) for name, p in model.named_parameters()}
-    levels = parameter_groups(model, task.optim.weight_decay, task.optim)
-    own = [{**group, "params": [masters[name] for name in group["names"]]} for group in levels]
-    optimizer = build_optimizer(own, task.optim, task.precision)
-    found = Evidence()
-    for batch in task.batches:
-        loss = _loss(model, batch.to(device))
-        loss.backward()
-        found.losses.append(loss.item())
-        for name, parameter in model.named_parameters():
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            masters[name].grad = gradient.float().clone()
-            parameter.grad = None
-        if not found.gradients:
-            found.gradients = {n: [m.grad.cpu().clone()] for n, m in masters.items() if m.grad is not None}
-        norm = optimizer.norm()
-        found.grad_norms.append(norm)
-        for group in optimizer.param_groups:
-            group["grad_scale"] = clip_scale(norm, task.grad_clip)
-        optimizer.step()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(masters[name])
-    found.weights = {name: [m.detach().cpu().clone()] for name, m in masters.items()}
-    with torch.no_grad(), state_squares([model]) as squares:
-        _loss(model, task.batches[0].to(device))
-    found.state_norms = {layer: square.sqrt().item() for layer, square in squares.items()}
-    return found
-
-
-def _loss(model: Model, batch: TokenBatch) -> Tensor:
-    return next_token_loss(model(batch.tokens_TB, starts=batch.starts_TB)[0], batch.targets_TB)
 
 
 def from_layout(task: Task, replica: Replica, micro_batch: int) -> Evidence | None:

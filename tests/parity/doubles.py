@@ -6,7 +6,7 @@ as it was.
 
 import torch
 
-from parallel.referee import parity
+from parallel.referee import verdict
 
 BOUND = 1e-9  # of everything; 8e-13 was measured where fp32 gives 9e-4
 
@@ -20,5 +20,5 @@ def compute_in_float64() -> None:
     from deepspeed.runtime.config import DtypeEnum
 
     DtypeEnum.fp32._value_ = torch.float64  # it was read when DeepSpeed was imported
-    for bounds in (parity.TOLERANCE, parity.WEIGHT_TOLERANCE, parity.LOSS_TOLERANCE):
+    for bounds in (verdict.TOLERANCE, verdict.WEIGHT_TOLERANCE, verdict.LOSS_TOLERANCE):
         bounds["fp32"] = BOUND

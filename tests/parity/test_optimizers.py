@@ -4,7 +4,7 @@ import pytest
 from test_referee import LAYOUTS, SPOILERS, verdict
 
 from parallel.optimizer.tensor_sums import TensorSums
-from parallel.referee import parity
+from parallel.referee import verdict as verdicts
 
 # 3 layers: with 4, data-parallel partitions meet exactly at boundaries of tensors, and no deep memory is cut
 DEEP = ["optim.memory=mlp", "optim.mlp_lr=0.5", "model.kind=hope_attention", "model.layers=3"]
@@ -38,7 +38,7 @@ QUICK = [
 
 
 def check(found: dict) -> None:
-    assert found["equal"], parity.table(found, 8)
+    assert found["equal"], verdicts.table(found, 8)
     assert len(found["losses"]) == 4
 
 
@@ -93,5 +93,5 @@ def test_a_broken_sum_over_a_tensor_is_noticed(tmp_path, monkeypatch, layout, br
     numbers, setting, double = BROKEN[broken]
     monkeypatch.setitem(SPOILERS, "broken sum", not_added_up(numbers))
     found = verdict(tmp_path, layout, "matrix", *setting, spoil="broken sum", double=double)
-    assert not found["equal"], parity.table(found, 8)
+    assert not found["equal"], verdicts.table(found, 8)
     assert max(row["weight"] for row in found["parameters"]) > found["weight_tolerance"]

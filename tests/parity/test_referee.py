@@ -1,6 +1,9 @@
 """The referee: it passes right layouts, and notices every rule that is broken."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,9 @@ from hope.model import Model
 from parallel.compute import gradients
 from parallel.layout.plan import PLAN, Layout, Rule
 from parallel.referee import parity
+from parallel.referee import verdict as verdicts
 
+ROOT = Path(__file__).parents[2]
 BASE = ["model.layers=4", "model.heads=4", "model.width=32", "data.train=none", "data.heldout=none"]
 KINDS = {
     "matrix": [],
@@ -73,7 +78,7 @@ def judge(path: str, overrides: list[str], spoil: str = "", double: bool = False
         found = parity.run_layout(config, task, ranks)
         if found is None:
             return {}
-        return parity.compare(parity.single_device(task, ranks.device), found, task.precision)
+        return verdicts.judge(task, found, ranks.device)
 
 
 def verdict(tmp_path: Path, layout: str, kind: str, *more: str, spoil: str = "", double: bool = False) -> dict:
@@ -85,7 +90,9 @@ def verdict(tmp_path: Path, layout: str, kind: str, *more: str, spoil: str = "",
 @pytest.mark.parametrize(("layout", "kind"), QUICK, ids=lambda v: v)
 def test_layout_equals_one_device(tmp_path, layout, kind):
     found = verdict(tmp_path, layout, kind)
-    assert found["equal"], parity.table(found, 8)
+    print(f"worst error over what is allowed: {found['worst']:.2g} of at most 1")
+    assert found["equal"], verdicts.table(found, 8)
+    assert found["worst"] <= 1
     assert found["tolerance"] == 1e-5
     assert len(found["losses"]) == 4
 
@@ -95,18 +102,18 @@ def test_layout_equals_one_device(tmp_path, layout, kind):
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_whole_matrix(tmp_path, layout, kind):
     found = verdict(tmp_path, layout, kind)
-    assert found["equal"], parity.table(found, 8)
+    assert found["equal"], verdicts.table(found, 8)
 
 
 @pytest.mark.parametrize("layout", ["tp2+sp", "pp2", "dp2"])
 def test_bf16_within_its_bound(tmp_path, layout):
     found = verdict(tmp_path, layout, "matrix", "train.precision=bf16")
-    assert found["equal"], parity.table(found, 8)
+    assert found["equal"], verdicts.table(found, 8)
 
 
 def test_packed_documents_and_recomputation(tmp_path):
     found = verdict(tmp_path, "tp2-pp2+sp", "matrix", "data.documents=reset", "train.recompute=block")
-    assert found["equal"], parity.table(found, 8)
+    assert found["equal"], verdicts.table(found, 8)
 
 
 def forget(pattern: str):
@@ -181,6 +188,34 @@ BROKEN = [
 ]
 
 
+MARGIN = 100.0
+
+# Sums in other orders, on one machine. A CPU without these instructions ignores them.
+ARITHMETICS = {
+    "plain": {"ATEN_CPU_CAPABILITY": "default"},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2"},
+    "mkl-avx2": {"MKL_CBWR": "AVX2"},
+    "mkl-compatible": {"MKL_CBWR": "COMPATIBLE"},
+}
+IN_THE_SUITE = ("plain", "avx2")
+
+
+@pytest.mark.parametrize(
+    "arithmetic", [pytest.param(a, marks=() if a in IN_THE_SUITE else pytest.mark.slow) for a in ARITHMETICS]
+)
+def test_other_arithmetics_are_no_difference(tmp_path, arithmetic):
+    """The aggregate's gradient is a sum that cancels: 1e-5 to 2e-5 of rounding, depending on the instructions."""
+    overrides = [*BASE, *KINDS["mlp"], *LAYOUTS["tp2+sp"][1]]
+    command = [sys.executable, "-m", "parallel.parity", config_file(tmp_path), *overrides, "--json"]
+    environment = {**os.environ, **ARITHMETICS[arithmetic], "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    print(f"worst error over what is allowed: {found['worst']:.2g}; settled {found['settled']}")
+    assert found["equal"]
+    assert all(s["rounding"] > 0 for s in found["settled"])
+
+
 def test_every_rule_of_the_plan_is_broken_once():
     summed = {pattern for pattern, layout in PLAN.items() if layout.rule is not Rule.LOCAL}
     assert summed <= {spoil for _, _, spoil in BROKEN}
@@ -189,7 +224,9 @@ def test_every_rule_of_the_plan_is_broken_once():
 @pytest.mark.parametrize(("layout", "kind", "spoil"), BROKEN, ids=lambda v: v)
 def test_a_broken_rule_is_noticed(tmp_path, layout, kind, spoil):
     found = verdict(tmp_path, layout, kind, spoil=spoil)
-    assert not found["equal"], parity.table(found, 8)
+    print(f"worst error over what is allowed: {found['worst']:.2g}, at least {MARGIN:g}")
+    assert not found["equal"], verdicts.table(found, 8)
+    assert found["worst"] >= MARGIN  # where the worst right layout has at most 1
 
 
 def test_it_starts_its_own_processes(tmp_path, capfd):
@@ -211,7 +248,3 @@ def test_the_exit_code_is_the_verdict_under_a_launcher(tmp_path, capfd):
 def test_a_layout_that_cannot_be_is_refused(tmp_path, capfd):
     assert parity.main([config_file(tmp_path), *BASE, "parallel.tensor=3"]) == 2
     assert "parallel.tensor" in capfd.readouterr().err
-
-
-def test_nan_is_a_difference():
-    assert parity.relative(torch.tensor([float("nan")]), torch.tensor([1.0])) == float("inf")
