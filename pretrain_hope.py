@@ -21,7 +21,7 @@ from configs.errors import ConfigError
 from configs.schema import Config, load, to_yaml
 from data_prep.errors import DataError
 from data_prep.training.feed import Feed
-from hope.train.diagnostics import MemoryProbe
+from hope.train.diagnostics import MixerProbe
 from hope.train.heartbeat import Heartbeat
 from hope.train.metrics import NoLog, open_log
 from hope.train.numerics import set_numerics
@@ -109,7 +109,7 @@ class Run:
             tokens_per_step=train.tokens_per_step,
         )
         self.optimizer = self.replica.optimizer
-        self.probe = MemoryProbe(self.replica.models)
+        self.probe = MixerProbe(self.replica.models)
         self.busy = BusyTimer(ranks.rank, ranks.device)
         self.flops = report.model_flops(config.model)
         # 3. the data

@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from hope.config import CmsConfig, MemoryConfig, ModelConfig
+from hope.config import CmsConfig, ModelConfig
+from hope.memory.config import MemoryConfig
 from hope.optim.config import OptimConfig
 from parallel.checkpoint.checkpointer import Checkpointer, Written
 from parallel.compute.pipeline import mean_loss
@@ -41,7 +42,9 @@ def build(preset: str, layout: ParallelConfig, ranks: groups.Ranks) -> tuple[Rep
     vocabulary, width, layers, heads, length, rows = PRESETS[preset]
     chunk = min(128, length)
     memory = MemoryConfig(projection_chunk=chunk, main_chunk=chunk)
-    model = ModelConfig("hope", vocabulary, width, layers, heads, memory=memory, cms=CmsConfig(periods=[1, 4]))
+    model = ModelConfig(
+        ["hope"], vocabulary, width, layers, heads, mixers={"hope": memory}, cms=CmsConfig(periods=[1, 4])
+    )
     precision = "bf16" if ranks.device.type == "cuda" else "fp32"
     optim = OptimConfig(lr=1e-4, warmup=0)
     replica = build_replica(model, optim, layout, ranks, seq_len=length, precision=precision, seed=1, recompute="block")

@@ -13,7 +13,8 @@ import time
 
 import torch
 
-from hope.config import CmsConfig, MemoryConfig, ModelConfig
+from hope.config import CmsConfig, ModelConfig
+from hope.memory.config import MemoryConfig
 from hope.model import Model, next_token_loss
 from hope.optim.config import OptimConfig
 from hope.optim.dmgd import Dmgd
@@ -27,9 +28,11 @@ class Trainer:
 
     def __init__(self, kind: str, length: int, chunk: int, layers: int = 2) -> None:
         family, memory = KINDS[kind]
-        memory_config = MemoryConfig(kind=memory, projection_chunk=chunk, main_chunk=chunk)
+        mixer = MemoryConfig(memory=memory, projection_chunk=chunk, main_chunk=chunk)
+        own = {"pattern": ["hope"], "mixers": {"hope": mixer}, "cms": CmsConfig()}
+        control = {"pattern": ["attention"], "cms": CmsConfig(periods=[1])}
         config = ModelConfig(
-            kind=family, vocab_size=256, width=128, layers=layers, heads=4, memory=memory_config, cms=CmsConfig()
+            vocab_size=256, width=128, layers=layers, heads=4, **(own if family == "hope" else control)
         )
         self.model = Model(config).initialise(0)
         settings = OptimConfig()

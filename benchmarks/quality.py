@@ -21,10 +21,10 @@ from queue import Queue
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = {
-    "matrix": ["model.kind=hope", "model.memory.kind=matrix"],
-    "mlp": ["model.kind=hope", "model.memory.kind=mlp"],
-    "hope_attention": ["model.kind=hope_attention"],
-    "transformer": ["model.kind=transformer"],
+    "matrix": ["model.mixers.hope.memory=matrix"],
+    "mlp": ["model.mixers.hope.memory=mlp"],
+    "hope_attention": ["model.pattern=[attention]"],
+    "transformer": ["model.pattern=[attention]", "model.cms.periods=[1]"],
 }
 
 

@@ -134,7 +134,7 @@ def _section_problems(sections: dict[str, Any], world_size: int | None) -> Itera
 
 def _token_periods(model: ModelConfig, step: int) -> Iterator[Problem]:
     """Levels that are due after a number of tokens which no whole number of optimizer steps sees."""
-    if model.kind == "transformer" or model.cms.unit == "steps":
+    if model.cms.unit == "steps":
         return
     for number, period in enumerate(model.cms.periods):
         if period >= 1 and period % step:

@@ -1,4 +1,9 @@
-"""One block of the trunk (Eq. 94-97): a mixer over time, then the CMS chain, each behind its norm and residual."""
+"""One block of the trunk (Eq. 94-97): residual sublayers, a mixer over time first and then the CMS chain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,41 +14,80 @@ from hope.config import ModelConfig
 from hope.documents import Documents
 from hope.flops import Flops
 from hope.layers import RMSNorm
-from hope.self_modifying import MixerState, SelfModifyingTitans
-from hope.transformer import Attention
+from hope.mixers import State
+
+BlockState = tuple[State | None, ...]
+"""One state per sublayer, None for those that carry nothing."""
+
+
+class Sublayer(NamedTuple):
+    """x <- x + body(norm(x)). The modules belong to the block, which names them.
+
+    body: (x [T, B, D], state, documents) -> (y [T, B, D], state).
+    """
+
+    norm: Callable[[Tensor], Tensor]
+    body: Callable[[Tensor, State | None, Documents | None], tuple[Tensor, State | None]]
+    mixes: bool = False
+
+    def __call__(self, x: Tensor, state: State | None, documents: Documents | None) -> tuple[Tensor, State | None]:
+        return self.body(self.norm(x), state, documents)
+
+
+RECOMPUTE = ("none", "memory", "sublayer", "block")
 
 
 class Block(nn.Module):
-    """x [T, B, D] -> (x [T, B, D], state); the state is None for attention mixers.
+    """x [T, B, D] -> (x [T, B, D], states of its sublayers).
 
-    `recompute`: what the backward pass computes again instead of keeping it. "none"; "block", all of it; "memory", the
-    mixer only: the chunk loop keeps tens of times more per token than an MLP does. The inner writes are repeated
-    exactly: they are a function of the block's input, and no random numbers are involved.
+    Args:
+        mixer: name of the mixer, as in `model.pattern`.
+
+    `recompute`: what the backward pass computes again instead of keeping it. "none"; "memory", the mixer only, whose
+    chunk loop keeps tens of times more per token than an MLP does; "sublayer", each sublayer by itself; "block", all of
+    it. The inner writes are repeated exactly: they are a function of the block's input, and no random numbers are
+    involved.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, mixer: str) -> None:
         super().__init__()
         self.norm = RMSNorm(config.width)
-        self.mixer = SelfModifyingTitans(config) if config.kind == "hope" else Attention(config)
+        self.mixer = config.build_mixer(mixer)
         self.cms = build_cms(config)
         self.recompute = "none"
 
-    def forward(
-        self, x: Tensor, state: MixerState | None = None, documents: Documents | None = None
-    ) -> tuple[Tensor, MixerState | None]:
-        if self.recompute == "block" and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, state, documents, use_reentrant=False)
-        return self._forward(x, state, documents)
+    def sublayers(self) -> list[Sublayer]:
+        """In order. Made anew for every pass, so that a copy of the block uses its own modules."""
+        stateless = lambda function: lambda x, state, documents: (function(x), None)
+        levels = [Sublayer(norm, stateless(function)) for norm, function in self.cms.sublayers()]
+        return [Sublayer(self.norm, self.mixer, mixes=True), *levels]
 
-    def _forward(
-        self, x: Tensor, state: MixerState | None, documents: Documents | None
-    ) -> tuple[Tensor, MixerState | None]:
-        normed = self.norm(x)
-        if self.recompute == "memory" and torch.is_grad_enabled():
-            mixed, state = checkpoint(self.mixer, normed, state, documents, use_reentrant=False)
-        else:
-            mixed, state = self.mixer(normed, state, documents)
-        return self.cms(x + mixed), state
+    def forward(
+        self, x: Tensor, states: BlockState | None = None, documents: Documents | None = None
+    ) -> tuple[Tensor, BlockState]:
+        """`states`: what the call before returned, or None to start every sequence anew."""
+        before = states or (None,) * len(self.sublayers())
+        if self.recompute == "block" and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, before, documents, use_reentrant=False)
+        return self._forward(x, before, documents)
+
+    def _forward(self, x: Tensor, states: BlockState, documents: Documents | None) -> tuple[Tensor, BlockState]:
+        after = []
+        for sublayer, state in zip(self.sublayers(), states, strict=True):
+            y, state = self._run(sublayer, x, state, documents)
+            x = x + y
+            after.append(state)
+        return x, tuple(after)
+
+    def _run(
+        self, sublayer: Sublayer, x: Tensor, state: State | None, documents: Documents | None
+    ) -> tuple[Tensor, State | None]:
+        if self.recompute == "sublayer" and torch.is_grad_enabled():
+            return checkpoint(sublayer, x, state, documents, use_reentrant=False)
+        if self.recompute == "memory" and sublayer.mixes and torch.is_grad_enabled():
+            return checkpoint(sublayer.body, sublayer.norm(x), state, documents, use_reentrant=False)
+        return sublayer(x, state, documents)
 
     def flops(self, length: int) -> Flops:
+        """Per token, forward, at this sequence length."""
         return self.mixer.flops(length) + self.cms.flops()

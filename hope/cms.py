@@ -4,12 +4,17 @@ This file says what the blocks compute. Between two steps at which a level is du
 is the optimizer's business (hope/optim/levels.py).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from hope.config import ModelConfig
 from hope.flops import Flops
-from hope.layers import RMSNorm, SwiGlu, constant, new_parameter
+from hope.layers import RMSNorm, SwiGlu
+from hope.parameters import constant, new_parameter
+
+NormAndBody = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
 class Level(nn.Module):
@@ -20,9 +25,11 @@ class Level(nn.Module):
         self.norm, self.mlp = RMSNorm(width), SwiGlu(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[T, B, D] -> [T, B, D]."""
         return self.mlp(self.norm(x))
 
     def flops(self) -> Flops:
+        """Per token, forward."""
         return self.mlp.flops()
 
 
@@ -46,9 +53,14 @@ class SequentialCms(nn.Module):
         self.levels = nn.ModuleList([Level(config.width, hidden) for _ in config.periods])
 
     def forward(self, x: Tensor) -> Tensor:
+        """The whole chain, residuals included."""
         for level in self.levels:
             x = x + level(x)
         return x
+
+    def sublayers(self) -> list[NormAndBody]:
+        """(norm, f) of every level, each with a residual of its own."""
+        return [(level.norm, level.mlp) for level in self.levels]  # type: ignore[misc]
 
     def flops(self) -> Flops:
         return _flops(self.levels)
@@ -61,11 +73,19 @@ class IndependentCms(nn.Module):
         super().__init__()
         hidden = config.hidden_per_level()
         self.levels = nn.ModuleList([Level(config.width, hidden) for _ in config.periods])
-        self.aggregate = new_parameter(len(config.periods), init=constant(1.0))
+        count = len(config.periods)
+        self.aggregate = new_parameter(count, init=constant(1.0), used="trunk", update="elementwise")
 
     def forward(self, x: Tensor) -> Tensor:
-        outputs = torch.stack([level(x) for level in self.levels], -1)
-        return x + outputs @ self.aggregate
+        """The weighted sum, residual included."""
+        return x + self._sum(x)
+
+    def _sum(self, x: Tensor) -> Tensor:
+        return torch.stack([level(x) for level in self.levels], -1) @ self.aggregate
+
+    def sublayers(self) -> list[NormAndBody]:
+        """One sublayer: the weighted sum. Each level has its norm inside."""
+        return [(nn.Identity(), self._sum)]
 
     def flops(self) -> Flops:
         return _flops(self.levels)
@@ -73,5 +93,4 @@ class IndependentCms(nn.Module):
 
 def build_cms(config: ModelConfig) -> SequentialCms | IndependentCms:
     """The MLP part of a block; a Transformer++ has a chain of one level."""
-    independent = config.kind != "transformer" and config.cms.variant == "independent"
-    return IndependentCms(config) if independent else SequentialCms(config)
+    return IndependentCms(config) if config.cms.variant == "independent" else SequentialCms(config)

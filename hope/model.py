@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hope.block import Block
+from hope.block import RECOMPUTE, Block, BlockState
 from hope.config import ModelConfig
 from hope.documents import Documents
 from hope.flops import Flops
-from hope.layers import RMSNorm, initialise, new_parameter, normal
-from hope.self_modifying import MixerState
+from hope.layers import RMSNorm
+from hope.parameters import initialise, new_parameter, normal
 
-States = dict[int, MixerState | None]
+States = dict[int, BlockState]
+"""By block number."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Embedding(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.weight = new_parameter(config.vocab_size, config.width, init=normal(0.3 * config.width**-0.5))
+        init = normal(0.3 * config.width**-0.5)
+        self.weight = new_parameter(config.vocab_size, config.width, init=init, cut=0, update="elementwise")
         self.vocab_size, self.first_row = config.vocab_size, 0
         self.enter, self.leave = nn.Identity(), nn.Identity()
 
@@ -56,11 +58,12 @@ class Embedding(nn.Module):
 
 
 class Model(nn.Module):
-    """forward(inputs, state, starts) -> (outputs, state).
+    """forward(inputs, state, starts, keep_state) -> (outputs, state).
 
     inputs: token ids [T, B] if the slice has the embedding, else activations [T, B, D].
     state: block index -> state carried from the previous call, or None to start every sequence anew.
     starts: [T, B] bool, true at document starts: memories, convolutions and attention are reset there.
+    keep_state: whether the state is wanted; without it each block's is let go at once.
     outputs: logits [T, B, V] if the slice has the head, else activations [T, B, D].
     """
 
@@ -73,7 +76,8 @@ class Model(nn.Module):
         self.has_embedding, self.has_head = part.first == 0, part.last == config.layers
         if self.has_embedding or (self.has_head and config.tie_embeddings):
             self.embedding = Embedding(config)
-        self.blocks = nn.ModuleDict({str(i): Block(config) for i in range(part.first, part.last)})
+        mixers = config.mixer_of_layer
+        self.blocks = nn.ModuleDict({str(i): Block(config, mixers[i]) for i in range(part.first, part.last)})
         if self.has_head:
             self.norm = RMSNorm(config.width)
             if not config.tie_embeddings:
@@ -85,19 +89,26 @@ class Model(nn.Module):
         return self
 
     def set_recompute(self, what: str) -> None:
-        """Trade compute for memory in the backward pass: "none", "block" or "memory" (see `hope.block.Block`)."""
+        """Trade compute for memory in the backward pass; `what` is one of `hope.block.RECOMPUTE`, see `Block`."""
+        if what not in RECOMPUTE:
+            raise ValueError(f"recompute {what!r} is none of {', '.join(RECOMPUTE)}")
         for block in self.blocks.values():
             assert isinstance(block, Block)
             block.recompute = what
 
     def forward(
-        self, inputs: Tensor, state: States | None = None, starts: Tensor | None = None
+        self, inputs: Tensor, state: States | None = None, starts: Tensor | None = None, *, keep_state: bool = True
     ) -> tuple[Tensor, States]:
+        """See the class. Raises ValueError for a state of other blocks."""
+        if state is not None and [str(number) for number in state] != list(self.blocks):
+            raise ValueError(f"a state of blocks {list(state)} for blocks {', '.join(self.blocks)}")
         x = self.embedding(inputs) if self.has_embedding else inputs
         documents = None if starts is None else Documents(starts)
         after: States = {}
         for name, block in self.blocks.items():
-            x, after[int(name)] = block(x, None if state is None else state[int(name)], documents)
+            x, states = block(x, None if state is None else state[int(name)], documents)
+            if keep_state:
+                after[int(name)] = states
         if self.has_head:
             head = self.embedding if self.config.tie_embeddings else self.head
             x = head.logits(self.norm(x))

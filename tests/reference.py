@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hope.self_modifying import GATE_SCALE, SelfModifyingTitans
+from hope.memory.scan import GATE_SCALE
+from hope.mixers.self_modifying import SelfModifyingTitans
 
 
 def unit(x: Tensor) -> Tensor:
@@ -31,23 +32,23 @@ class HeadMemories:
     """All memories of one head of one sequence: name -> (weights, momenta), each a list of matrices."""
 
     def __init__(self, mixer: SelfModifyingTitans, head: int) -> None:
-        self.config = mixer.memory_config
+        self.config = mixer.config
         initial = mixer.memories.initial
         self.boxes = (*mixer.boxes, "main")
-        if self.config.kind == "matrix":
+        if self.config.memory == "matrix":
             self.now = {b: [initial[b][head]] for b in self.boxes}
         else:
             self.now = {b: [initial[f"{b}_w1"][head], initial[f"{b}_w2"][head]] for b in self.boxes}
         self.momenta = {b: [torch.zeros_like(w) for w in ws] for b, ws in self.now.items()}
 
     def contribution(self, weights: list[Tensor], z: Tensor) -> Tensor:
-        if self.config.kind == "matrix":
+        if self.config.memory == "matrix":
             return weights[0] @ z
         return weights[0] @ F.silu(weights[1] @ z)
 
     def objective_read(self, weights: list[Tensor], z: Tensor) -> Tensor:
         """M(z) of the inner objective: matrix memories read it unscaled, mlp memories scaled."""
-        scale = 1.0 if self.config.kind == "matrix" else self.config.contribution
+        scale = 1.0 if self.config.memory == "matrix" else self.config.contribution
         return z + scale * self.contribution(weights, z)
 
     def gradients(self, start: list[Tensor], k: Tensor, v: Tensor) -> list[Tensor]:
@@ -55,7 +56,7 @@ class HeadMemories:
         error = self.objective_read(start, k) - self.objective_read(start, v)
         if self.config.erase == "objective":
             error = error + self.objective_read(start, k)
-        if self.config.kind == "matrix":
+        if self.config.memory == "matrix":
             return [torch.outer(error, k)]
         error = self.config.contribution * error
         before = start[1] @ k
@@ -66,7 +67,7 @@ class HeadMemories:
     def erase_keys(self, start: list[Tensor], k: Tensor) -> list[Tensor | None]:
         rule = self.config.erase
         along_k = k if rule in ("layerwise", "input") else None
-        if self.config.kind == "matrix":
+        if self.config.memory == "matrix":
             return [along_k]
         hidden = unit(F.silu(start[1] @ k)) if rule == "layerwise" else None
         return [hidden, along_k]
@@ -84,7 +85,7 @@ class HeadMemories:
 
 def one_head(mixer: SelfModifyingTitans, head: int, x: Tensor, q: Tensor) -> tuple[Tensor, HeadMemories]:
     """x, q [T, K] of one sequence -> y [T, K] before norm and gate, and the memories at the end."""
-    config, memories = mixer.memory_config, HeadMemories(mixer, head)
+    config, memories = mixer.config, HeadMemories(mixer, head)
     c, out = config.contribution, []
     start = {}
     for t in range(x.shape[0]):
@@ -106,13 +107,13 @@ def one_head(mixer: SelfModifyingTitans, head: int, x: Tensor, q: Tensor) -> tup
             memories.write(box, start[box], k, v, eta, alpha)
         weights = memories.now["main"] if config.read == "causal" else start["main"]
         y = memories.contribution(weights, query)
-        out.append(y if config.kind == "matrix" else query + c * y)
+        out.append(y if config.memory == "matrix" else query + c * y)
     return torch.stack(out), memories
 
 
 def one_document(mixer: SelfModifyingTitans, x_TD: Tensor) -> Tensor:
     """The whole mixer on one document [T, D] -> [T, D]."""
-    heads, width = mixer.config.heads, mixer.config.head_dim
+    heads, width = mixer.heads, mixer.head_dim
     xs = conv(mixer.conv_input.weight, x_TD @ mixer.input.weight.T)
     qs = conv(mixer.conv_query.weight, x_TD @ mixer.query.weight.T)
     outs = []

@@ -17,7 +17,7 @@ model:
   width: 16
   layers: 2
   heads: 2
-  memory: {kind: MEMORY, projection_chunk: 4, main_chunk: 8}
+  mixers: {hope: {memory: MEMORY, projection_chunk: 4, main_chunk: 8}}
   cms: {periods: [1, 3]}
 data: {train: DATA/train, heldout: DATA/heldout}
 optim: {lr: 1e-2, warmup: 2}

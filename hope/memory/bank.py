@@ -8,6 +8,7 @@ Shapes: B sequences, H heads, C tokens of a chunk, K head width, N memories ("bo
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from hope.memory.delta import DeltaState, Gates
@@ -46,8 +47,12 @@ class Bank(Protocol):
 
 def reset_rows(state: State, initial: State, rows: Tensor) -> State:
     """Where rows [B] is true, a sequence starts anew from its initial state; no gradient reaches its past."""
-    chosen = rows.view(-1, 1, 1, 1)
-    return tuple(_choose(chosen, i, s) for s, i in zip(state, initial, strict=True))
+    return tuple(_choose(rows, i, s) for s, i in zip(state, initial, strict=True))
+
+
+def keep_rows(before: State, after: State, rows: Tensor) -> State:
+    """`before` where rows [B] is true, else `after`."""
+    return tuple(_select(rows, b, a) for b, a in zip(before, after, strict=True))
 
 
 def _choose(rows: Tensor, initial: DeltaState, state: DeltaState) -> DeltaState:
@@ -55,3 +60,12 @@ def _choose(rows: Tensor, initial: DeltaState, state: DeltaState) -> DeltaState:
     weight = initial.weight.where(rows, state.weight)
     momentum = None if state.momentum is None else state.momentum.masked_fill(rows, 0.0)
     return DeltaState(weight, momentum)
+
+
+def _select(rows: Tensor, chosen: DeltaState, other: DeltaState) -> DeltaState:
+    rows = rows.view(-1, *([1] * (other.weight.ndim - 1)))
+    momentum = other.momentum
+    if momentum is not None:  # a state that was never written has none: zero
+        held = torch.zeros_like(momentum) if chosen.momentum is None else chosen.momentum
+        momentum = held.where(rows, momentum)
+    return DeltaState(chosen.weight.where(rows, other.weight), momentum)

@@ -1,11 +1,20 @@
-"""The gated-delta chunk: the one primitive under every self-modifying memory.
+"""The gated-delta chunk: the one primitive under every self-modifying memory, and under the linear family.
 
-Over a chunk of C tokens with keys x_t, write rates eta_t, retention alpha_t and errors e_t all known at its start,
+Over a chunk of C tokens with keys x_t, write rates eta_t, erase rates zeta_t, retention alpha_t and errors e_t all
+known at its start,
 
     S_t = beta S_{t-1} - eta_t e_t x_t^T
-    W_t = W_{t-1} (alpha_t I - eta_t x_t x_t^T) + S_t                        (Eq. 88/90; beta = 0 is the paper's rule)
+    W_t = W_{t-1} (alpha_t I - zeta_t x_t x_t^T) + S_t                       (Eq. 88/90: zeta = eta, beta = 0)
 
-is solved without a loop. With Gamma_t = alpha_1 ... alpha_t, the erased content u_t = eta_t W_{t-1} x_t obeys one
+is solved without a loop. Published layers are rows of one table, with v_t = -e_t the value:
+
+    linear attention (Katharopoulos et al., 2020)       alpha 1         eta 1          zeta 0
+    RetNet (Sun et al., 2023)                           alpha fixed     eta 1          zeta 0
+    Mamba-2, scalar decay (Dao and Gu, 2024)            alpha_t         eta_t = dt_t   zeta 0
+    DeltaNet (Schlag et al., 2021; Yang et al., 2024)   alpha 1         eta_t          zeta_t = eta_t
+    Gated DeltaNet (Yang et al., 2025)                  alpha_t         eta_t          zeta_t = alpha_t eta_t
+
+With Gamma_t = alpha_1 ... alpha_t, the erased content u_t = zeta_t W_{t-1} x_t obeys one
 unit-lower-triangular system, and W_C and all reads W_t q_t are matrix products. Ratios of Gamma are taken in log
 space: Gamma itself underflows for long chunks. Nothing is divided by alpha, so alpha may be tiny.
 
@@ -13,6 +22,7 @@ Shapes: C tokens of a chunk, K key width, V rows of the state; leading dimension
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,16 +33,26 @@ from torch import Tensor
 class Gates:
     """Per-token scalars of one chunk, each [..., C].
 
-    A padded token has eta = 0, log_alpha = 0 and valid = 0: it neither writes nor forgets, nor advances momentum.
+    eta: write rate. log_alpha: logarithm of the retention. erase: zeta, the erase rate; None: the write rate.
+    A padded token has eta = 0, erase = 0, log_alpha = 0 and valid = 0: it neither writes nor forgets, nor advances
+    momentum.
     """
 
     eta: Tensor
     log_alpha: Tensor
     valid: Tensor | None = None
+    erase: Tensor | None = None
+
+    @property
+    def erase_rate(self) -> Tensor:
+        return self.eta if self.erase is None else self.erase
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Gates":
+        """`change` applied to every tensor that is there."""
+        return Gates(*(None if t is None else change(t) for t in (self.eta, self.log_alpha, self.valid, self.erase)))
 
     def unsqueeze(self, dim: int) -> "Gates":
-        valid = None if self.valid is None else self.valid.unsqueeze(dim)
-        return Gates(self.eta.unsqueeze(dim), self.log_alpha.unsqueeze(dim), valid)
+        return self.map(lambda t: t.unsqueeze(dim))
 
 
 def decay_ratios(end: Tensor, start: Tensor, diagonal: int) -> Tensor:
@@ -48,7 +68,7 @@ class DeltaChunk:
     Args:
         keys: [..., C, K].
         gates: eta and log_alpha [..., C].
-        erase: whether the term -eta x x^T is present.
+        erase: whether the term -zeta x x^T is present.
         momentum: beta in [0, 1).
     """
 
@@ -62,7 +82,7 @@ class DeltaChunk:
         if erase:
             # the solve reads the strict lower triangle only, so what exp(0) leaves above it does no harm
             decay = (before.unsqueeze(-1) - self.log_gamma.unsqueeze(-2)).tril(-1).exp()
-            self.system = (keys * gates.eta.unsqueeze(-1)) @ keys.mT * decay
+            self.system = (keys * gates.erase_rate.unsqueeze(-1)) @ keys.mT * decay
         self.momentum = MomentumChunk(self.log_gamma, gates, momentum) if momentum else None
 
     def write(self, state: "DeltaState", read_keys: Tensor, errors: Tensor) -> "Written":
@@ -77,7 +97,9 @@ class DeltaChunk:
         if self.momentum is None:
             # erased and written content share the right factor x_t, so that one vector per token holds both
             content = eta * errors
-            if self.erase:
+            if self.gates.erase is not None and self.erase:
+                content = self._solve_apart(content, read_keys)
+            elif self.erase:
                 content = self._solve(eta * torch.addcmul(errors, self.gamma_before, read_keys))
             gamma = self.log_gamma[..., -1].exp()[..., None, None]
             end = gamma * state.weight - content.mT @ (self.to_end * self.keys)
@@ -90,6 +112,10 @@ class DeltaChunk:
         picked.keys, picked.log_gamma = self.keys[:, :, index], self.log_gamma[:, :, 0]
         picked.momentum = None if self.momentum is None else self.momentum.select(0)
         return picked
+
+    def _solve_apart(self, written: Tensor, read_keys: Tensor) -> Tensor:
+        """u_t + eta_t e_t where the erase rate is not the write rate: u erases what is left of both."""
+        return self._solve(written + self.gates.erase_rate.unsqueeze(-1) * self.gamma_before * read_keys)
 
     def _solve(self, right: Tensor) -> Tensor:
         assert self.system is not None
@@ -159,12 +185,12 @@ class MomentumChunk:
         state = DeltaState(state.weight, start)
         content = torch.zeros_like(written)
         if chunk.erase:
-            eta = chunk.gates.eta.unsqueeze(-1)
+            erase = chunk.gates.erase_rate.unsqueeze(-1)
             shifted = torch.nn.functional.pad(self.weights, (0, 0, 1, -1))  # row t holds the weights at t-1
             carried = torch.nn.functional.pad(self.carried, (1, -1)).unsqueeze(-1)
             scores = chunk.keys @ chunk.keys.mT
             inflow = carried * (chunk.keys @ start.mT) - (scores * shifted) @ written
-            content = chunk._solve(eta * (chunk.gamma_before * read_keys + inflow))
+            content = chunk._solve(erase * (chunk.gamma_before * read_keys + inflow))
         gamma = chunk.log_gamma[..., -1].exp()[..., None, None]
         last = self.weights[..., -1, :].unsqueeze(-1)
         end = (

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hope.config import MemoryConfig
-from hope.layers import new_parameter, normal
 from hope.memory.bank import State
+from hope.memory.config import MemoryConfig
 from hope.memory.delta import DeltaChunk, DeltaState, Gates, Written
+from hope.parameters import new_parameter, normal
 
 
 class MatrixMemories(nn.Module):
@@ -28,7 +28,8 @@ class MatrixMemories(nn.Module):
         self.config = config
         # random, not zero: with all M_box,0 equal every memory would read the same thing and v̂ = M(v) would follow k
         std = head_dim**-0.5
-        self.initial = nn.ParameterDict({b: new_parameter(heads, head_dim, head_dim, init=normal(std)) for b in boxes})
+        new = lambda: new_parameter(heads, head_dim, head_dim, init=normal(std), cut=0, update="matrix_per_head")
+        self.initial = nn.ParameterDict({box: new() for box in boxes})
 
     def bank(self, boxes: tuple[str, ...], dtype: torch.dtype) -> "MatrixBank":
         reads = [self.initial[b].to(dtype) for b in boxes if b != "main"]

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hope.config import MemoryConfig
-from hope.layers import new_parameter, normal
 from hope.memory.bank import State
+from hope.memory.config import MemoryConfig
 from hope.memory.delta import DeltaChunk, DeltaState, Gates, Written
+from hope.parameters import new_parameter, normal
 
 
 class MlpMemories(nn.Module):
@@ -24,9 +24,12 @@ class MlpMemories(nn.Module):
         self.config = config
         hidden = config.expansion * head_dim
         self.initial = nn.ParameterDict()
+        new = lambda *shape: new_parameter(
+            heads, *shape, init=normal(shape[-1] ** -0.5), cut=0, update="matrix_per_head"
+        )
         for box in boxes:  # random, not zero: W1 = 0 makes every M the identity, k = v, and the error zero
-            self.initial[f"{box}_w1"] = new_parameter(heads, head_dim, hidden, init=normal(hidden**-0.5))
-            self.initial[f"{box}_w2"] = new_parameter(heads, hidden, head_dim, init=normal(head_dim**-0.5))
+            self.initial[f"{box}_w1"] = new(head_dim, hidden)
+            self.initial[f"{box}_w2"] = new(hidden, head_dim)
 
     def bank(self, boxes: tuple[str, ...], dtype: torch.dtype) -> "MlpBank":
         outer = torch.stack([self.initial[f"{b}_w1"].to(dtype) for b in boxes], 1)

@@ -1,43 +1,41 @@
-"""What the memories of a HOPE are doing, for the log: state norms per layer, distributions of eta and alpha."""
+"""What the mixers of a model are doing, for the log: whatever they report, per layer."""
 
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from hope.mixers import Mixer
 from hope.model import Model
-from hope.self_modifying import SelfModifyingTitans
 
 
-class MemoryProbe:
-    """Reads statistics of the last forward pass out of every self-modifying mixer of a model, or of slices of it.
+class MixerProbe:
+    """Reads the reports of the last forward pass out of every mixer of a model, or of slices of it.
 
-    Collecting costs a copy of the gates, so it is off until `arm(True)`; models without memories report nothing.
+    Collecting may cost copies, so it is off until `arm(True)`.
     """
 
     def __init__(self, models: Sequence[Model]) -> None:
-        self._mixers = {
-            int(name): block.mixer
-            for model in models
-            for name, block in model.blocks.items()
-            if isinstance(block.mixer, SelfModifyingTitans)
-        }
+        self._mixers: dict[int, Mixer] = {}
+        for model in models:
+            for name, block in model.blocks.items():
+                assert isinstance(block.mixer, Mixer)
+                self._mixers[int(name)] = block.mixer
 
     def arm(self, on: bool) -> None:
         """Whether the next forward passes collect."""
         for mixer in self._mixers.values():
-            mixer.collect_statistics = on
+            mixer.watched = on
 
     def scalars(self) -> dict[str, float]:
-        """`memory_norm.<layer>`: mean over sequences and heads of the end state's Frobenius norm."""
+        """`NAME.LAYER` of every number that a mixer reports, such as `memory_norm.3`."""
         return {
-            f"memory_norm.{layer}": mixer.statistics.state_norm.mean().item()
+            f"{name}.{layer}": value.item()
             for layer, mixer in self._mixers.items()
-            if mixer.statistics is not None
+            for name, value in mixer.report().scalars.items()
         }
 
     def histograms(self) -> Iterator[tuple[str, Tensor]]:
-        """(`eta.<layer>` or `alpha.<layer>`, values [B, H, T]) of the last pass."""
+        """(`NAME.LAYER`, values) of every tensor that a mixer reports, such as `eta.3`."""
         for layer, mixer in self._mixers.items():
-            if mixer.statistics is not None:
-                yield f"eta.{layer}", mixer.statistics.eta
-                yield f"alpha.{layer}", mixer.statistics.alpha
+            for name, values in mixer.report().histograms.items():
+                yield f"{name}.{layer}", values

@@ -19,7 +19,7 @@ from parallel.checkpoint.errors import CheckpointError
 from parallel.checkpoint.find import Found, find_newest
 from parallel.checkpoint.manifest import FileEntry, Manifest, TensorEntry
 from parallel.checkpoint.planner import Part, PartsLoadPlanner, PartsSavePlanner
-from parallel.checkpoint.regroup import Unit, collect, distribute, units_of
+from parallel.checkpoint.regroup import Shard, Unit, collect, distribute, shards_of, units_of
 from parallel.checkpoint.staging import HostMemory
 from parallel.checkpoint.storage import RawReader, RawWriter
 from parallel.checkpoint.together import host_groups, reason, together
@@ -35,7 +35,7 @@ class Staged:
     pieces: list[StatePiece]
     counters: Mapping[str, Mapping[str, int]]
     rng: dict[str, Tensor]
-    shapes: dict[str, tuple[int, ...]]
+    shards: dict[str, Shard]
     extra: Mapping[str, Any]
 
 
@@ -80,7 +80,9 @@ class Checkpointer:
         `models`: the model, or this rank's parts of it. `extra`: plain JSON, recorded as rank 0 gives it.
         """
         pieces = self._memory.copy(optimizer.pieces())
-        return Staged(step, pieces, optimizer.counters(), rng.states(self._ranks), _shapes(models), extra)
+        return Staged(
+            step, pieces, optimizer.counters(), rng.states(self._ranks), shards_of(models, self._ranks), extra
+        )
 
     def write(self, staged: Staged) -> Written:
         """Write the checkpoint; durable, and named in `latest`, when this returns.
@@ -120,7 +122,7 @@ class Checkpointer:
         """
         content, ranks, groups = found.manifest, self._ranks, self._groups
         pieces = list(optimizer.pieces())
-        planned = lambda: units_of(pieces, _shapes(models), ranks, groups.data)
+        planned = lambda: units_of(pieces, shards_of(models, ranks), ranks, groups.data)
         units = together(planned, found.path, groups.world)
         together(lambda: _check(found.path, content, units, set(optimizer.counters())), found.path, groups.world)
         owned = {unit.name: torch.empty(_size(unit), dtype=unit.dtype) for unit in units if unit.owner == ranks.dp_rank}
@@ -145,7 +147,7 @@ class Checkpointer:
     def _parts(self, staged: Staged) -> list[Part]:
         """What this rank writes: whole shards, put together with its data-parallel peers."""
         ranks, group = self._ranks, self._groups.data
-        units = units_of(staged.pieces, staged.shapes, ranks, group)
+        units = units_of(staged.pieces, staged.shards, ranks, group)
         return [unit.part(tensor) for unit, tensor in collect(units, staged.pieces, ranks, group)]
 
 
@@ -176,12 +178,6 @@ class _Finish:
         content.write(unfinished)
         folders.publish(self._path)
         self.bytes = content.bytes
-
-
-def _shapes(models: nn.Module | Sequence[nn.Module]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of this rank's shard of every parameter."""
-    chunks = [models] if isinstance(models, nn.Module) else models
-    return {name: tuple(p.shape) for chunk in chunks for name, p in chunk.named_parameters()}
 
 
 def _size(unit: Unit) -> int:

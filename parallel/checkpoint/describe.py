@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from hope.config import ModelConfig
 from parallel.checkpoint.errors import CheckpointError
 from parallel.checkpoint.manifest import Manifest, TensorEntry
 from parallel.layout.topology import ParallelConfig
+
+if TYPE_CHECKING:
+    from parallel.layout.plan import Plan
 
 _GIB = 2**30
 _RECORDED = ("tokens", "consumed", "schedule", "skips", "next_batch")
@@ -46,7 +49,11 @@ def reshard_plan(content: Manifest, layout: ParallelConfig, data: int) -> str:
     Raises:
         CheckpointError: the model does not fit the layout, or the checkpoint does not say what model it holds.
     """
-    from parallel.layout.stages import split  # torch, which takes seconds to import; the other commands do without
+    from hope.config import ModelConfig
+    from parallel.layout.plan import (
+        plan_of_config,  # torch, which takes seconds to import; the other commands do without
+    )
+    from parallel.layout.stages import split
 
     config = content.extra.get("config")
     if config is None:
@@ -58,13 +65,14 @@ def reshard_plan(content: Manifest, layout: ParallelConfig, data: int) -> str:
         listed = "".join(f"\n  {path} {what}; {fix}" for path, what, fix in problems)
         raise CheckpointError(f"the model does not fit this layout:{listed}")
     stages = split(model, train["seq_len"], layout.pipeline, layout.virtual_pipeline)
+    plan = plan_of_config(model)
     lines = ["stage  tensor  tensors       GiB  chunks  files"]
     for stage, slices in enumerate(stages):
         blocks = {block for part in slices for block in range(part.first, part.last)}
         ends = (slices[0].first == 0, slices[-1].last == model.layers)
         mine = [name for name in content.tensors if _held(name, blocks, ends, model.tie_embeddings)]
         for rank in range(layout.tensor):
-            lines.append(f"{stage:>5}  {rank:>6}  {_read(content, mine, rank, layout.tensor)}")
+            lines.append(f"{stage:>5}  {rank:>6}  {_read(content, plan, mine, rank, layout.tensor)}")
     lines.append(
         f"{world} ranks; {data} data-parallel ranks share each line, none holds more than about 1/{data} of it"
     )
@@ -82,12 +90,12 @@ def _held(name: str, blocks: set[int], ends: tuple[bool, bool], tied: bool) -> b
     return first or (last and tied) if parameter.startswith("embedding.") else last
 
 
-def _read(content: Manifest, names: Sequence[str], rank: int, tensor: int) -> str:
+def _read(content: Manifest, plan: Plan, names: Sequence[str], rank: int, tensor: int) -> str:
     """Tensors, GiB, chunks and files of what one tensor-parallel rank reads."""
     elements, chunks = 0.0, set()
     for name in names:
         entry = content.tensors[name]
-        box = _box(content, name, rank, tensor)
+        box = _box(content, plan, name, rank, tensor)
         share = math.prod(last - first for first, last in box) / max(1, math.prod(entry.shape))
         elements += share * entry.bytes
         for chunk in entry.chunks:
@@ -98,15 +106,13 @@ def _read(content: Manifest, names: Sequence[str], rank: int, tensor: int) -> st
     return f"{len(names):>7}  {elements / _GIB:>8.3f}  {len(chunks):>6}  {files:>5}"
 
 
-def _box(content: Manifest, name: str, rank: int, tensor: int) -> list[tuple[int, int]]:
+def _box(content: Manifest, plan: Plan, name: str, rank: int, tensor: int) -> list[tuple[int, int]]:
     """(first, last) in every dimension of the shard that a tensor-parallel rank holds."""
-    from parallel.layout.plan import layout_of
-
     entry, parameter = content.tensors[name], name.partition("/")[2]
     sides = [(0, size) for size in entry.shape]
     if entry.shape != content.tensors[f"master/{parameter}"].shape:
         return sides  # a small state of the tensor as a whole
-    dim = layout_of(parameter).dim
+    dim = plan[parameter].dim
     if dim is not None:
         size = entry.shape[dim] // tensor
         sides[dim] = (size * rank, size * (rank + 1))

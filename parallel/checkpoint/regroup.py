@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel.checkpoint.errors import CheckpointError
 from parallel.checkpoint.planner import Part
@@ -61,13 +61,32 @@ class Unit:
         return Part(self.name, self.shape, self.at, tensor.view(self.box))
 
 
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of a parameter: its shape, and the dimension that tensor-parallel ranks divide (None: none)."""
+
+    shape: tuple[int, ...]
+    dim: int | None
+
+
+def shards_of(models: nn.Module | Sequence[nn.Module], ranks: Ranks) -> dict[str, Shard]:
+    """By name, of every parameter of this rank."""
+    chunks = [models] if isinstance(models, nn.Module) else models
+    divided = ranks.tp_size > 1
+    return {
+        name: Shard(tuple(p.shape), layout_of(p, name).dim if divided else None)
+        for chunk in chunks
+        for name, p in chunk.named_parameters()
+    }
+
+
 def units_of(
-    pieces: Sequence[StatePiece], shapes: Mapping[str, tuple[int, ...]], ranks: Ranks, group: dist.ProcessGroup
+    pieces: Sequence[StatePiece], shards: Mapping[str, Shard], ranks: Ranks, group: dist.ProcessGroup
 ) -> list[Unit]:
     """The units of this rank's tensor and pipeline coordinate, the same list on all its data-parallel ranks. Collective
     over `group`, these ranks.
 
-    `shapes`: of this rank's shards of the parameters, by name.
+    `shards`: from `shards_of`.
 
     Raises:
         CheckpointError: pieces leave a gap, overlap, or disagree on their dtype.
@@ -79,7 +98,7 @@ def units_of(
     for holder, theirs in enumerate(everyone):
         for number, (key, name, scope, dtype, offset, numel) in enumerate(theirs):
             held.setdefault((key, name), []).append((scope, dtype, Fragment(holder, number, offset, numel)))
-    units = [_unit(key, name, found, shapes[name], ranks) for (key, name), found in sorted(held.items())]
+    units = [_unit(key, name, found, shards[name], ranks) for (key, name), found in sorted(held.items())]
     return _with_owners(units, ranks.dp_size)
 
 
@@ -171,9 +190,7 @@ class _Moves:
             self.finish()
 
 
-def _unit(
-    key: str, name: str, found: list[tuple[Scope, torch.dtype, Fragment]], shard: tuple[int, ...], ranks: Ranks
-) -> Unit:
+def _unit(key: str, name: str, found: list[tuple[Scope, torch.dtype, Fragment]], shard: Shard, ranks: Ranks) -> Unit:
     fragments = sorted((fragment for _, _, fragment in found), key=lambda f: (f.offset, f.holder))
     kinds = {(scope, dtype) for scope, dtype, _ in found}
     if len(kinds) > 1:
@@ -182,7 +199,7 @@ def _unit(
     if scope == "tensor":  # equal on all that hold it: one is as good as another
         size = (fragments[0].numel,)
         return Unit(f"{key}/{name}", scope, dtype, size, (0,), size, tuple(fragments), fragments[0].holder)
-    shape, at, box = _box(name, shard, scope, ranks)
+    shape, at, box = _box(shard, scope, ranks)
     end = 0
     for fragment in fragments:
         if fragment.offset != end:
@@ -193,19 +210,17 @@ def _unit(
     return Unit(f"{key}/{name}", scope, dtype, shape, at, box, tuple(fragments), owner=-1)
 
 
-def _box(
-    name: str, shard: tuple[int, ...], scope: Scope, ranks: Ranks
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def _box(shard: Shard, scope: Scope, ranks: Ranks) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """(whole shape, first corner, extent) of what a piece of `scope` belongs to."""
-    dim = layout_of(name).dim if ranks.tp_size > 1 else None
-    zeros = (0,) * len(shard)
+    dim, shape = shard.dim, shard.shape
+    zeros = (0,) * len(shape)
     if dim is None:
-        return shard, zeros, shard
-    whole = tuple(size * ranks.tp_size if d == dim else size for d, size in enumerate(shard))
+        return shape, zeros, shape
+    whole = tuple(size * ranks.tp_size if d == dim else size for d, size in enumerate(shape))
     if scope == "whole":
         return whole, zeros, whole
-    corner = tuple(size * ranks.tp_rank if d == dim else 0 for d, size in enumerate(shard))
-    return whole, corner, shard
+    corner = tuple(size * ranks.tp_rank if d == dim else 0 for d, size in enumerate(shape))
+    return whole, corner, shape
 
 
 def _with_owners(units: list[Unit], dp_size: int) -> list[Unit]:

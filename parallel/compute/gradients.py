@@ -1,18 +1,18 @@
 """Gradient sums that data parallelism does not know of, as the plan declares them.
 
 megatron-core does these by attribute or by name match and would leave a HOPE gate or norm with a partial gradient,
-silently; here every parameter has a row. Called once per step, after all micro-batches and before the reduction over
+silently; here every parameter declares it. Called once per step, after all micro-batches and before the reduction over
 data-parallel ranks.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from hope.model import Model
-from parallel.layout.plan import Rule, layout_of
+from parallel.layout.plan import GradientRule, layout_of
 
 Accumulated = Callable[[nn.Parameter], Tensor | None]
 
@@ -29,19 +29,23 @@ def combine_over_tensor_ranks(
     """
     if dist.get_world_size(group) == 1:
         return
-    summed = [Rule.PARTIAL] + ([Rule.PARTIAL_UNDER_SEQUENCE] if sequence else [])
-    gradients = [
-        gradient
-        for model in models
-        for name, parameter in model.named_parameters()
-        if layout_of(name).rule in summed and (gradient := accumulated(parameter)) is not None
-    ]
+    partial = [parameter for _, parameter in partial_parameters(models, sequence)]
+    gradients = [gradient for parameter in partial if (gradient := accumulated(parameter)) is not None]
     if not gradients:
         return
     flat = torch.cat([g.reshape(-1) for g in gradients])
     dist.all_reduce(flat, group=group)
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
+
+
+def partial_parameters(models: Iterable[Model], sequence: bool) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters whose gradient is a part on every tensor-parallel rank."""
+    summed = [GradientRule.PARTIAL] + ([GradientRule.PARTIAL_UNDER_SEQUENCE] if sequence else [])
+    for model in models:
+        for name, parameter in model.named_parameters():
+            if layout_of(parameter, name).rule in summed:
+                yield name, parameter
 
 
 def combine_tied_embeddings(models: Iterable[Model], accumulated: Accumulated, group: dist.ProcessGroup | None) -> None:
@@ -60,8 +64,8 @@ def combine_tied_embeddings(models: Iterable[Model], accumulated: Accumulated, g
             dist.all_reduce(gradient, group=group)
 
 
-def counted(name: str, *, tp_rank: int, first_stage: bool, tied: bool) -> bool:
+def counted(name: str, parameter: Tensor, *, tp_rank: int, first_stage: bool, tied: bool) -> bool:
     """Whether this rank counts a parameter in sums over the whole model (norms): every element exactly once."""
     if tied and name == "embedding.weight" and not first_stage:
         return False
-    return layout_of(name).dim is not None or tp_rank == 0
+    return layout_of(parameter, name).dim is not None or tp_rank == 0

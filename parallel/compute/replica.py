@@ -44,7 +44,7 @@ class Replica:
 
     def _stage_step(self, model: Model, hidden: Tensor | None, batch: Any) -> Tensor | tuple[Tensor, Report]:
         inputs = batch.tokens_TB if model.has_embedding else hidden
-        outputs, _ = model(inputs, starts=batch.starts_TB)
+        outputs, _ = model(inputs, starts=batch.starts_TB, keep_state=False)
         if not model.has_head:
             return outputs
         loss = sharded_loss(outputs, batch.targets_TB, self.ranks.tp_size, batch.weights_TB)
@@ -79,9 +79,9 @@ def build_replica(
         models.append(shard_model(model, ranks.tp_rank, ranks.tp_size, layout.sequence).to(ranks.device))
     levels = parameter_groups(models, optim.weight_decay, optim, tokens_per_step)
 
-    def counts(name: str, _: torch.nn.Parameter) -> bool:
+    def counts(name: str, parameter: torch.nn.Parameter) -> bool:
         tied = config.tie_embeddings and ranks.pp_size > 1
-        return gradients.counted(name, tp_rank=ranks.tp_rank, first_stage=ranks.first_stage, tied=tied)
+        return gradients.counted(name, parameter, tp_rank=ranks.tp_rank, first_stage=ranks.first_stage, tied=tied)
 
     optimizer: Sharded
     if any(group["matrices"] for group in levels):

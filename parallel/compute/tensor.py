@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hope.model import Embedding, Model, next_token_loss
 from parallel.layout.plan import layout_of
+from parallel.layout.regions import outermost_regions
 
 
 class Mapping(nn.Module):
@@ -32,13 +33,14 @@ class Mapping(nn.Module):
 def shard_model(model: Model, tp_rank: int, tp_size: int, sequence: bool = False) -> Model:
     """Turn a whole (initialised) model, or a slice of layers, into this tensor-parallel rank's part, in place.
 
-    With `sequence`, trunk activations are [T / tp_size, B, D]. Needs megatron-core's groups when tp_size > 1.
+    With `sequence`, trunk activations are [T / tp_size, B, D]. Needs megatron-core's groups when tp_size > 1. Of nested
+    regions the outermost gets borders: what is inside works on activations that have entered already.
 
     Raises:
-        PlanError: a parameter has no layout; ValueError: a dimension does not divide.
+        UndeclaredParameter: a parameter has no layout; ValueError: a dimension does not divide.
     """
     for name, parameter in model.named_parameters():
-        part = layout_of(name).cut(parameter.data, tp_rank, tp_size)
+        part = layout_of(parameter, name).cut(parameter.data, tp_rank, tp_size)
         parameter.data = part.clone(memory_format=torch.contiguous_format)
     if tp_size == 1:
         return model
@@ -46,8 +48,8 @@ def shard_model(model: Model, tp_rank: int, tp_size: int, sequence: bool = False
     for module in model.modules():
         if isinstance(module, Embedding):
             module.first_row = tp_rank * module.weight.shape[0]
-        if hasattr(module, "enter"):
-            module.enter, module.leave = enter, leave
+    for region in outermost_regions(model):
+        region.enter, region.leave = enter, leave
     return model
 
 

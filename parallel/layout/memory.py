@@ -21,12 +21,14 @@ from hope.model import Model, Slice, next_token_loss
 from hope.optim.build import build_optimizer
 from hope.optim.config import OptimConfig
 from hope.optim.levels import parameter_groups
-from hope.self_modifying import SelfModifyingTitans
 from hope.train.config import TrainConfig
 from parallel.layout.plan import layout_of
+from parallel.layout.regions import outermost_regions
 from parallel.layout.topology import ParallelConfig, ParallelDims
 
 GIB = 2**30
+# A mixer without chunks is measured at twice and three times as many tokens.
+_SHORTEST = 32
 
 
 @dataclass(frozen=True)
@@ -125,10 +127,9 @@ def build_part(config: ModelConfig, part: Slice, shape: StepShape) -> Model:
     model.set_recompute(shape.recompute)
     ranks = shape.tensor if shape.sequence else 1
     for name, parameter in model.named_parameters():
-        parameter.data = layout_of(name).cut(parameter.data, 0, shape.tensor)
-    for module in model.modules():
-        if hasattr(module, "enter"):
-            module.enter, module.leave = _Gather(ranks), _Scatter(ranks)
+        parameter.data = layout_of(parameter, name).cut(parameter.data, 0, shape.tensor)
+    for region in outermost_regions(model):
+        region.enter, region.leave = _Gather(ranks), _Scatter(ranks)
     return model
 
 
@@ -156,18 +157,21 @@ def activation_bytes(model: Model, shape: StepShape) -> int:
 
 
 def part_activations(config: ModelConfig, part: Slice, shape: StepShape) -> int:
-    """Bytes saved for backward by one micro-batch through `part`: its ends, and one middle block times their number."""
-    ends = sorted({layer for layer in (0, config.layers - 1) if part.first <= layer < part.last})
-    middle = part.last - part.first - len(ends)
-    total = sum(_block_activations(config, layer, shape) for layer in ends)
-    return total + (middle * _block_activations(config, 1, shape) if middle else 0)
+    """Bytes saved for backward by one micro-batch through `part`. Blocks that are alike are measured once."""
+    kinds: dict[tuple[str, bool, bool], list[int]] = {}
+    for layer in range(part.first, part.last):
+        kind = (config.mixer_of_layer[layer], layer == 0, layer == config.layers - 1)
+        kinds.setdefault(kind, []).append(layer)
+    return sum(len(layers) * _block_activations(config, layers[0], shape) for layers in kinds.values())
 
 
 def _block_activations(config: ModelConfig, layer: int, shape: StepShape) -> int:
     """Of one block (with embedding or head, if it is the first or last). Linear in the number of chunks: of a long
     sequence two short pieces are measured."""
     measure = lambda s: activation_bytes(build_part(config, Slice(layer, layer + 1), s), s)
-    unit = math.lcm(config.memory.projection_chunk, config.memory.main_chunk, shape.tensor)
+    with torch.device("meta"):
+        chunk = config.build_mixer(config.mixer_of_layer[layer]).chunk
+    unit = math.lcm(chunk, shape.tensor, _SHORTEST)
     chunks, rest = divmod(shape.seq_len, unit)
     if rest or chunks <= 4:
         return measure(shape)
@@ -175,11 +179,10 @@ def _block_activations(config: ModelConfig, layer: int, shape: StepShape) -> int
     return two + (chunks - 2) * (three - two)
 
 
-def fast_weight_bytes(model: Model, micro_batch: int) -> int:
-    """fp32 states of all memories on this rank for one micro-batch, at one moment."""
-    mixers = [module for module in model.modules() if isinstance(module, SelfModifyingTitans)]
-    starts = [mixer.memories.bank((*mixer.boxes, "main"), torch.float32).start(1) for mixer in mixers]
-    return sum(4 * layer.weight.numel() * micro_batch for start in starts for layer in start)
+def state_bytes(model: Model, micro_batch: int) -> int:
+    """What all mixers on this rank carry for one micro-batch at the start of its sequences: fast weights, mostly."""
+    states = [block.mixer.start(micro_batch) for block in model.blocks.values()]  # type: ignore[union-attr, operator]
+    return sum(state.nbytes() for state in states if state is not None)
 
 
 def optimizer_bytes(models: Sequence[Model], optim: OptimConfig, shape: StepShape) -> int:
@@ -211,7 +214,7 @@ def rank_memory(
         gradients=numbers * 4,
         optimizer=optimizer_bytes(models, optim, shape),
         activations=round(activations * in_flight) + _recomputed(config, shape),
-        fast_weights=sum(fast_weight_bytes(model, shape.micro_batch) for model in models),
+        fast_weights=sum(state_bytes(model, shape.micro_batch) for model in models),
         loss=_loss_gradient(config, shape) if models[-1].has_head else 0,
     )
 
@@ -222,7 +225,9 @@ def _loss_gradient(config: ModelConfig, shape: StepShape) -> int:
 
 
 def _recomputed(config: ModelConfig, shape: StepShape) -> int:
-    """With recomputation, the activations of one block are alive while its backward pass runs."""
+    """With recomputation, the activations of one block are alive while its backward pass runs. The largest counts."""
     if shape.recompute == "none":
         return 0
-    return _block_activations(config, 1 if config.layers > 2 else 0, replace(shape, recompute="none"))
+    first_of = {name: layer for layer, name in reversed(list(enumerate(config.mixer_of_layer[1:-1], start=1)))}
+    layers = list(first_of.values()) or [0]
+    return max(_block_activations(config, layer, replace(shape, recompute="none")) for layer in layers)

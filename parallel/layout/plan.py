@@ -1,19 +1,25 @@
-"""THE table: every parameter's layout over tensor-parallel ranks, and how its gradient is combined.
+"""The plan: every parameter's layout over tensor-parallel ranks, and how its gradient is combined.
 
-A pattern matches a single-device name, `*` standing for one part between dots. A parameter that matches no row, or two,
-is an error: a layout is declared, never guessed. What a wrong row does is silent (a partial gradient looks like a
-gradient), so `python -m parallel.parity` compares every parameter against one device.
+It is derived from what each parameter declares where it is made (`hope.parameters`), never guessed from names. What a
+wrong declaration does is silent: a partial gradient looks like a gradient. `python -m parallel.parity` therefore
+compares every parameter against one device. `python -m parallel.plan CONFIG` prints the table.
 """
 
-import re
+from __future__ import annotations
+
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from hope.config import ModelConfig
+from hope.model import Model
+from hope.parameters import declaration_of, declarations
 
 
-class Rule(Enum):
+class GradientRule(Enum):
     """How the gradient of a tensor is combined over the tensor-parallel ranks."""
 
     LOCAL = "local"
@@ -29,10 +35,10 @@ class Layout:
     """`dim`: the dimension that is cut over tensor-parallel ranks, or None for a replicated parameter."""
 
     dim: int | None
-    rule: Rule
+    rule: GradientRule
 
     def cut(self, whole: Tensor, rank: int, size: int) -> Tensor:
-        """This rank's part of the whole tensor (a view)."""
+        """This rank's part of the whole tensor (a view). Raises ValueError: the dimension does not divide."""
         if self.dim is None:
             return whole
         if whole.shape[self.dim] % size:
@@ -44,59 +50,71 @@ class Layout:
         return parts[0] if self.dim is None else torch.cat(parts, self.dim)
 
 
-ROWS = Layout(0, Rule.LOCAL)  # output features (column-parallel product), heads, channels, or vocabulary
-COLUMNS = Layout(1, Rule.LOCAL)  # input features (row-parallel product)
-PER_HEAD = Layout(None, Rule.PARTIAL)
-TRUNK = Layout(None, Rule.PARTIAL_UNDER_SEQUENCE)
-
-PLAN: dict[str, Layout] = {
-    "embedding.weight": ROWS,
-    "head.weight": ROWS,
-    "norm.weight": TRUNK,
-    "blocks.*.norm.weight": TRUNK,
-    # self-modifying Titans: heads over ranks, nothing crosses ranks inside the memory loop
-    "blocks.*.mixer.input.weight": ROWS,
-    "blocks.*.mixer.query.weight": ROWS,
-    "blocks.*.mixer.gate.weight": ROWS,
-    "blocks.*.mixer.conv_input.weight": ROWS,
-    "blocks.*.mixer.conv_query.weight": ROWS,
-    "blocks.*.mixer.static_k": ROWS,
-    "blocks.*.mixer.static_v": ROWS,
-    "blocks.*.mixer.eta_weight": ROWS,
-    "blocks.*.mixer.eta_bias": ROWS,
-    "blocks.*.mixer.alpha_weight": ROWS,
-    "blocks.*.mixer.alpha_bias": ROWS,
-    "blocks.*.mixer.memories.initial.*": ROWS,
-    "blocks.*.mixer.norm.weight": PER_HEAD,
-    "blocks.*.mixer.output.weight": COLUMNS,
-    # softmax attention (query and output as above)
-    "blocks.*.mixer.key.weight": ROWS,
-    "blocks.*.mixer.value.weight": ROWS,
-    # continuum memory system
-    "blocks.*.cms.levels.*.norm.weight": TRUNK,
-    "blocks.*.cms.levels.*.mlp.gate.weight": ROWS,
-    "blocks.*.cms.levels.*.mlp.up.weight": ROWS,
-    "blocks.*.cms.levels.*.mlp.down.weight": COLUMNS,
-    "blocks.*.cms.aggregate": TRUNK,
-}
+Plan = dict[str, Layout]
+"""By single-device name."""
 
 
-class PlanError(Exception):
-    """A parameter without exactly one row in the table."""
+def layout_of(parameter: Tensor, name: str = "a parameter") -> Layout:
+    """The layout that a parameter declares. Raises UndeclaredParameter."""
+    declared = declaration_of(parameter, name)
+    if declared.cut is not None:
+        return Layout(declared.cut, GradientRule.LOCAL)
+    partial = declared.used == "heads"
+    return Layout(None, GradientRule.PARTIAL if partial else GradientRule.PARTIAL_UNDER_SEQUENCE)
 
 
-def layout_of(name: str, plan: dict[str, Layout] = PLAN) -> Layout:
-    """The row of a parameter.
-
-    Raises:
-        PlanError: no pattern matches, or more than one does.
-    """
-    found = [pattern for pattern in plan if re.fullmatch(_regex(pattern), name)]
-    if len(found) != 1:
-        matched = "no row of the plan" if not found else "rows " + " and ".join(found)
-        raise PlanError(f"parameter {name} matches {matched}; give it exactly one in parallel/layout/plan.py")
-    return plan[found[0]]
+def plan_of(models: nn.Module | Iterable[nn.Module]) -> Plan:
+    """The plan of a model, or of several slices of one."""
+    parts = [models] if isinstance(models, nn.Module) else list(models)
+    return {name: layout_of(p, name) for model in parts for name, p in model.named_parameters()}
 
 
-def _regex(pattern: str) -> str:
-    return re.escape(pattern).replace(r"\*", r"[^.]+")
+def plan_of_config(config: ModelConfig) -> Plan:
+    """The plan of the whole model, allocating nothing."""
+    with torch.device("meta"):
+        return plan_of(Model(config))
+
+
+def plan_table(config: ModelConfig) -> str:
+    """The plan as text: name (blocks that are alike together), shape, division, gradient rule, update."""
+    with torch.device("meta"):
+        model = Model(config)
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for name, parameter, declared in declarations(model):
+        layout = layout_of(parameter, name)
+        shape = " x ".join(map(str, parameter.shape))
+        row = (_anywhere(name), shape, _division(parameter, layout), layout.rule.value, declared.update)
+        rows.setdefault(row, []).append(_block(name))
+    titles = ("parameter", "shape", "over tensor ranks", "gradient", "update", "blocks")
+    cells = [titles, *((*row, _ranges(blocks)) for row, blocks in rows.items())]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(titles))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def _anywhere(name: str) -> str:
+    head, dot, rest = name.partition("blocks.")
+    return f"blocks.*.{rest.partition('.')[2]}" if dot and not head else name
+
+
+def _block(name: str) -> str:
+    return name.split(".")[1] if name.startswith("blocks.") else ""
+
+
+def _division(parameter: Tensor, layout: Layout) -> str:
+    if layout.dim is None:
+        return "replicated"
+    linear = parameter.ndim == 2 and declaration_of(parameter).update == "matrix"
+    names = {0: "column-parallel", 1: "row-parallel"} if linear else {}
+    return names.get(layout.dim, f"dimension {layout.dim}")
+
+
+def _ranges(blocks: list[str]) -> str:
+    """`0-2, 5` of block numbers."""
+    numbers = [int(b) for b in blocks if b]
+    stretches: list[list[int]] = []
+    for number in numbers:
+        if stretches and number == stretches[-1][-1] + 1:
+            stretches[-1].append(number)
+        else:
+            stretches.append([number])
+    return ", ".join(str(s[0]) if len(s) == 1 else f"{s[0]}-{s[-1]}" for s in stretches)

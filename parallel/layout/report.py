@@ -38,6 +38,13 @@ def model_facts(config: ModelConfig, shape: StepShape) -> tuple[dict[str, tuple[
     return levels, flops.training, 3 * flops.writes
 
 
+def pattern_of(config: ModelConfig) -> str:
+    """`hope`, or `3 hope + attention` where layers differ, with how often each comes."""
+    names = config.mixer_of_layer
+    counts = {name: names.count(name) for name in dict.fromkeys(names)}
+    return names[0] if len(counts) == 1 else " + ".join(f"{count} {name}" for name, count in counts.items())
+
+
 def micro_batches_in_flight(stage: int, pipeline: int, virtual: int, count: int) -> float:
     """Micro-batches whose activations a stage holds at once, in units of all its chunks.
 
@@ -80,7 +87,7 @@ def describe(config: ModelConfig, dims: ParallelDims, shape: StepShape, global_b
     clocks = "  ".join(f"{name} {size:,} every {period}" for name, (period, size) in levels.items())
     sequence = " with sequence parallelism" if shape.sequence else ""
     rows = [
-        ("model", f"{config.kind}  {config.layers} layers  width {config.width}  {config.heads} heads of "
+        ("model", f"{pattern_of(config)}  {config.layers} layers  width {config.width}  {config.heads} heads of "
                   f"{config.head_dim}"),
         ("parameters", f"{total:,}  {clocks}"),
         ("layout", f"{dims.world_size} devices = tensor {dims.tensor} x pipeline {dims.pipeline} x context "

@@ -34,7 +34,7 @@ class OwnedGroup:
 
     def __init__(self, parameters: Sequence[nn.Parameter], members: Sequence[Member], ranks: Ranks) -> None:
         self.parameters, self.members, self.ranks = list(parameters), list(members), ranks
-        self.layouts = [layout_of(member.name) for member in members]
+        self.layouts = [layout_of(p, member.name) for p, member in zip(parameters, members, strict=True)]
         shards = [tuple(p.shape) for p in parameters]
         wholes = [_whole_shape(s, layout, ranks.tp_size) for s, layout in zip(shards, self.layouts, strict=True)]
         self.assignment: Assignment = assign(shards, wholes, ranks.dp_size, ranks.tp_size)

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from hope.config import ModelConfig
 from hope.model import Model
 from hope.optim.config import OptimConfig
-from hope.self_modifying import SelfModifyingTitans
 from parallel.compute.pipeline import mean_loss
 from parallel.compute.replica import Replica
-from parallel.layout.plan import layout_of
+from parallel.layout.plan import Plan, plan_of_config
 from parallel.start import groups
 
 
@@ -47,7 +46,8 @@ class TokenBatch:
 @dataclass
 class Evidence:
     """`gradients` of the first step, before clipping, and `weights` (fp32 masters) after the last, by single-device
-    name. A name may have several copies (replicated over ranks, or tied): all of them are kept and compared."""
+    name. A name may have several copies (replicated over ranks, or tied): all of them are kept and compared.
+    `state_norms`: of all sequences' states after one more pass, by `LAYER NAME`; empty if no mixer offers any."""
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
@@ -74,21 +74,24 @@ def clip_scale(norm: float, limit: float) -> float:
 
 @contextmanager
 def state_squares(models: Sequence[Model]) -> Iterator[dict[str, Tensor]]:
-    """Sums of squares of all memories' end states per layer, over every forward pass inside the block."""
+    """Sums of squares of what every mixer's end state offers for comparison, by `LAYER NAME`, over every forward pass
+    inside the block. A mixer that offers nothing has no entry."""
     total: dict[str, Tensor] = {}
     hooks = []
 
     def watch(layer: str) -> Any:
         def hook(module: nn.Module, inputs: Any, outputs: Any) -> None:
-            square = sum((s.weight.detach().double().square().sum() for s in outputs[1].main), start=torch.zeros(()))
-            total[layer] = total.get(layer, torch.zeros((), dtype=torch.float64)) + square.cpu()
+            state = outputs[1]
+            for name, values in (state.compared() if state is not None else {}).items():
+                square = values.detach().double().square().sum().cpu()
+                key = f"{layer} {name}"
+                total[key] = total.get(key, torch.zeros((), dtype=torch.float64)) + square
 
         return hook
 
     for model in models:
         for name, block in model.blocks.items():
-            if isinstance(block.mixer, SelfModifyingTitans):
-                hooks.append(block.mixer.register_forward_hook(watch(name)))
+            hooks.append(block.mixer.register_forward_hook(watch(name)))
     try:
         yield total
     finally:
@@ -99,7 +102,7 @@ def state_squares(models: Sequence[Model]) -> Iterator[dict[str, Tensor]]:
 def from_layout(task: Task, replica: Replica, micro_batch: int) -> Evidence | None:
     """The same steps on the real path; whole tensors on rank 0, None elsewhere."""
     ranks, optimizer = replica.ranks, replica.optimizer
-    found = Evidence()
+    found, plan = Evidence(), plan_of_config(task.model)
     for batch in task.batches:
         reports = replica.run(micro_batches(batch, micro_batch, ranks))
         replica.reduce()
@@ -108,10 +111,10 @@ def from_layout(task: Task, replica: Replica, micro_batch: int) -> Evidence | No
         found.losses.append(groups.loss_on_all_ranks(loss, ranks).item())
         found.grad_norms.append(norm)
         if len(found.losses) == 1:
-            found.gradients = _gather(replica, optimizer.gradient_pieces())
+            found.gradients = _gather(replica, plan, optimizer.gradient_pieces())
         optimizer.set_lr(task.optim.lr)
         optimizer.step(clip_scale(norm, task.grad_clip))
-    found.weights = _gather(replica, optimizer.master_pieces())
+    found.weights = _gather(replica, plan, optimizer.master_pieces())
     if task.optim.accumulate == "local":  # the first step communicates no gradient of a level that is not due
         found.gradients = {name: found.gradients.get(name, []) for name in found.weights}
     with state_squares(replica.models) as squares:
@@ -138,7 +141,7 @@ def _objects(own: Any, ranks: groups.Ranks) -> list[Any]:
     return everyone if ranks.rank == 0 else []
 
 
-def _gather(replica: Replica, pieces: Iterator[tuple[str, int, Tensor]]) -> dict[str, list[Tensor]]:
+def _gather(replica: Replica, plan: Plan, pieces: Iterator[tuple[str, int, Tensor]]) -> dict[str, list[Tensor]]:
     """Whole tensors by name from flat (name, offset, values) pieces of all ranks: every copy there is."""
     ranks = replica.ranks
     shapes = {name: tuple(p.shape) for model in replica.models for name, p in model.named_parameters()}
@@ -155,6 +158,6 @@ def _gather(replica: Replica, pieces: Iterator[tuple[str, int, Tensor]]) -> dict
         flat = torch.cat([values for _, values in sorted(parts, key=lambda part: part[0])])
         copies.setdefault((name, pp_rank), []).append(flat.view(shape))
     for (name, _), over_ranks in copies.items():
-        layout = layout_of(name)
+        layout = plan[name]
         whole.setdefault(name, []).extend(over_ranks if layout.dim is None else [layout.join(over_ranks)])
     return whole

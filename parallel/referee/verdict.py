@@ -72,8 +72,9 @@ def errors(reference: Evidence, found: Evidence, names: list[str]) -> dict[Quant
     ):
         for step, (a, b) in enumerate(zip(ours, theirs, strict=True), start=1):
             result[kind, f"step {step}"] = relative(torch.tensor(a), torch.tensor(b))
-    for layer, norm in reference.state_norms.items():
-        result["state", layer] = relative(torch.tensor(found.state_norms.get(layer, 0.0)), torch.tensor(norm))
+    for name in reference.state_norms.keys() | found.state_norms.keys():
+        ours, theirs = (side.state_norms.get(name, 0.0) for side in (found, reference))
+        result["state", name] = relative(torch.tensor(ours), torch.tensor(theirs))
     return result
 
 
@@ -152,7 +153,7 @@ def compare(
         ],
         "weights_error": found_errors["weights", "all"],
         "grad_norm_error": max(e for (kind, _), e in found_errors.items() if kind == "norm"),
-        "state_norm_error": max((e for (kind, _), e in found_errors.items() if kind == "state"), default=0.0),
+        "state_norm_error": max((e for (kind, _), e in found_errors.items() if kind == "state"), default=None),
     }
 
 
@@ -192,8 +193,9 @@ def table(verdict: dict[str, Any], rows: int) -> str:
         lines.append(
             f"step {step}  one device {loss['one_device']:.7f}  layout {loss['layout']:.7f}  {loss['error']:.1e}"
         )
-    sums = {"all weights": "weights_error", "gradient norm": "grad_norm_error", "memory states": "state_norm_error"}
-    lines.append("  ".join(f"{label} {verdict[key]:.1e}" for label, key in sums.items()))
+    states = verdict["state_norm_error"]
+    sums = f"all weights {verdict['weights_error']:.1e}  gradient norm {verdict['grad_norm_error']:.1e}"
+    lines.append(f"{sums}  memory states {'none compared' if states is None else f'{states:.1e}'}")
     lines += [_settled_line(s) for s in verdict["settled"]]
     if verdict["missing"]:
         lines.append("on one side only: " + ", ".join(verdict["missing"]))

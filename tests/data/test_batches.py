@@ -4,11 +4,12 @@ import threading
 import numpy as np
 import pytest
 import torch
+from models import named
 from tiny import token_set
 
 from data_prep.errors import DataError
 from data_prep.training.reading import Batch, BatchLoader, HeldoutSet, TrainingSet, global_batch_slice, heldout_batches
-from hope.config import MemoryConfig, ModelConfig
+from hope.memory.config import MemoryConfig
 from hope.model import Model, next_token_loss
 
 T = 32
@@ -234,7 +235,7 @@ def test_a_packed_document_is_what_it_is_alone(tmp_path, kind, documents):
     dataset = TrainingSet(str(tmp_path / "set"), T, 1)
     (batch,) = BatchLoader(dataset, 3, 3, documents=documents, prefetch=False).batches(0)
     memory = MemoryConfig(projection_chunk=4, main_chunk=8)
-    config = ModelConfig(kind=kind, vocab_size=64, width=16, layers=2, heads=2, memory=memory)
+    config = named(kind, vocab_size=64, width=16, layers=2, heads=2, memory=memory)
     model = Model(config).initialise(1).double()
     packed = model(batch.tokens_TB, starts=batch.starts_TB)[0]
     later = []

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from models import named
 from multirank import run_ranks
 
 from data_prep.training.reading import Batch
-from hope.config import CmsConfig, MemoryConfig, ModelConfig
+from hope.config import CmsConfig, ModelConfig
+from hope.memory.config import MemoryConfig
 from hope.model import Model, next_token_loss
 from hope.optim.config import OptimConfig
 from hope.optim.dmgd import Dmgd
@@ -19,7 +21,7 @@ from hope.optim.levels import parameter_groups
 from parallel.compute import gradients
 from parallel.compute.pipeline import forward_backward, mean_loss, stages_of
 from parallel.compute.tensor import shard_model, sharded_loss
-from parallel.layout.plan import layout_of
+from parallel.layout.plan import plan_of_config
 from parallel.layout.stages import split
 from parallel.layout.topology import ParallelConfig
 from parallel.optimizer.zero import ShardedOptimizer
@@ -34,9 +36,9 @@ Tensors = dict[str, torch.Tensor]
 
 def model_config(tied: bool = True, layers: int = 5, kind: str = "hope", memory: str = "matrix") -> ModelConfig:
     """Two CMS levels, the second due at step 3; memories written 4 times in a sequence."""
-    memories = MemoryConfig(kind=memory, projection_chunk=4, main_chunk=8)
+    memories = MemoryConfig(memory=memory, projection_chunk=4, main_chunk=8)
     cms = CmsConfig(periods=[1, 3], hidden=16)
-    return ModelConfig(kind, 32, 32, layers, 4, tied, memory=memories, cms=cms)
+    return named(kind, memory=memories, vocab_size=32, width=32, layers=layers, heads=4, tie_embeddings=tied, cms=cms)
 
 
 def batch(step: int) -> Batch:
@@ -172,8 +174,8 @@ def train_in_layout(
 
 
 def _joined(shards: dict[tuple[str, int], torch.Tensor], tensor: int) -> Tensors:
-    names = dict.fromkeys(name for name, _ in shards)
-    return {name: layout_of(name).join([shards[name, rank] for rank in range(tensor)]) for name in names}
+    names, plan = dict.fromkeys(name for name, _ in shards), plan_of_config(model_config())
+    return {name: plan[name].join([shards[name, rank] for rank in range(tensor)]) for name in names}
 
 
 def plain_torch(config: ModelConfig) -> Outcome:

@@ -14,7 +14,7 @@ from hope.optim.config import OptimConfig
 from parallel.checkpoint.checkpointer import Checkpointer
 from parallel.compute.pipeline import mean_loss
 from parallel.compute.replica import Replica, build_replica
-from parallel.layout.plan import layout_of
+from parallel.layout.plan import plan_of_config
 from parallel.layout.topology import ParallelConfig
 from parallel.start.groups import loss_on_all_ranks, start
 
@@ -95,10 +95,11 @@ def joined(everyone: list[Held]) -> Tensors:
         if scope == "tensor":
             shards[f"{key}/{name}"][pipeline] = {0: flat}
     whole: Tensors = {}
+    plan = plan_of_config(model_config(layers=4))
     for name, stages in shards.items():
         for of_tensor in stages.values():
             parts = [of_tensor[rank] for rank in sorted(of_tensor)]
-            joint = layout_of(name.partition("/")[2]).join(parts) if len(parts) > 1 else parts[0]
+            joint = plan[name.partition("/")[2]].join(parts) if len(parts) > 1 else parts[0]
             assert torch.equal(whole.setdefault(name, joint), joint), f"tied copies of {name} differ"
     return whole
 

@@ -7,7 +7,7 @@ from parallel.optimizer.tensor_sums import TensorSums
 from parallel.referee import verdict as verdicts
 
 # 3 layers: with 4, data-parallel partitions meet exactly at boundaries of tensors, and no deep memory is cut
-DEEP = ["optim.memory=mlp", "optim.mlp_lr=0.5", "model.kind=hope_attention", "model.layers=3"]
+DEEP = ["optim.memory=mlp", "optim.mlp_lr=0.5", "model.pattern=[attention]", "model.layers=3"]
 SETTINGS = {
     "mlp": DEEP,
     "mlp-all": [*DEEP, "optim.mlp_key=gradient", "optim.output=rms_clip", "optim.erase=0.3",

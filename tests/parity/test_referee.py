@@ -2,21 +2,24 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from doubles import compute_in_float64
 from multirank import run_ranks
+from spoilers import forget
 from tiny import CONFIG
 
 from configs.schema import load
 from hope.memory.matrix import MatrixBank
 from hope.model import Model
 from parallel.compute import gradients
-from parallel.layout.plan import PLAN, Layout, Rule
+from parallel.layout.plan import plan_of_config
 from parallel.referee import parity
 from parallel.referee import verdict as verdicts
 
@@ -24,9 +27,9 @@ ROOT = Path(__file__).parents[2]
 BASE = ["model.layers=4", "model.heads=4", "model.width=32", "data.train=none", "data.heldout=none"]
 KINDS = {
     "matrix": [],
-    "mlp": ["model.memory.kind=mlp", "model.cms.variant=independent"],
-    "hope_attention": ["model.kind=hope_attention"],
-    "transformer": ["model.kind=transformer", "model.tie_embeddings=false"],
+    "mlp": ["model.mixers.hope.memory=mlp", "model.cms.variant=independent"],
+    "hope_attention": ["model.pattern=[attention]"],
+    "transformer": ["model.pattern=[attention]", "model.cms.periods=[1]", "model.tie_embeddings=false"],
 }
 LAYOUTS = {
     "tp2": (2, ["parallel.tensor=2"]),
@@ -114,15 +117,6 @@ def test_bf16_within_its_bound(tmp_path, layout):
 def test_packed_documents_and_recomputation(tmp_path):
     found = verdict(tmp_path, "tp2-pp2+sp", "matrix", "data.documents=reset", "train.recompute=block")
     assert found["equal"], verdicts.table(found, 8)
-
-
-def forget(pattern: str):
-    """Break one row of the plan: its gradient is no longer summed."""
-
-    def spoil() -> None:
-        PLAN[pattern] = Layout(PLAN[pattern].dim, Rule.LOCAL)
-
-    return spoil
 
 
 def sum_twice() -> None:
@@ -217,8 +211,14 @@ def test_other_arithmetics_are_no_difference(tmp_path, arithmetic):
 
 
 def test_every_rule_of_the_plan_is_broken_once():
-    summed = {pattern for pattern, layout in PLAN.items() if layout.rule is not Rule.LOCAL}
-    assert summed <= {spoil for _, _, spoil in BROKEN}
+    """Whatever any of these models sums over ranks is forgotten by one of the spoilers."""
+    summed = set()
+    for kind in KINDS.values():
+        config = load(config_file(Path(tempfile.mkdtemp())), [*BASE, *kind], check=False)
+        summed |= {name for name, layout in plan_of_config(config.model).items() if layout.dim is None}
+    anywhere = {re.sub(r"\.\d+\.", ".*.", name) for name in summed}
+    assert anywhere
+    assert anywhere <= {spoil for _, _, spoil in BROKEN}
 
 
 @pytest.mark.parametrize(("layout", "kind", "spoil"), BROKEN, ids=lambda v: v)

@@ -6,13 +6,16 @@ megatron-core's, in fp32, so its tests allow fp32's rounding.
 
 import pytest
 import torch
+from models import named
 from multirank import run_ranks
+from spoilers import forget
 
-from hope.config import CmsConfig, MemoryConfig, ModelConfig
+from hope.config import CmsConfig, ModelConfig
+from hope.memory.config import MemoryConfig
 from hope.model import Model, next_token_loss
 from parallel.compute.gradients import combine_over_tensor_ranks
 from parallel.compute.tensor import shard_model, sharded_loss
-from parallel.layout.plan import PLAN, Layout, Rule, layout_of
+from parallel.layout.plan import layout_of
 from parallel.layout.topology import ParallelConfig
 from parallel.start import groups
 
@@ -20,13 +23,13 @@ TENSOR = {"fp64": 1e-12, "fp32": 2e-5}
 
 
 def config(kind: str, memory: str = "matrix", variant: str = "sequential") -> ModelConfig:
-    return ModelConfig(
-        kind=kind,
+    return named(
+        kind,
         vocab_size=64,
         width=32,
         layers=2,
         heads=4,
-        memory=MemoryConfig(kind=memory, projection_chunk=4, main_chunk=8),
+        memory=MemoryConfig(memory=memory, projection_chunk=4, main_chunk=8),
         cms=CmsConfig(variant, [1, 2]),
     )
 
@@ -69,7 +72,7 @@ def on_rank(
     torch.set_num_threads(1)
     with groups.start(ParallelConfig(tensor=size, sequence=sequence)) as ranks:
         if spoil:
-            PLAN[spoil] = Layout(PLAN[spoil].dim, Rule.LOCAL)
+            forget(spoil)()
         rank = ranks.rank % size
         model = shard_model(Model(settings).initialise(3).to(dtype), rank, size, sequence)
         hidden_loss(model, tokens(), starts() if packed else None, size, dtype).backward()
@@ -79,7 +82,7 @@ def on_rank(
         for name, parameter in model.named_parameters():
             parts = [torch.empty_like(parameter.grad) for _ in range(size)]
             torch.distributed.all_gather(parts, parameter.grad.contiguous(), group=group)
-            layout = layout_of(name)
+            layout = layout_of(parameter, name)
             joined = parts[0] if layout.dim is None else layout.join(parts)
             for part in parts if layout.dim is None else [joined]:
                 error = (part.reshape_as(whole[name]) - whole[name]).norm() / whole[name].norm()

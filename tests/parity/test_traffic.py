@@ -24,7 +24,7 @@ from parallel.layout.traffic import reduced_bytes_per_step
 from parallel.referee.evidence import TokenBatch, micro_batches
 from parallel.start import groups
 
-MODEL = ModelConfig("hope_attention", 64, 32, 2, 4, cms=CmsConfig(periods=[1, 4, 16], hidden=32))
+MODEL = ModelConfig(["attention"], 64, 32, 2, 4, cms=CmsConfig(periods=[1, 4, 16], hidden=32))
 OPTIM = OptimConfig(lr=3e-3, eps=1e-4)
 SEQ, BATCH = 16, 4
 

@@ -18,7 +18,7 @@ from hope.train.numerics import set_numerics
 # width 256 and micro-batches of 4 it did not.)
 WIDE = ["model.width=384", "model.heads=6", "model.layers=4", "train.seq_len=1024", "train.global_batch=32",
         "train.micro_batch=32", "train.steps=6", "train.precision=bf16", "train.eval_windows=32",
-        "model.memory.projection_chunk=128", "model.memory.main_chunk=128"]  # fmt: skip
+        "model.mixers.hope.projection_chunk=128", "model.mixers.hope.main_chunk=128"]  # fmt: skip
 NARROW = ["train.steps=4"]
 
 

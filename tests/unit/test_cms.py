@@ -4,21 +4,21 @@ import copy
 
 import pytest
 import torch
+from models import named
 
 from hope.cms import IndependentCms, SequentialCms
-from hope.config import CmsConfig, MemoryConfig, ModelConfig
-from hope.layers import initialise
+from hope.config import CmsConfig, ModelConfig
+from hope.memory.config import MemoryConfig
 from hope.model import Model, next_token_loss
 from hope.optim.config import OptimConfig
 from hope.optim.dmgd import Dmgd
 from hope.optim.levels import parameter_groups
+from hope.parameters import initialise
 
 
 def config(periods: list[int], variant: str = "sequential", **changes) -> ModelConfig:
     memory = MemoryConfig(projection_chunk=8, main_chunk=8)
-    return ModelConfig(
-        vocab_size=32, width=16, layers=1, heads=1, memory=memory, cms=CmsConfig(variant, periods), **changes
-    )
+    return named(vocab_size=32, width=16, layers=1, heads=1, memory=memory, cms=CmsConfig(variant, periods), **changes)
 
 
 def batch(step: int) -> torch.Tensor:
@@ -109,7 +109,7 @@ def test_resume_in_the_middle_of_a_period():
 
 
 def test_one_level_is_a_transformer_feed_forward():
-    chain, single = SequentialCms(config([1])), SequentialCms(ModelConfig(kind="transformer", width=16, heads=1))
+    chain, single = SequentialCms(config([1])), SequentialCms(named("transformer", width=16, heads=1))
     initialise(chain, 0)
     initialise(single, 0)
     x = torch.randn(5, 2, 16)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hope.config import MemoryConfig
-from hope.layers import initialise
+from hope.memory.config import MemoryConfig
 from hope.memory.delta import DeltaChunk, DeltaState, Gates
 from hope.memory.mlp import MlpMemories
+from hope.parameters import initialise
 
 D = torch.float64
 
@@ -68,7 +68,7 @@ def test_padding_changes_nothing():
 
 def test_mlp_gradients_are_the_autograd_gradients():
     """Invariant 3: closed forms equal autograd of 1/2 |M(k) - stopgrad M(v)|^2 for both layers."""
-    config = MemoryConfig(kind="mlp", contribution=0.7, erase="none", expansion=2)
+    config = MemoryConfig(memory="mlp", contribution=0.7, erase="none", expansion=2)
     memories = MlpMemories(("main",), 1, 4, config).double()
     initialise(memories, 0)
     w1, w2 = (memories.initial[f"main_{w}"].detach().requires_grad_() for w in ("w1", "w2"))

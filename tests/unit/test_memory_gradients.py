@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from models import named
 
-from hope.config import CmsConfig, MemoryConfig, ModelConfig
+from hope.config import CmsConfig
 from hope.memory import matrix, mlp
+from hope.memory.config import MemoryConfig
 from hope.memory.delta import DeltaChunk, DeltaState
 from hope.model import Model, next_token_loss
 
@@ -12,8 +14,8 @@ KINDS = ["matrix", "mlp"]
 
 
 def small(kind: str = "matrix", **changes) -> Model:
-    memory = MemoryConfig(kind=kind, projection_chunk=8, main_chunk=8, **changes.pop("memory", {}))
-    config = ModelConfig(vocab_size=64, width=32, layers=2, heads=2, memory=memory, cms=CmsConfig(), **changes)
+    memory = MemoryConfig(memory=kind, projection_chunk=8, main_chunk=8, **changes.pop("memory", {}))
+    config = named(vocab_size=64, width=32, layers=2, heads=2, memory=memory, cms=CmsConfig(), **changes)
     return Model(config).initialise(3)
 
 

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from models import named
 
-from hope.config import CmsConfig, MemoryConfig, ModelConfig
+from hope.config import CmsConfig, ModelConfig
+from hope.memory.config import MemoryConfig
 from hope.model import Model, Slice, next_token_loss
 from hope.optim.build import build_optimizer
 from hope.optim.config import OptimConfig
@@ -12,8 +14,9 @@ from parallel.layout.memory import StepShape, activation_bytes, build_part, part
 
 
 def config(kind: str = "hope", memory: str = "matrix", layers: int = 4) -> ModelConfig:
-    memories = MemoryConfig(kind=memory, projection_chunk=4, main_chunk=8)
-    return ModelConfig(kind, 64, 32, layers, 4, memory=memories, cms=CmsConfig(periods=[1, 4], hidden=16))
+    memories = MemoryConfig(memory=memory, projection_chunk=4, main_chunk=8)
+    cms = CmsConfig(periods=[1, 4], hidden=16)
+    return named(kind, memory=memories, vocab_size=64, width=32, layers=layers, heads=4, cms=cms)
 
 
 KINDS = [("hope", "matrix"), ("hope", "mlp"), ("hope_attention", "matrix"), ("transformer", "matrix")]

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import named
 
-from hope.config import CmsConfig, MemoryConfig, ModelConfig
+from hope.config import CmsConfig, ModelConfig
+from hope.memory.config import MemoryConfig
 from hope.model import Model, Slice, next_token_loss
 from hope.optim.levels import parameter_groups
 
@@ -17,8 +19,8 @@ KINDS = ["hope", "hope_attention", "transformer"]
 
 def config(kind: str = "hope", **changes) -> ModelConfig:
     defaults = {"vocab_size": 96, "width": 32, "layers": 3, "heads": 2}
-    memory = MemoryConfig(kind=changes.pop("memory_kind", "matrix"), projection_chunk=8, main_chunk=8)
-    return ModelConfig(kind=kind, memory=memory, **{**defaults, **changes})
+    memory = MemoryConfig(memory=changes.pop("memory_kind", "matrix"), projection_chunk=8, main_chunk=8)
+    return named(kind, memory=memory, **{**defaults, **changes})
 
 
 def tokens(length: int = 33, batch: int = 4, vocab: int = 96) -> torch.Tensor:
@@ -95,11 +97,11 @@ def test_model_state_is_carried():
     torch.testing.assert_close(torch.cat([first, second]), model(ids)[0], rtol=1e-9, atol=1e-10)
 
 
-def test_attention_refuses_a_state():
-    model = Model(config("transformer")).initialise(0)
-    state = dict.fromkeys(range(3), "not a state")
-    with pytest.raises(ValueError, match="attention carries no state"):
-        model(tokens(), state)
+def test_a_state_of_other_blocks_is_refused():
+    model = Model(config()).initialise(0)
+    _, state = model(tokens())
+    with pytest.raises(ValueError, match=r"a state of blocks \[0, 1\] for blocks 0, 1, 2"):
+        model(tokens(), {0: state[0], 1: state[1]})
 
 
 def test_every_parameter_is_in_one_group_with_its_clock():
@@ -133,7 +135,7 @@ def test_hope_flops_are_near_torchs_count(memory_kind):
     """The memory loop's stated FLOPs lie within 15 % of the products torch counts (it does not see solves)."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    settings = ModelConfig(vocab_size=64, width=128, layers=1, heads=2, memory=MemoryConfig(kind=memory_kind))
+    settings = named(vocab_size=64, width=128, layers=1, heads=2, memory=MemoryConfig(memory=memory_kind))
     model = Model(settings).initialise(0)
     with FlopCounterMode(display=False) as counter:
         model(tokens(256, 1, 64))

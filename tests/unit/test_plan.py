@@ -1,13 +1,20 @@
-"""The plan is complete for every kind of model, and cutting and joining are inverse."""
+"""The plan is derived from declarations, complete for every kind of model. Cutting and joining are inverse."""
 
 import itertools
 
 import pytest
 import torch
+from models import named
+from torch import nn
 
-from hope.config import CmsConfig, MemoryConfig, ModelConfig
+from hope.config import CmsConfig
+from hope.layers import SwiGlu
+from hope.memory.config import MemoryConfig
 from hope.model import Model
-from parallel.layout.plan import PLAN, ROWS, PlanError, Rule, layout_of
+from hope.parameters import UndeclaredParameter, constant, new_parameter
+from parallel import plan
+from parallel.layout.plan import GradientRule, layout_of, plan_of, plan_of_config, plan_table
+from parallel.layout.regions import outermost_regions
 
 MODELS = list(
     itertools.product(["hope", "hope_attention", "transformer"], ["matrix", "mlp"], ["sequential", "independent"])
@@ -15,57 +22,84 @@ MODELS = list(
 
 
 def model(kind: str, memory: str, variant: str) -> Model:
-    config = ModelConfig(
-        kind=kind,
-        vocab_size=64,
-        width=32,
-        layers=2,
-        heads=4,
-        tie_embeddings=False,
-        memory=MemoryConfig(kind=memory, adaptive_query=True),
-        cms=CmsConfig(variant, [1, 2]),
-    )
+    memories = MemoryConfig(memory=memory, adaptive_query=True)
+    cms = CmsConfig(variant, [1, 2])
+    config = named(kind, memory=memories, vocab_size=64, width=32, layers=2, heads=4, tie_embeddings=False, cms=cms)
     return Model(config).initialise(0)
 
 
 @pytest.mark.parametrize(("kind", "memory", "variant"), MODELS)
-def test_every_parameter_has_one_row_and_divides_over_ranks(kind, memory, variant):
+def test_every_parameter_has_a_layout_and_divides_over_ranks(kind, memory, variant):
     for name, parameter in model(kind, memory, variant).named_parameters():
-        layout = layout_of(name)
+        layout = layout_of(parameter, name)
         parts = [layout.cut(parameter, rank, 4) for rank in range(4)]
         assert torch.equal(layout.join(parts), parameter), name
-        assert (layout.dim is None) == (layout.rule is not Rule.LOCAL), name
+        assert (layout.dim is None) == (layout.rule is not GradientRule.LOCAL), name
         if layout.dim is not None:
             assert sum(p.numel() for p in parts) == parameter.numel(), name
 
 
-def test_every_row_is_used_by_some_model():
-    names = {n for m in MODELS for n, _ in model(*m).named_parameters()}
-    for pattern, layout in PLAN.items():
-        assert any(layout_of(n, {pattern: layout}) for n in names if _matches(pattern, layout, n)), pattern
+def test_what_is_used_on_heads_is_partial_and_what_is_used_on_the_trunk_only_under_sequence():
+    """The norm before a mixer and the norm inside it have other rules, whatever they are called."""
+    found = plan_of(model("hope", "matrix", "sequential"))
+    assert found["blocks.1.norm.weight"].rule is GradientRule.PARTIAL_UNDER_SEQUENCE
+    assert found["blocks.1.mixer.norm.weight"].rule is GradientRule.PARTIAL
 
 
-def _matches(pattern, layout, name) -> bool:
-    try:
-        layout_of(name, {pattern: layout})
-    except PlanError:
-        return False
-    return True
+def test_slices_have_the_plan_of_the_whole():
+    whole = model("hope", "matrix", "sequential")
+    assert plan_of_config(whole.config) == plan_of([whole]) == plan_of(whole)
 
 
-def test_unlisted_and_twice_listed_parameters_are_errors():
-    with pytest.raises(PlanError, match=r"blocks\.0\.mixer\.new\.weight matches no row"):
-        layout_of("blocks.0.mixer.new.weight")
-    with pytest.raises(PlanError, match=r"rows blocks\.\*\.norm\.weight and \*\.\*\.norm\.weight"):
-        layout_of("blocks.0.norm.weight", {"blocks.*.norm.weight": ROWS, "*.*.norm.weight": ROWS})
+def test_an_undeclared_parameter_is_named():
+    whole = model("hope", "matrix", "sequential")
+    whole.blocks["1"].mixer.extra = nn.Parameter(torch.zeros(3))
+    with pytest.raises(UndeclaredParameter, match=r"blocks\.1\.mixer\.extra declares nothing; create it with"):
+        plan_of(whole)
+    with pytest.raises(UndeclaredParameter, match=r"blocks\.1\.mixer\.extra"):
+        whole.initialise(0)
 
 
-def test_a_star_is_one_part_of_the_name():
-    """`blocks.*.norm.weight` must not catch the norm inside a mixer, whose gradient rule is another."""
-    assert layout_of("blocks.3.norm.weight").rule is Rule.PARTIAL_UNDER_SEQUENCE
-    assert layout_of("blocks.3.mixer.norm.weight").rule is Rule.PARTIAL
+@pytest.mark.parametrize(
+    "declared",
+    [{}, {"cut": 0, "used": "trunk"}, {"cut": 0, "update": "matrix"}, {"used": "heads", "update": "matrix_per_head"}],
+    ids=["neither", "both", "vector-as-matrix", "vector-as-stack"],
+)
+def test_a_declaration_that_contradicts_itself_is_refused(declared):
+    with pytest.raises(ValueError, match=r"a parameter \(3,\)"):
+        new_parameter(3, init=constant(0.0), **{"update": "elementwise", **declared})
 
 
 def test_dimensions_that_do_not_divide_are_refused():
+    layout = plan_of(model("hope", "matrix", "sequential"))["embedding.weight"]
     with pytest.raises(ValueError, match=r"dimension 0 of \(64, 32\) is not a multiple of 3"):
-        layout_of("embedding.weight").cut(torch.zeros(64, 32), 0, 3)
+        layout.cut(torch.zeros(64, 32), 0, 3)
+
+
+class Nested(nn.Module):
+    """A region around a region, as a mixer that is made of others has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Identity(), nn.Identity()
+        self.inner, self.other = SwiGlu(8, 16), nn.ModuleList([SwiGlu(8, 16)])
+
+
+def test_of_nested_regions_the_outermost_has_borders():
+    alone, nested = SwiGlu(8, 16), Nested()
+    assert list(outermost_regions(nn.ModuleList([alone, nested]))) == [alone, nested]
+
+
+def test_the_table(tmp_path, capsys):
+    text = plan_table(named(vocab_size=64, width=32, layers=3, heads=4))
+    rows = {line.split()[0]: line for line in text.splitlines()}
+    assert "row-parallel" in rows["blocks.*.mixer.output.weight"]
+    assert "column-parallel" in rows["blocks.*.mixer.query.weight"]
+    assert rows["blocks.*.mixer.norm.weight"].split()[2:4] == ["replicated", "partial"]
+    assert rows["blocks.*.mixer.static_k"].split()[-2:] == ["matrix_per_head", "0-2"]
+    path = tmp_path / "c.yaml"
+    path.write_text("run: {name: x}\nmodel: {layers: 2}\ndata: {train: a, heldout: b}\n")
+    assert plan.main([str(path)]) == 0
+    assert "blocks.*.cms.levels.0.mlp.down.weight" in capsys.readouterr().out
+    assert plan.main([str(path), "model.pattern=[unheard_of]"]) == 2
+    assert "no mixer is called unheard_of" in capsys.readouterr().err

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from models import named
 
-from hope.config import MemoryConfig, ModelConfig
+from hope.memory.config import MemoryConfig
 from hope.memory.delta import DeltaChunk
 from hope.model import Model, Slice, next_token_loss
 from parallel.layout.memory import StepShape, activation_bytes, build_part
@@ -11,12 +12,12 @@ from parallel.layout.memory import StepShape, activation_bytes, build_part
 
 def run(what: str, memory: str, monkeypatch) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
     """Gradients, and the end state of every inner write in the order they were made."""
-    config = ModelConfig(
+    config = named(
         vocab_size=64,
         width=32,
         layers=2,
         heads=2,
-        memory=MemoryConfig(kind=memory, projection_chunk=8, main_chunk=8),
+        memory=MemoryConfig(memory=memory, projection_chunk=8, main_chunk=8),
     )
     model = Model(config).initialise(0)
     model.set_recompute(what)
@@ -36,7 +37,7 @@ def run(what: str, memory: str, monkeypatch) -> tuple[dict[str, torch.Tensor], l
 
 
 @pytest.mark.parametrize("memory", ["matrix", "mlp"])
-@pytest.mark.parametrize("what", ["block", "memory"])
+@pytest.mark.parametrize("what", ["block", "memory", "sublayer"])
 def test_gradients_and_inner_writes_are_repeated_exactly(what, memory, monkeypatch):
     plain, once = run("none", memory, monkeypatch)
     again, twice = run(what, memory, monkeypatch)
@@ -53,9 +54,10 @@ def test_gradients_and_inner_writes_are_repeated_exactly(what, memory, monkeypat
 
 
 def test_less_is_kept():
-    config = ModelConfig(vocab_size=64, width=64, layers=4, heads=2)
+    config = named(vocab_size=64, width=64, layers=4, heads=2)
     kept = {}
-    for what in ("none", "memory", "block"):
+    for what in ("none", "memory", "sublayer", "block"):
         shape = StepShape(seq_len=256, micro_batch=2, bf16=True, recompute=what)
         kept[what] = activation_bytes(build_part(config, Slice(0, 4), shape), shape)
     assert kept["block"] < 0.2 * kept["memory"] < 0.2 * kept["none"]
+    assert kept["block"] < kept["sublayer"] < 0.2 * kept["none"]

@@ -71,16 +71,25 @@ def test_numbers_are_numbers_and_the_rest_has_its_defaults(write):
     assert config.optim.lr == 3e-4
     assert isinstance(config.optim.lr, float)
     assert (config.run.dir, config.train.grad_clip, config.checkpoint.resume) == ("runs", 1.0, "auto")
-    assert config.model.memory.kind == "matrix"
+    assert config.model.mixers.hope.memory == "matrix"
 
 
 def test_overrides_win_in_order_and_are_typed(write):
     overrides = ["train.steps=100", "train.steps=1_000", "optim.lr=1e-2", "model.cms.periods=[1, 2]", "run.name=007"]
-    overrides += ["model.memory={kind: mlp}", "model.memory.eta_max=null", "log.tensorboard=false", "run.dir='a b'"]
+    overrides += [
+        "model.memory={kind: mlp}",
+        "model.mixers.hope.eta_max=null",
+        "log.tensorboard=false",
+        "run.dir='a b'",
+    ]
     config = load(write(MINIMAL), overrides)
     assert (config.train.steps, config.optim.lr, config.model.cms.periods) == (1000, 0.01, [1, 2])
     assert (config.run.name, config.run.dir) == ("007", "a b")
-    assert (config.model.memory.kind, config.model.memory.eta_max, config.log.tensorboard) == ("mlp", None, False)
+    assert (config.model.mixers.hope.memory, config.model.mixers.hope.eta_max, config.log.tensorboard) == (
+        "mlp",
+        None,
+        False,
+    )
 
 
 def test_every_mistake_is_reported_at_once(write):
@@ -104,7 +113,7 @@ log:
         "(command line)": ("`oops` is not of the form section.key=value", "a key and a value, such as train.steps=100"),
         "run.name": ("YAML reads this text as the int 2026 (line 2)", "put it in quotes"),
         "model.widht": ("unknown key (line 4)", "did you mean: model.width"),
-        "model.memory.kind": ("'matrx' is not one of matrix, mlp (line 5)", "did you mean: matrix"),
+        "model.mixers.hope.memory": ("'matrx' is not one of matrix, mlp (line 5)", "did you mean: matrix"),
         "model.cms.periods[1]": ("'two' is not a whole number", "100"),
         "train.steps": ("2.5 is not a whole number (line 8)", "nearest: 2, 3"),
         "train.lr": ("unknown key (line 12)", "did you mean: optim.lr"),
@@ -245,7 +254,13 @@ def test_structure_alone_can_be_read(write):
 
 
 def test_what_is_written_reads_back_equal(write):
-    overrides = ["run.name=007", "run.dir=no", "optim.lr=1e-8", "model.memory.eta_max=0.1", "model.cms.periods=[1, 8]"]
+    overrides = [
+        "run.name=007",
+        "run.dir=no",
+        "optim.lr=1e-8",
+        "model.mixers.hope.eta_max=0.1",
+        "model.cms.periods=[1, 8]",
+    ]
     for given in ([], overrides):
         config = load(write(MINIMAL), given)
         assert load(write(to_yaml(config)), []) == config
@@ -267,7 +282,7 @@ def test_the_reference_has_every_key_with_a_meaning(write):
     assert [row[0] for row in rows if not row[-1].removesuffix("|").strip()] == []
     by_key = {row[0].strip("| `"): row for row in rows}
     assert by_key["train.steps"][1:3] == ["int", "required"]
-    assert by_key["model.memory.eta_max"][1:3] == ["float or null", "null"]
+    assert by_key["model.mixers.hope.eta_max"][1:3] == ["float or null", "null"]
     assert by_key["train.precision"][1:3] == ["fp32, bf16", "fp32"]
     assert by_key["run.name"][3] == "Folder of the run below `dir`. |"
 

@@ -9,17 +9,17 @@ import pytest
 import torch
 from reference import mixer_reference
 
-from hope.config import MemoryConfig, ModelConfig
-from hope.layers import initialise
-from hope.self_modifying import SelfModifyingTitans
+from hope.memory.config import MemoryConfig
+from hope.mixers import Trunk
+from hope.mixers.self_modifying import SelfModifyingTitans
+from hope.parameters import initialise
 
 TOLERANCE = 1e-12
 
 
 def build(seed: int = 0, **memory) -> SelfModifyingTitans:
     memory.setdefault("eta_max", 0.5)  # larger than the default, so that writes matter in a short sequence
-    config = ModelConfig(width=12, heads=2, memory=MemoryConfig(**memory))
-    mixer = SelfModifyingTitans(config).double()
+    mixer = SelfModifyingTitans(Trunk(12, 2, 1), MemoryConfig(**memory)).double()
     initialise(mixer, seed)
     with torch.no_grad():  # away from the special initial values: identity convolutions, unit norms, saturated alpha
         generator = torch.Generator().manual_seed(seed)
@@ -84,7 +84,7 @@ VARIANTS = [
 @pytest.mark.parametrize("kind", ["matrix", "mlp"])
 @pytest.mark.parametrize(("chunks", "length"), CASES)
 def test_equals_token_loop(kind, chunks, length):
-    mixer = build(kind=kind, **chunks)
+    mixer = build(memory=kind, **chunks)
     fast = outputs_and_gradients(lambda x: mixer(x)[0], mixer, inputs(length))
     slow = outputs_and_gradients(lambda x: mixer_reference(mixer, x), mixer, inputs(length))
     assert_equal(fast, slow)
@@ -93,7 +93,7 @@ def test_equals_token_loop(kind, chunks, length):
 @pytest.mark.parametrize("kind", ["matrix", "mlp"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(f"{k}={x}" for k, x in v.items()))
 def test_variants_equal_token_loop(kind, variant):
-    mixer = build(kind=kind, **{"projection_chunk": 4, "main_chunk": 4, **variant})
+    mixer = build(memory=kind, **{"projection_chunk": 4, "main_chunk": 4, **variant})
     fast = outputs_and_gradients(lambda x: mixer(x)[0], mixer, inputs(11))
     slow = outputs_and_gradients(lambda x: mixer_reference(mixer, x), mixer, inputs(11))
     assert_equal(fast, slow)
@@ -104,7 +104,7 @@ def test_variants_equal_token_loop(kind, variant):
 @pytest.mark.parametrize("chunks", [(4, 4), (2, 4), (4, 2)])
 def test_state_carried_across_a_split(kind, momentum, chunks):
     """forward(x) equals forward(x[:a]) then forward(x[a:], state) where a is a multiple of both chunks."""
-    mixer = build(kind=kind, projection_chunk=chunks[0], main_chunk=chunks[1], momentum=momentum, eta_max=0.2)
+    mixer = build(memory=kind, projection_chunk=chunks[0], main_chunk=chunks[1], momentum=momentum, eta_max=0.2)
 
     def split(x):
         first, state = mixer(x[:8])
@@ -120,7 +120,7 @@ def test_state_carried_across_a_split(kind, momentum, chunks):
 def test_packed_documents_equal_documents_alone(kind, momentum):
     from hope.documents import Documents
 
-    mixer = build(kind=kind, projection_chunk=4, main_chunk=4, momentum=momentum, eta_max=0.2)
+    mixer = build(memory=kind, projection_chunk=4, main_chunk=4, momentum=momentum, eta_max=0.2)
     starts = torch.zeros(17, 2, dtype=torch.bool)
     for t, b in [(0, 0), (5, 0), (6, 0), (14, 0), (0, 1), (9, 1)]:
         starts[t, b] = True
@@ -155,7 +155,7 @@ def test_unmarked_row_start_continues_the_carried_state():
 @pytest.mark.parametrize("read", ["causal", "boundary"])
 def test_causal(kind, read):
     """Outputs at t do not move when later tokens are edited."""
-    mixer, x = build(kind=kind, projection_chunk=4, main_chunk=8, read=read), inputs(16)
+    mixer, x = build(memory=kind, projection_chunk=4, main_chunk=8, read=read), inputs(16)
     edited = x.clone()
     edited[10:] += 1.0
     before, after = mixer(x)[0], mixer(edited)[0]
@@ -168,7 +168,7 @@ def test_boundary_read_sees_no_write_of_its_own_chunk(kind):
     """Inside a chunk a boundary read depends on earlier tokens through the convolution only, a causal one through M."""
     moved = {}
     for read in ("boundary", "causal"):
-        mixer = build(kind=kind, projection_chunk=8, main_chunk=8, read=read, conv_width=1)
+        mixer = build(memory=kind, projection_chunk=8, main_chunk=8, read=read, conv_width=1)
         x = inputs(8)
         edited = x.clone()
         edited[2] += 1.0
@@ -180,7 +180,7 @@ def test_boundary_read_sees_no_write_of_its_own_chunk(kind):
 @pytest.mark.parametrize("kind", ["matrix", "mlp"])
 def test_sequences_do_not_share_memories(kind):
     """Permuting the batch permutes outputs and states."""
-    mixer, x = build(kind=kind, projection_chunk=4, main_chunk=4), inputs(9, batch=3)
+    mixer, x = build(memory=kind, projection_chunk=4, main_chunk=4), inputs(9, batch=3)
     order = torch.tensor([2, 0, 1])
     y, state = mixer(x)
     y_permuted, state_permuted = mixer(x[:, order])

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from models import named
 
-from hope.config import MemoryConfig, ModelConfig
-from hope.layers import initialise
-from hope.self_modifying import SelfModifyingTitans
+from hope.memory.config import MemoryConfig
+from hope.mixers import Trunk
+from hope.mixers.self_modifying import SelfModifyingTitans
+from hope.parameters import initialise
 
 LENGTH = 16384
 
@@ -24,7 +26,7 @@ def stream(kind: str) -> torch.Tensor:
 @pytest.mark.parametrize("inputs", ["random", "correlated", "walk"])
 @pytest.mark.parametrize("kind", ["matrix", "mlp"])
 def test_long_sequences_stay_finite(kind, inputs):
-    mixer = SelfModifyingTitans(ModelConfig(width=32, heads=1, memory=MemoryConfig(kind=kind)))
+    mixer = SelfModifyingTitans(Trunk(32, 1, 1), MemoryConfig(memory=kind))
     initialise(mixer, 0)
     x = stream(inputs).requires_grad_()
     y, state = mixer(x)
@@ -41,7 +43,7 @@ def test_long_sequences_stay_finite(kind, inputs):
 def test_the_bound_can_be_broken():
     """Raw values with the residual of Eq. 89 and eta_max 1/2: the largest gain passed 300 within 4096 tokens."""
     memory = MemoryConfig(eta_max=0.5, normalise_values=False, contribution=1.0, static="identity")
-    mixer = SelfModifyingTitans(ModelConfig(width=32, heads=1, memory=memory))
+    mixer = SelfModifyingTitans(Trunk(32, 1, 1), memory)
     initialise(mixer, 0)
     with torch.no_grad():
         _, state = mixer(stream("correlated")[:4096])
@@ -51,7 +53,7 @@ def test_the_bound_can_be_broken():
 @pytest.mark.parametrize("kind", ["matrix", "mlp"])
 def test_memories_do_not_fade_away(kind):
     """At initialisation the state is still of order one after 4096 tokens: alpha's bias does not erase it."""
-    mixer = SelfModifyingTitans(ModelConfig(width=32, heads=1, memory=MemoryConfig(kind=kind)))
+    mixer = SelfModifyingTitans(Trunk(32, 1, 1), MemoryConfig(memory=kind))
     initialise(mixer, 0)
     with torch.no_grad():
         _, state = mixer(stream("random")[:4096])
@@ -59,9 +61,9 @@ def test_memories_do_not_fade_away(kind):
 
 
 def test_hazards_are_reachable_with_a_warning():
-    config = ModelConfig(memory=MemoryConfig(eta_max=0.5, normalise_values=False))
+    config = named(memory=MemoryConfig(eta_max=0.5, normalise_values=False))
     with pytest.warns(UserWarning, match="eta_max 0.5") as seen:
         config.warn_hazards()
     assert any("normalise_values" in str(w.message) for w in seen)
-    assert ModelConfig().memory.hazards() == []
-    assert MemoryConfig(kind="mlp").hazards() == []
+    assert MemoryConfig().hazards() == []
+    assert MemoryConfig(memory="mlp").hazards() == []

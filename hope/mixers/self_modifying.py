@@ -1,0 +1,201 @@
+"""Self-modifying Titans (Eq. 83-91), the mixer of HOPE: memories that produce their own keys, values, write rates and
+targets.
+
+For a head with normalised input x_t and query q_t, and c the contribution factor,
+
+    k_t = unit(S_k x_t + c M_k(x_t))      v_t = unit(S_v x_t + c M_v(x_t))          S: the static path
+    eta_t = eta_max sigmoid(8 w_eta . (x_t + c M_eta(x_t)) + b_eta)                 alpha_t alike, biased to ~1
+    M_box <- M_box (alpha_t I - eta_t k_t k_t^T) - eta_t grad 1/2 |M_box(k_t) - M_box(v_t)|^2      for every box
+    y_t = M_main(q_t)
+
+Reads of k, v, eta and alpha and all inner gradients use the state at the chunk's start (Eq. 90); y is read causally
+inside the chunk by default. `hope.memory.scan` is the loop over chunks. Sequential depth is T / projection_chunk: k_t
+depends on the state that k writes.
+
+Trunk activations are [T, B, D]; inside, per head, [B, H, T, K]. Memory states are fp32 whatever the model's dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hope.documents import NO_PENDING, Documents, Pending, of_open_document, plain_layout
+from hope.flops import Flops
+from hope.layers import CausalConv, Linear, RMSNorm, unit
+from hope.memory.bank import State as FastWeights
+from hope.memory.config import MemoryConfig
+from hope.memory.kernels import scan_for
+from hope.memory.matrix import MatrixMemories
+from hope.memory.mlp import MlpMemories
+from hope.memory.scan import GATE_SCALE, Memories, Scanned, Sequences, States, join_gates
+from hope.mixers.base import Mixer, Report, State, Trunk, mixer
+from hope.parameters import constant, new_parameter, normal
+
+
+@dataclass(frozen=True)
+class SelfModifyingState(State):
+    """What a sequence carries from one call to the next; fp32 (fp64 in tests).
+
+    projections, main: fast weights of the two banks at the last chunk boundary (the same tuple when the chunk sizes are
+        equal and writes are shared).
+    history: [B, taps-1, 2 D], the last inputs of the two convolutions.
+    pending_x, pending_q: [B, H, P, K], the memory's inputs since the last chunk boundary.
+    pending: how many of the P slots are taken.
+    """
+
+    projections: FastWeights
+    main: FastWeights
+    history: Tensor
+    pending_x: Tensor
+    pending_q: Tensor
+    pending: Pending
+
+    def compared(self) -> dict[str, Tensor]:
+        """The fast weights of the main memory's bank."""
+        return {f"main.{number}": layer.weight for number, layer in enumerate(self.main)}
+
+
+@mixer("hope", section=MemoryConfig)
+class SelfModifyingTitans(Mixer):
+    """forward: x [T, B, D] -> (y [T, B, D], state). Parameters of a head touch only that head's memories."""
+
+    def __init__(self, trunk: Trunk, config: MemoryConfig) -> None:
+        super().__init__()
+        width, heads, head_dim = trunk.width, trunk.heads, trunk.head_dim
+        self.config, self.width, self.head_dim, self.heads = config, width, head_dim, heads
+        self.chunk = config.window
+        self.boxes = ("k", "v", "eta", "alpha") + (("q",) if config.adaptive_query else ())
+        self.input, self.query, self.gate = (Linear(width, width, "column") for _ in range(3))
+        self.output = Linear(width, width, "row")
+        self.conv_input = CausalConv(width, config.conv_width)
+        self.conv_query = CausalConv(width, config.conv_width)
+        kind = MatrixMemories if config.memory == "matrix" else MlpMemories
+        self.memories = kind((*self.boxes, "main"), heads, head_dim, config)
+        if config.static == "learned":
+            square = lambda: new_parameter(
+                heads, head_dim, head_dim, init=normal(head_dim**-0.5), cut=0, update="matrix_per_head"
+            )
+            self.static_k, self.static_v = square(), square()
+        # small, not zero: a zero read-out would give the eta and alpha memories no gradient at the first step
+        gate = lambda *shape, init: new_parameter(heads, *shape, init=init, cut=0, update="elementwise")
+        self.eta_weight, self.alpha_weight = gate(head_dim, init=normal(0.02)), gate(head_dim, init=normal(0.02))
+        self.eta_bias = gate(init=constant(0.0))
+        self.alpha_bias = gate(init=constant(config.alpha_bias_start))
+        self.norm = RMSNorm(head_dim, used="heads")
+        self._collected = Report()
+
+    def forward(
+        self, x_TBD: Tensor, state: State | None = None, documents: Documents | None = None
+    ) -> tuple[Tensor, SelfModifyingState]:
+        assert state is None or isinstance(state, SelfModifyingState)
+        x_TBD = self.enter(x_TBD)
+        length, batch, _ = x_TBD.shape
+        dtype = torch.promote_types(x_TBD.dtype, torch.float32)
+        x_BHTK, q_BHTK, history = self._convolved(x_TBD, state, documents, dtype)
+        pending = NO_PENDING if state is None else state.pending
+        if state is not None and pending.slots:
+            x_BHTK = torch.cat([state.pending_x, x_BHTK], 2)
+            q_BHTK = torch.cat([state.pending_q, q_BHTK], 2)
+        window, device = self.config.window, x_TBD.device
+        layout = (
+            plain_layout(batch, length, window, device, pending)
+            if documents is None
+            else documents.layout(window, pending)
+        )
+        before = None if state is None else States(state.projections, state.main)
+        sequences = self._sequences(layout.spread(x_BHTK), layout.spread(q_BHTK))
+        found = scan_for(self.config, device).scan(self.config, self._memories(dtype), sequences, layout, before)
+        if self.watched:
+            self._collected = summary(found)
+        y_BHTK = self.norm_heads(layout.collect(found.y)).to(x_TBD.dtype)
+        merged = y_BHTK.permute(2, 0, 1, 3).flatten(-2)
+        out = self.leave(self.output(merged * F.silu(self.gate(x_TBD))))
+        left = layout.remaining(x_BHTK), layout.remaining(q_BHTK), layout.left
+        return out, SelfModifyingState(found.states.projections, found.states.main, history, *left)
+
+    def _convolved(
+        self, x_TBD: Tensor, state: SelfModifyingState | None, documents: Documents | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The memory's inputs x and q, unit vectors [B, H, T, K] each, and the history [B, taps-1, 2 D]."""
+        width, past = self.conv_input.weight.shape[0], self.config.conv_width - 1  # of the heads that are here
+        history = x_TBD.new_zeros(past, x_TBD.shape[1], 2 * width)
+        if state is not None:
+            history = state.history.transpose(0, 1)
+        same = None if documents is None or past == 0 else documents.same(past + 1)
+        xs, past_x = self.conv_input(self.input(x_TBD), history[..., :width], same)
+        qs, past_q = self.conv_query(self.query(x_TBD), history[..., width:], same)
+        x_BHTK, q_BHTK = (unit(self._heads(z).to(dtype)) for z in (xs, qs))
+        latest = torch.cat([past_x, past_q], -1).to(dtype)
+        return x_BHTK, q_BHTK, of_open_document(latest, documents).transpose(0, 1)
+
+    def norm_heads(self, y: Tensor) -> Tensor:
+        """One norm weight for all heads, applied per head in the memory's precision."""
+        return F.rms_norm(y, (y.shape[-1],), self.norm.weight.to(y.dtype), eps=1e-6)
+
+    def _heads(self, x_TBD: Tensor) -> Tensor:
+        return x_TBD.unflatten(-1, (-1, self.head_dim)).permute(1, 2, 0, 3)
+
+    def _sequences(self, x: Tensor, q: Tensor) -> Sequences:
+        """What the loop needs of the whole sequence at once: static paths and static parts of the gates."""
+        static_k, static_v = self._static(x)
+        logit = lambda w, b: GATE_SCALE * (x @ w.to(x.dtype).unsqueeze(-1)) + b.to(x.dtype)[:, None, None]
+        eta, alpha = logit(self.eta_weight, self.eta_bias), logit(self.alpha_weight, self.alpha_bias)
+        return Sequences(x, q, static_k, static_v, eta, alpha)
+
+    def _static(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Static path of k and v, [B, H, L, K] each."""
+        if self.config.static == "learned":
+            return x @ self.static_k.to(x.dtype).mT, x @ self.static_v.to(x.dtype).mT
+        if self.config.static == "identity":
+            return x, x
+        return torch.zeros_like(x), torch.zeros_like(x)
+
+    def _memories(self, dtype: torch.dtype) -> Memories:
+        """With equal chunk sizes one bank holds every memory, and is written once."""
+        if self.config.projection_chunk == self.config.main_chunk:
+            bank = self.memories.bank((*self.boxes, "main"), dtype)
+            return Memories(bank, bank, self.eta_weight, self.alpha_weight)
+        projections, main = self.memories.bank(self.boxes, dtype), self.memories.bank(("main",), dtype)
+        return Memories(projections, main, self.eta_weight, self.alpha_weight)
+
+    def start(self, batch: int) -> SelfModifyingState:
+        """The meta-learned initial states, and nothing pending."""
+        like = self.conv_input.weight
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        memories = self._memories(dtype)
+        main = memories.main.start(batch)
+        projections = main if memories.shared else memories.projections.start(batch)
+        history = like.new_zeros(batch, self.config.conv_width - 1, 2 * like.shape[0], dtype=dtype)
+        nothing = like.new_zeros(batch, like.shape[0] // self.head_dim, 0, self.head_dim, dtype=dtype)
+        return SelfModifyingState(projections, main, history, nothing, nothing, NO_PENDING)
+
+    def flops(self, length: int) -> Flops:
+        """Per token, forward. Projections and convolutions, memory reads as dense; memory writes apart."""
+        config, head_dim = self.config, self.head_dim
+        dense = self.input.flops() + self.query.flops() + self.gate.flops() + self.output.flops()
+        conv = 2 * 2.0 * self.width * config.conv_width
+        static = 4.0 * self.width * head_dim if config.static == "learned" else 0.0
+        reads, writes = self.memories.flops(len(self.boxes), config.projection_chunk, head_dim)
+        return dense + Flops(conv + static + self.heads * reads, self.heads * writes)
+
+    def report(self) -> Report:
+        """memory_norm: mean over sequences and heads of the Frobenius norm of the main bank's state at the last chunk
+        boundary (matrix: P and R). Histograms of eta and alpha [B, H, L]."""
+        return self._collected
+
+    def kernels(self, device: torch.device) -> str:
+        """The form of the memory loop."""
+        return str(scan_for(self.config, device))
+
+
+@torch.no_grad()
+def summary(found: Scanned) -> Report:
+    """What the log shows of a pass."""
+    gates = join_gates(found.gates)
+    norm = torch.stack([s.weight.float().square().flatten(2).sum(-1) for s in found.states.main]).sum(0).sqrt()
+    histograms = {"eta": gates.eta.detach(), "alpha": gates.log_alpha.detach().exp()}
+    return Report({"memory_norm": norm.mean()}, histograms)
