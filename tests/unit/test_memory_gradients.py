@@ -110,4 +110,4 @@ def test_states_are_fp32_in_a_bf16_model():
     model = small().bfloat16()
     logits, states = model(tokens())
     assert logits.dtype == torch.bfloat16
-    assert states[0].main[0].weight.dtype == torch.float32
+    assert states[0][0].main[0].weight.dtype == torch.float32

@@ -98,7 +98,10 @@ def test_the_table(tmp_path, capsys):
     assert rows["blocks.*.mixer.norm.weight"].split()[2:4] == ["replicated", "partial"]
     assert rows["blocks.*.mixer.static_k"].split()[-2:] == ["matrix_per_head", "0-2"]
     path = tmp_path / "c.yaml"
-    path.write_text("run: {name: x}\nmodel: {layers: 2}\ndata: {train: a, heldout: b}\n")
+    path.write_text(
+        "run: {name: x}\nmodel: {layers: 2}\ndata: {train: a, heldout: b}\n"
+        "train: {steps: 1, seq_len: 8, global_batch: 1, micro_batch: 1}\n"
+    )
     assert plan.main([str(path)]) == 0
     assert "blocks.*.cms.levels.0.mlp.down.weight" in capsys.readouterr().out
     assert plan.main([str(path), "model.pattern=[unheard_of]"]) == 2
