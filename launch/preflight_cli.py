@@ -9,9 +9,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from configs.launch_section import LaunchConfig
 from configs.schema import load
 from launch import profile
-from launch.config import LaunchConfig
 from launch.folder import RunFolder, snapshot, write_json
 from launch.script import Job, srun, task_python
 from launch.submit import SOURCE, facts

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jinja2
 
-from launch.config import LaunchConfig
+from configs.launch_section import LaunchConfig
 from launch.folder import PROGRAM, RunFolder
 from launch.profile import Profile
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from configs.launch_section import LaunchConfig
 from launch import profile
-from launch.config import LaunchConfig
 from launch.folder import RunFolder
 from launch.script import Job, render
 

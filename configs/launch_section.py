@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 
-Problem = tuple[str, str, str]
+from configs.errors import Problem
 
 
 @dataclass(kw_only=True)
