@@ -154,6 +154,6 @@ def _unknown_changes(on_change: dict[str, str]) -> Iterator[Problem]:
 
 
 if __name__ == "__main__":
-    from configs.reference import table
+    from configs.reference import key_table
 
-    sys.stdout.write(table(Config))
+    sys.stdout.write(key_table(Config))

@@ -19,7 +19,7 @@ READABLE = (1, 2)  # format 1 had the fields up to `format`
 
 
 @dataclass(frozen=True)
-class Manifest:
+class TokenSetManifest:
     """Facts about PREFIX.bin/.idx. Digests are hex sha256; `text_bytes` is UTF-8, without EOS tokens.
 
     Attributes:
@@ -65,7 +65,7 @@ def manifest_path(prefix: str | Path) -> str:
     return f"{prefix}.manifest.json"
 
 
-def load_manifest(prefix: str | Path) -> Manifest:
+def load_manifest(prefix: str | Path) -> TokenSetManifest:
     """Read PREFIX.manifest.json; raises DataError if it is missing, broken, or of another format."""
     path = manifest_path(prefix)
     try:
@@ -74,7 +74,7 @@ def load_manifest(prefix: str | Path) -> Manifest:
         if fields.get("format") not in READABLE:
             known = " and ".join(map(str, READABLE))
             raise DataError(f"{path}: format {fields.get('format')}, this version reads formats {known}")
-        return Manifest(**fields)
+        return TokenSetManifest(**fields)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; tokenize again to make it") from None
     except (ValueError, TypeError, AttributeError) as error:
@@ -89,7 +89,7 @@ def length_histogram(lengths: np.ndarray) -> dict[str, int]:
     return {"0" if k == 0 else f"2^{k - 1}": int(count) for k, count in enumerate(counts) if count}
 
 
-def open_checked(prefix: str | Path) -> tuple[Header, Manifest]:
+def open_checked(prefix: str | Path) -> tuple[Header, TokenSetManifest]:
     """Header and manifest of a prefix after the cheap checks (sizes and counts, not digests).
 
     Raises:

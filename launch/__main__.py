@@ -76,7 +76,7 @@ def _status(acts: argparse._SubParsersAction) -> None:
     def act(args: argparse.Namespace) -> int:
         from launch import status
 
-        print(status.table(status.find_runs(args.runs)))
+        print(status.status_table(status.find_runs(args.runs)))
         return 0
 
     parser = _command(acts, "status", "a table of runs: progress, tokens/s, restarts, last checkpoint, verdict", act)

@@ -21,8 +21,8 @@ def collect(grid: Grid, out: str | None) -> int:
     rows = add_efficiency([row(grid, cell) for cell in cells(grid)])
     folder = Path(out) if out else run_folder(grid, cells(grid)[0]).root.parent
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.csv").write_text(table(rows))
-    print(table(rows), end="")
+    (folder / "results.csv").write_text(results_csv(rows))
+    print(results_csv(rows), end="")
     timed = [r for r in rows if r["tokens_per_s"] is not None]
     if timed:
         (folder / "scaling.svg").write_text(plot.scaling(timed, f"{grid.name}, {grid.scaling} scaling"))
@@ -69,7 +69,7 @@ def add_efficiency(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def results_csv(rows: list[dict[str, Any]]) -> str:
     """CSV with a header; numbers with six digits, nothing for what is unknown."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -59,7 +59,7 @@ def _steps(run: RunFolder) -> str:
         return "?"
 
 
-def table(runs: list[RunFolder]) -> str:
+def status_table(runs: list[RunFolder]) -> str:
     """All runs, columns as wide as they must be."""
     rows = [dict(zip(TITLES, TITLES, strict=True)), *(row(run) for run in runs)]
     widths = {title: max(len(r[title]) for r in rows) for title in TITLES}
