@@ -47,9 +47,10 @@ def _configured(parser: argparse.ArgumentParser) -> None:
 def _submit(acts: argparse._SubParsersAction) -> None:
     def act(args: argparse.Namespace) -> int:
         from launch import submit
+        from launch.placement import Request
 
-        print(submit.submit(args.config, args.overrides, args.nodes, args.profile, dry_run=args.dry_run,
-                            parity=args.parity))  # fmt: skip
+        request = Request(args.config, tuple(args.overrides), args.profile, args.nodes, args.parity)
+        print(submit.submit(request, dry_run=args.dry_run))
         return 0
 
     parser = _command(acts, "submit", "check a run, write its batch script, and queue it", act)
@@ -126,7 +127,7 @@ def _estimate(acts: argparse._SubParsersAction) -> None:
     def act(args: argparse.Namespace) -> int:
         from configs.schema import load
         from launch import estimate, profile
-        from launch.submit import split_overrides
+        from launch.placement import split_overrides
 
         own, sites = split_overrides(args.overrides)
         site = profile.load(args.profile, sites)

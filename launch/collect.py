@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from launch import plot
+from launch.placement import folder_of
 from launch.runs import records, steady
-from launch.sweep import Cell, Grid, cells, run_folder, verdict
+from launch.sweep import Cell, Grid, cell_config, cells, run_folder, verdict
 
 COLUMNS = ("cell", "nodes", "devices", "layout", "series", "global_batch", "verdict", "step", "tokens_per_s",
            "tokens_per_s_per_device", "mfu", "efficiency", "memory_gb", "loss", "heldout_loss", "starts")  # fmt: skip
@@ -32,10 +33,8 @@ def collect(grid: Grid, out: str | None) -> int:
 
 def row(grid: Grid, cell: Cell) -> dict[str, Any]:
     """One cell; a cell that never ran has None for what was not measured."""
-    from configs.schema import load
-
-    folder = run_folder(grid, cell)
-    config = load(grid.config, [word for word in cell.overrides if not word.startswith("site.")], check=False)
+    config = cell_config(grid, cell)
+    folder = folder_of(config)
     timed, everything = steady(folder.root), records(folder.root)
     median = lambda key: statistics.median(r[key] for r in timed) if timed and timed[-1].get(key) is not None else None
     last = lambda key: next((r[key] for r in reversed(everything) if r.get(key) is not None), None)
