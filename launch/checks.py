@@ -119,11 +119,13 @@ def _memory(config: Config, job: Job) -> Iterator[Problem]:
     worst = estimate.worst_rank(config, config.parallel, job.world)
     if estimate.fits(worst, job.site):
         return
-    what = (f"the fullest rank needs {worst.peak / estimate.GIB:.1f} GiB ({estimate.parts(worst)}), "
-            f"more than {estimate.USABLE:.0%} of {job.site.gpu_memory_gb:g} GiB")  # fmt: skip
     fitting = [row for row in estimate.layouts(config, job.world, job.site) if row.fits][:3]
-    fix = "fits: " + " · ".join(map(str, fitting))
-    yield "parallel", what, fix if fitting else "more nodes, a smaller train.micro_batch, or train.recompute=block"
+    fix = (
+        "fits: " + " · ".join(map(str, fitting))
+        if fitting
+        else "more nodes, a smaller train.micro_batch, or train.recompute=block"
+    )
+    yield "parallel", estimate.excess(worst, job.site), fix
 
 
 def _queue(run: RunFolder) -> Iterator[Problem]:

@@ -36,8 +36,13 @@ def row(grid: Grid, cell: Cell) -> dict[str, Any]:
     config = cell_config(grid, cell)
     folder = folder_of(config)
     timed, everything = steady(folder.root), records(folder.root)
-    median = lambda key: statistics.median(r[key] for r in timed) if timed and timed[-1].get(key) is not None else None
-    last = lambda key: next((r[key] for r in reversed(everything) if r.get(key) is not None), None)
+
+    def median(key: str) -> float | None:
+        return statistics.median(r[key] for r in timed) if timed and timed[-1].get(key) is not None else None
+
+    def last(key: str) -> float | None:
+        return next((r[key] for r in reversed(everything) if r.get(key) is not None), None)
+
     speed, each = median("tokens_per_s"), median("tokens_per_s_per_device")
     return {
         "cell": cell.name,
@@ -78,5 +83,5 @@ def results_csv(rows: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -130,10 +130,12 @@ def _candidates(config: Config, world: int) -> Iterator[ParallelConfig]:
                 yield layout
 
 
-def parts(memory: RankMemory) -> str:
-    """The breakdown in words."""
+def excess(memory: RankMemory, site: Profile) -> str:
+    """What a rank that does not fit needs, and what a device of the site has, in words."""
     names = ("weights", "gradients", "optimizer", "activations", "loss")
-    return ", ".join(f"{name} {getattr(memory, name) / GIB:.1f}" for name in names)
+    parts = ", ".join(f"{name} {getattr(memory, name) / GIB:.1f}" for name in names)
+    return (f"the fullest rank needs {memory.peak / GIB:.1f} GiB ({parts}), "
+            f"more than {USABLE:.0%} of {site.gpu_memory_gb:g} GiB")  # fmt: skip
 
 
 def describe(config: Config, world: int, site: Profile, tokens: float, mfu: float) -> str:
@@ -158,15 +160,19 @@ def describe(config: Config, world: int, site: Profile, tokens: float, mfu: floa
     lines.append(TITLES)
     for row in layouts(config, world, site, mfu):
         copies = 1 if config.optim.accumulate == "local" else row.data  # local sums are whole on every data rank
+        steps = tokens / config.train.tokens_per_step
         accumulators = 4 * slow / (row.layout.tensor * row.layout.pipeline * copies)
-        lines.append(_line(row, accumulators, tokens / config.train.tokens_per_step, row.layout == config.parallel))
+        lines.append(_line(row, accumulators, steps, chosen=row.layout == config.parallel))
     lines.append("(CMS acc.) is part of optim, (states) of activ.; * is the layout of the configuration")
     return "\n".join(lines)
 
 
-def _line(row: Row, accumulators: float, steps: float, chosen: bool) -> str:
+def _line(row: Row, accumulators: float, steps: float, *, chosen: bool) -> str:
     m = row.memory
-    gib = lambda size, width: f"{size / GIB:>{width}.2f}"
+
+    def gib(size: float, width: int) -> str:
+        return f"{size / GIB:>{width}.2f}"
+
     step = "n/a" if row.step_s is None else f"{row.step_s:.2f}s"
     total = "n/a" if row.step_s is None else duration(row.step_s * steps)
     sizes = (gib(m.weights, 9) + gib(m.gradients, 7) + gib(m.optimizer, 7) + gib(accumulators, 11)

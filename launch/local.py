@@ -63,7 +63,7 @@ def run_here(planned: PlannedRun, program: str | None = None) -> int:
             child[:] = [_start(job, attempt, program)]
             returned = child[0].wait()
             child.clear()
-            verdict = end(job.run, attempt, returned, bool(stopped), False)
+            verdict = end(job.run, attempt, returned, signalled=bool(stopped), in_slurm=False)
             if verdict != REQUEUE or stopped:
                 return _code(verdict, stopped)
             time.sleep(1)
