@@ -44,14 +44,17 @@ class Header:
 
     @property
     def documents(self) -> int:
+        """Number of documents, empty ones counted."""
         return len(self.document_lengths)
 
     @property
     def tokens(self) -> int:
+        """Tokens of all documents."""
         return int(self.document_lengths.sum(dtype=np.int64))
 
     @property
     def bin_bytes(self) -> int:
+        """Size that PREFIX.bin must have."""
         return self.tokens * self.dtype.itemsize
 
 

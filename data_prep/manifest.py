@@ -24,7 +24,7 @@ class TokenSetManifest:
 
     Attributes:
         sha256_source: of the one source file; of several, of their digests in order.
-        licence: of the text, as its corpus says; empty if nobody said.
+        licence: of the text, as its corpus says; empty if it says nothing.
         sources: one {"name", "bytes", "sha256", "licence"} per input file, in order.
         bad: records that were not as they should be, by kind (`data_prep.tokenizing.records.BAD_KINDS`).
         dropped: good documents left out: {"hook": n, "repeated": n}.
@@ -61,7 +61,7 @@ class TokenSetManifest:
 
 
 def manifest_path(prefix: str | Path) -> str:
-    """Where the manifest of a prefix lies."""
+    """Path of the manifest of a prefix."""
     return f"{prefix}.manifest.json"
 
 

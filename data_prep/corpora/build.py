@@ -54,7 +54,7 @@ def build(out: str | Path, parts: Iterable[CorpusSource], share: float = HELDOUT
         else:
             seen.update(_digests(out / part.name))
         sources[part.name] = record
-        report(_line(part.name, record, kept))
+        report(_line(part.name, record, kept=kept))
     manifest: dict[str, Any] = {
         "sources": sources,
         "heldout_share": share,
@@ -115,7 +115,7 @@ def _total(record: dict, field: str) -> int:
     return sum(record["files"][name][field] for name in FILES)
 
 
-def _line(name: str, record: dict, kept: bool) -> str:
+def _line(name: str, record: dict, *, kept: bool) -> str:
     train, heldout = (record["files"][file] for file in FILES)
     return (
         f"{name:10} {train['documents']:6,} documents {train['bytes'] / 1e6:6.2f} MB,"

@@ -49,7 +49,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def _verify(args: argparse.Namespace) -> None:
     wrong = []
     for prefix in args.prefix:
-        found = list(problems(prefix, args.tokenizer, args.sources))
+        found = list(problems(prefix, args.tokenizer, sources=args.sources))
         wrong += found
         if not found:
             manifest = load_manifest(prefix)

@@ -15,12 +15,12 @@ from data_prep.tokenizing.tokenizer import Tokenizer
 _CHUNK_TOKENS = 1 << 22
 
 
-def problems(prefix: str | Path, tokenizer: str = "", sources: bool = False) -> Iterator[str]:
+def problems(prefix: str | Path, tokenizer: str = "", *, sources: bool = False) -> Iterator[str]:
     """Everything that is wrong with a token set, one message each, with file, numbers and offsets.
 
     Args:
         tokenizer: also compare with this model file.
-        sources: also compare the digests of the input files, where they lie as the manifest names them.
+        sources: also compare the digests of the input files, where the manifest names them.
     """
     try:
         header, manifest = open_checked(prefix)

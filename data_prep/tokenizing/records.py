@@ -106,7 +106,7 @@ class RecordReader:
             raise _Skipped
         text = self._valid(offset, text)
         try:
-            keys = keys_of(document, text, self.rules.dedup == "exact")
+            keys = keys_of(document, text, exact=self.rules.dedup == "exact")
         except ValueError as error:
             raise self._error(offset, f"hook {self.rules.hook}: {error}") from None
         size = len(text.encode())
@@ -161,7 +161,7 @@ class RecordReader:
         keys = sorted(map(str, document))
         return f"no text under the key {self.rules.text_key!r} (found {found}); keys are {keys[:20]}"
 
-    def _bad(self, offset: int, kind: str, message: str, mended: bool = False) -> None:
+    def _bad(self, offset: int, kind: str, message: str, *, mended: bool = False) -> None:
         """Count a bad record. Returns only if it is `mended` under on_bad = "replace" or cannot be used anyway."""
         if self.rules.on_bad == "stop":
             raise self._error(offset, message, kind)

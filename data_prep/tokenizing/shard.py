@@ -89,7 +89,7 @@ _worker: list[Worker] = []  # one entry per worker process, set when it starts: 
 
 def start_worker(model: bytes, rules: Rules, parent: int) -> None:
     """Prepare this process; it ends by itself within half a second of its parent's death."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool; a traceback per worker helps nobody
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool, without a traceback per worker
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _worker.append(Worker(model, rules))
 

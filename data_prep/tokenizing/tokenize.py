@@ -69,7 +69,7 @@ def tokenize_files(
     """Encode every document of `sources` in order and write the token set.
 
     The manifest goes last and the old one is removed first, so an interrupted run leaves a set that
-    readers refuse, never one that mixes old and new files. The same call goes on where a killed one stopped.
+    readers refuse, never one that mixes old and new files. The same call resumes where a killed one stopped.
     PREFIX.bad.jsonl lists every bad record: file, byte offset, kind, what was done, message.
 
     Raises:
@@ -92,7 +92,9 @@ def tokenize_files(
         records = _collect(tasks, tokenizer, settings, limit, prefix)
         if stamps(sources) != before:
             raise DataError(f"{prefix}: an input file changed while it was read; run the same command again")
-        manifest = _publish(tasks, records, described.result(), tokenizer, prefix, hook)
+        files = described.result()
+        recipe = recipe_of(files, settings.rules, hook, tokenizer.sha256)
+        manifest = _publish(tasks, records, _Origin(tokenizer, files, recipe), prefix)
         work.remove()
     return manifest
 
@@ -169,54 +171,54 @@ def _in_processes(
         pool.shutdown(cancel_futures=True)
 
 
+@dataclass(frozen=True)
+class _Origin:
+    """What a token set is made from; `sources` and `recipe` as in TokenSetManifest."""
+
+    tokenizer: Tokenizer
+    sources: list[dict[str, Any]]
+    recipe: str
+
+
 def _publish(
-    tasks: list[TokenizeTask],
-    records: list[dict[str, Any]],
-    sources: list[dict[str, Any]],
-    tokenizer: Tokenizer,
-    prefix: str | Path,
-    hook: str,
+    tasks: list[TokenizeTask], records: list[dict[str, Any]], origin: _Origin, prefix: str | Path
 ) -> TokenSetManifest:
-    with IndexedWriter(prefix, tokenizer.vocab_size) as writer:
+    """Put the parts together, report the bad records, and write the manifest last."""
+    with IndexedWriter(prefix, origin.tokenizer.vocab_size) as writer:
         merged = merge([task.base for task in tasks], writer)
         if not writer.lengths:
-            names = ", ".join(source["name"] for source in sources)
+            names = ", ".join(source["name"] for source in origin.sources)
             raise DataError(f"{names}: no documents; give at least one with a text")
         remove_manifest(prefix)
     report_bad(records, prefix)
-    manifest = _manifest(writer, merged, records, sources, tokenizer)
-    rules = tasks[0].rules
-    manifest = TokenSetManifest(**{**vars(manifest), "recipe": recipe_of(sources, rules, hook, tokenizer.sha256)})
+    manifest = _manifest(writer, merged, records, origin)
     manifest.save(prefix)
     return manifest
 
 
 def _manifest(
-    writer: IndexedWriter,
-    merged: Merged,
-    records: list[dict[str, Any]],
-    sources: list[dict[str, Any]],
-    tokenizer: Tokenizer,
+    writer: IndexedWriter, merged: Merged, records: list[dict[str, Any]], origin: _Origin
 ) -> TokenSetManifest:
     lengths = np.asarray(writer.lengths)
     tokens = int(lengths.sum(dtype=np.int64))
-    digests = [source["sha256"] for source in sources]
+    digests = [source["sha256"] for source in origin.sources]
     return TokenSetManifest(
         documents=len(lengths),
         tokens=tokens,
         text_bytes=merged.text_bytes,
         bytes_per_token=round(merged.text_bytes / tokens, 4),
-        vocab_size=tokenizer.vocab_size,
-        eos_id=tokenizer.eos_id,
+        vocab_size=origin.tokenizer.vocab_size,
+        eos_id=origin.tokenizer.eos_id,
         sha256_bin=writer.sha256_bin,
         sha256_idx=writer.sha256_idx,
-        sha256_tokenizer=tokenizer.sha256,
+        sha256_tokenizer=origin.tokenizer.sha256,
         sha256_source=digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest(),
-        licence="; ".join(dict.fromkeys(source["licence"] for source in sources if source["licence"])),
-        sources=sources,
+        licence="; ".join(dict.fromkeys(source["licence"] for source in origin.sources if source["licence"])),
+        sources=origin.sources,
         bad=bad_counts(records),
         dropped={"hook": sum(record["dropped_by_hook"] for record in records), "repeated": merged.repeated},
         length_histogram=length_histogram(lengths),
+        recipe=origin.recipe,
     )
 
 

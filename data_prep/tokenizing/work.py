@@ -24,7 +24,7 @@ Stamp = tuple[int, int]
 class WorkFolder:
     """A context manager that holds the folder for one run at a time; a kill releases it.
 
-    Leaving it keeps finished parts, so that the next run goes on from them; without any the folder goes.
+    Leaving it keeps finished parts, so that the next run resumes from them. Without any, the folder is removed.
     """
 
     def __init__(self, path: str) -> None:
