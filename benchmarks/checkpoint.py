@@ -26,7 +26,7 @@ import torch.distributed as dist
 from hope.config import CmsConfig, ModelConfig
 from hope.memory.config import MemoryConfig
 from hope.optim.config import OptimConfig
-from parallel.checkpoint.checkpointer import Checkpointer, Written
+from parallel.checkpoint.checkpointer import Checkpointer, SavedCheckpoint
 from parallel.compute.pipeline import mean_loss
 from parallel.compute.replica import Replica, build_replica
 from parallel.layout.topology import ParallelConfig
@@ -78,7 +78,7 @@ def one_round(
     began = time.perf_counter()
     staged = keeper.stage(number, replica.models, replica.optimizer, {"round": number})
     blocked = time.perf_counter() - began
-    written: list[Written] = []
+    written: list[SavedCheckpoint] = []
     thread = threading.Thread(target=lambda: written.append(keeper.write(staged)))
     thread.start()
     meanwhile = []

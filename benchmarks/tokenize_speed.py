@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
-class Run:
+class TimedRun:
     """One run: wall and CPU seconds, cores that other programs used meanwhile, and the digest of .bin."""
 
     wall: float
@@ -32,7 +32,7 @@ class Run:
     digest: str
 
 
-def measure(inputs: list[str], tokenizer: str, workers: int, folder: str) -> Run:
+def measure(inputs: list[str], tokenizer: str, workers: int, folder: str) -> TimedRun:
     """Tokenize in a process of its own."""
     from data_prep.files import sha256_file
 
@@ -44,7 +44,7 @@ def measure(inputs: list[str], tokenizer: str, workers: int, folder: str) -> Run
     wall, cpu, busy = time.monotonic() - started, _cpu() - cpu, _busy() - busy
     digest = sha256_file(f"{prefix}.bin")
     Path(f"{prefix}.manifest.json").unlink()  # else the next run finds its work done
-    return Run(wall, cpu, max(busy - cpu, 0.0) / wall, digest)
+    return TimedRun(wall, cpu, max(busy - cpu, 0.0) / wall, digest)
 
 
 def _cpu() -> float:
@@ -85,7 +85,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     megabytes = sum(map(os.path.getsize, args.input)) / 1e6
     print(f"{megabytes:.1f} MB of input, {os.cpu_count()} cores")
-    rounds: list[list[Run]] = []
+    rounds: list[list[TimedRun]] = []
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(args.rounds):
             rounds.append([])
@@ -101,7 +101,7 @@ def main() -> None:
     report(rounds, args.workers, args.others, megabytes)
 
 
-def report(rounds: list[list[Run]], workers: list[int], most: float, megabytes: float) -> None:
+def report(rounds: list[list[TimedRun]], workers: list[int], most: float, megabytes: float) -> None:
     """Print the medians over the quiet rounds."""
     ratios = [first.wall / second.wall for first, second in rounds]
     print("ratio of every round: " + ", ".join(f"{ratio:.2f}" for ratio in ratios))

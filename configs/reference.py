@@ -11,7 +11,7 @@ from typing import Any
 from configs.merge import leaves, strip_optional
 
 
-def table(cls: type) -> str:
+def key_table(cls: type) -> str:
     """Markdown table of path, type, default and meaning of every key below the dataclass `cls`."""
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     docs: dict[type, dict[str, str]] = {}

@@ -15,13 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from configs.errors import ConfigError, Problem
+from configs.launch_section import LaunchConfig
 from configs.merge import BAD, GUESS, Fitter, defaults, describe, leaves, missing_paths
 from configs.source import apply_overrides, plain, read_yaml
 from data_prep.config import DataConfig
 from hope.config import ModelConfig
 from hope.optim.config import OptimConfig
 from hope.train.config import CheckpointConfig, LogConfig, RunConfig, TrainConfig
-from launch.config import LaunchConfig
 from parallel.layout.topology import ParallelConfig
 
 
@@ -154,6 +154,6 @@ def _unknown_changes(on_change: dict[str, str]) -> Iterator[Problem]:
 
 
 if __name__ == "__main__":
-    from configs.reference import table
+    from configs.reference import key_table
 
-    sys.stdout.write(table(Config))
+    sys.stdout.write(key_table(Config))

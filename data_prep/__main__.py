@@ -1,7 +1,6 @@
 """`python -m data_prep COMMAND`: from text to token sets, and looking at them; `--help` lists the commands."""
 
 import argparse
-import importlib.util
 import os
 import sys
 
@@ -11,9 +10,10 @@ from data_prep.inspection import cli as inspect_cli
 from data_prep.quickstart import quickstart
 from data_prep.tokenizing import cli as tokenize_cli
 from data_prep.tokenizing import tokenizer_cli
+from data_prep.training import cli as training_cli
 
 
-def build_parser(training: bool = True) -> argparse.ArgumentParser:
+def build_parser(*, training: bool = True) -> argparse.ArgumentParser:
     """The command line of the package; `training` adds the commands that need torch and megatron-core."""
     parser = argparse.ArgumentParser(prog="python -m data_prep", description="Text to Megatron token files.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -25,15 +25,13 @@ def build_parser(training: bool = True) -> argparse.ArgumentParser:
     tokenizer_cli.add_parser(commands)
     tokenize_cli.add_parser(commands)
     inspect_cli.add_parsers(commands)
-    if training and importlib.util.find_spec("data_prep.training.cli"):
-        from data_prep.training import cli as training_cli
-
+    if training:
         training_cli.add_parsers(commands)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code (0 done, 2 data error, 130 interrupted, 141 nobody reads the output)."""
+    """Run one command; the exit code: 0 done, 2 data error, 130 interrupted, 141 the output has lost its reader."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     # argparse leaves over what follows an option: `blend run.yaml --tokens 1e9 data.seed=3`

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_json(path: str | Path, value: object) -> None:
     """Write `value` as indented JSON with sorted keys, atomically."""
     with atomic_write(path) as stream:
         stream.write((json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())

@@ -61,8 +61,8 @@ def digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=DIGEST_BYTES).digest()
 
 
-def keys_of(document: dict, text: str, exact: bool) -> list[bytes]:
-    """The keys that no later document may share.
+def keys_of(document: dict, text: str, *, exact: bool) -> list[bytes]:
+    """The keys that no later document may share: those of the hook and, if `exact`, one of the whole text.
 
     Raises:
         ValueError: a hook's `dedup_keys` is neither a string nor a list of strings.

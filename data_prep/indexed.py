@@ -44,14 +44,17 @@ class Header:
 
     @property
     def documents(self) -> int:
+        """Number of documents, empty ones counted."""
         return len(self.document_lengths)
 
     @property
     def tokens(self) -> int:
+        """Tokens of all documents."""
         return int(self.document_lengths.sum(dtype=np.int64))
 
     @property
     def bin_bytes(self) -> int:
+        """Size that PREFIX.bin must have."""
         return self.tokens * self.dtype.itemsize
 
 
@@ -130,19 +133,6 @@ class IndexedWriter:
     def __enter__(self) -> "IndexedWriter":
         self._bin = self._stack.enter_context(atomic_write(f"{self.prefix}.bin"))
         return self
-
-    def add_document(self, ids: Sequence[int]) -> None:
-        """Append one document; raises DataError for an id outside the vocabulary (uint16 would wrap it)."""
-        array = np.asarray(ids, dtype=np.int64)
-        if len(array) and (array.min() < 0 or array.max() >= self.vocab_size):
-            raise DataError(
-                f"{self.prefix}.bin: document {len(self.lengths)} has token ids {array.min()}..{array.max()},"
-                f" the vocabulary is 0..{self.vocab_size - 1}"
-            )
-        data = array.astype(self.dtype).tobytes()
-        self._bin.write(data)
-        self._digest.update(data)
-        self.lengths.append(len(array))
 
     def add_encoded(self, data: bytes, lengths: np.ndarray) -> None:
         """Append whole documents that already are bytes of `dtype`; `lengths` is in tokens, one per document.

@@ -19,12 +19,12 @@ READABLE = (1, 2)  # format 1 had the fields up to `format`
 
 
 @dataclass(frozen=True)
-class Manifest:
+class TokenSetManifest:
     """Facts about PREFIX.bin/.idx. Digests are hex sha256; `text_bytes` is UTF-8, without EOS tokens.
 
     Attributes:
         sha256_source: of the one source file; of several, of their digests in order.
-        licence: of the text, as its corpus says; empty if nobody said.
+        licence: of the text, as its corpus says; empty if it says nothing.
         sources: one {"name", "bytes", "sha256", "licence"} per input file, in order.
         bad: records that were not as they should be, by kind (`data_prep.tokenizing.records.BAD_KINDS`).
         dropped: good documents left out: {"hook": n, "repeated": n}.
@@ -61,11 +61,11 @@ class Manifest:
 
 
 def manifest_path(prefix: str | Path) -> str:
-    """Where the manifest of a prefix lies."""
+    """Path of the manifest of a prefix."""
     return f"{prefix}.manifest.json"
 
 
-def load_manifest(prefix: str | Path) -> Manifest:
+def load_manifest(prefix: str | Path) -> TokenSetManifest:
     """Read PREFIX.manifest.json; raises DataError if it is missing, broken, or of another format."""
     path = manifest_path(prefix)
     try:
@@ -74,7 +74,7 @@ def load_manifest(prefix: str | Path) -> Manifest:
         if fields.get("format") not in READABLE:
             known = " and ".join(map(str, READABLE))
             raise DataError(f"{path}: format {fields.get('format')}, this version reads formats {known}")
-        return Manifest(**fields)
+        return TokenSetManifest(**fields)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; tokenize again to make it") from None
     except (ValueError, TypeError, AttributeError) as error:
@@ -89,7 +89,7 @@ def length_histogram(lengths: np.ndarray) -> dict[str, int]:
     return {"0" if k == 0 else f"2^{k - 1}": int(count) for k, count in enumerate(counts) if count}
 
 
-def open_checked(prefix: str | Path) -> tuple[Header, Manifest]:
+def open_checked(prefix: str | Path) -> tuple[Header, TokenSetManifest]:
     """Header and manifest of a prefix after the cheap checks (sizes and counts, not digests).
 
     Raises:

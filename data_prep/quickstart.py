@@ -8,7 +8,7 @@ from data_prep.corpora.corpus import FILES, finished_corpus, quickstart_document
 from data_prep.errors import DataError
 from data_prep.files import sha256_file, write_json
 from data_prep.jsonl import read_texts
-from data_prep.manifest import Manifest, is_verified, load_manifest
+from data_prep.manifest import TokenSetManifest, is_verified, load_manifest
 from data_prep.tokenizing.tokenize import tokenize
 from data_prep.tokenizing.tokenizer import Tokenizer, train_tokenizer
 
@@ -58,7 +58,7 @@ def make_tokenizer(text: Path, model: Path, vocab_size: int, report: Report = pr
     return tokenizer
 
 
-def make_token_set(text: Path, tokenizer: Tokenizer, prefix: Path, report: Report = print) -> Manifest:
+def make_token_set(text: Path, tokenizer: Tokenizer, prefix: Path, report: Report = print) -> TokenSetManifest:
     """Tokenize TEXT into PREFIX.bin/.idx unless that is done and its bytes are intact."""
     if not text.is_file():
         raise DataError(f"{text}: no such file")

@@ -6,10 +6,16 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable
+from typing import TypeAlias
 
 from configs.errors import ConfigError
+from configs.schema import load
+from launch import collect, local, preflight_cli, profile, status, submit, sweep
 from launch.folder import RunFolder
+from launch.placement import Request, split_overrides
 from launch.slurm import SlurmError
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     if rest:
         args.overrides = [*args.overrides, *rest]
     try:
-        return args.act(args)
+        return int(args.act(args))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -33,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def _command(acts: argparse._SubParsersAction, name: str, text: str, act: Callable) -> argparse.ArgumentParser:
+def _command(acts: Commands, name: str, text: str, act: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
     parser = acts.add_parser(name, help=text, description=text)
     parser.set_defaults(act=act)
     return parser
@@ -44,12 +50,10 @@ def _configured(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", help="section.key=value for the run, site.key=value for the profile")
 
 
-def _submit(acts: argparse._SubParsersAction) -> None:
+def _submit(acts: Commands) -> None:
     def act(args: argparse.Namespace) -> int:
-        from launch import submit
-
-        print(submit.submit(args.config, args.overrides, args.nodes, args.profile, dry_run=args.dry_run,
-                            parity=args.parity))  # fmt: skip
+        request = Request(args.config, tuple(args.overrides), args.profile, args.nodes, args.parity)
+        print(submit.submit(request, dry_run=args.dry_run))
         return 0
 
     parser = _command(acts, "submit", "check a run, write its batch script, and queue it", act)
@@ -60,10 +64,8 @@ def _submit(acts: argparse._SubParsersAction) -> None:
     parser.add_argument("--parity", action="store_true", help="run the referee on this layout before training")
 
 
-def _local(acts: argparse._SubParsersAction) -> None:
+def _local(acts: Commands) -> None:
     def act(args: argparse.Namespace) -> int:
-        from launch import local
-
         return local.local(args.config, args.overrides, args.processes, dry_run=args.dry_run)
 
     parser = _command(acts, "local", "the same on this machine, with torchrun", act)
@@ -72,21 +74,17 @@ def _local(acts: argparse._SubParsersAction) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check, and print the command")
 
 
-def _status(acts: argparse._SubParsersAction) -> None:
+def _status(acts: Commands) -> None:
     def act(args: argparse.Namespace) -> int:
-        from launch import status
-
-        print(status.table(status.find_runs(args.runs)))
+        print(status.status_table(status.find_runs(args.runs)))
         return 0
 
     parser = _command(acts, "status", "a table of runs: progress, tokens/s, restarts, last checkpoint, verdict", act)
     parser.add_argument("runs", nargs="*", default=["runs"], help="run folders, or folders of run folders")
 
 
-def _logs(acts: argparse._SubParsersAction) -> None:
+def _logs(acts: Commands) -> None:
     def act(args: argparse.Namespace) -> int:
-        from launch import status
-
         path = status.log_file(RunFolder(args.run), args.rank)
         print(f"==> {path} <==\n{status.tail(path, args.lines)}")
         if args.follow:
@@ -101,20 +99,16 @@ def _logs(acts: argparse._SubParsersAction) -> None:
     parser.add_argument("--follow", action="store_true")
 
 
-def _cancel(acts: argparse._SubParsersAction) -> None:
+def _cancel(acts: Commands) -> None:
     def act(args: argparse.Namespace) -> int:
-        from launch import status
-
         print(status.cancel(RunFolder(args.run)))
         return 0
 
     _command(acts, "cancel", "end a run's job, and the chain with it", act).add_argument("run")
 
 
-def _resume(acts: argparse._SubParsersAction) -> None:
+def _resume(acts: Commands) -> None:
     def act(args: argparse.Namespace) -> int:
-        from launch import submit
-
         print(submit.resume(args.run))
         return 0
 
@@ -122,11 +116,9 @@ def _resume(acts: argparse._SubParsersAction) -> None:
     parser.add_argument("run")
 
 
-def _estimate(acts: argparse._SubParsersAction) -> None:
+def _estimate(acts: Commands) -> None:
     def act(args: argparse.Namespace) -> int:
-        from configs.schema import load
-        from launch import estimate, profile
-        from launch.submit import split_overrides
+        from launch import estimate  # brings torch: 2 s that the other commands need not wait for
 
         own, sites = split_overrides(args.overrides)
         site = profile.load(args.profile, sites)
@@ -143,10 +135,8 @@ def _estimate(acts: argparse._SubParsersAction) -> None:
     parser.add_argument("--mfu", type=float, default=0.30, help="assumed model FLOPs utilisation, 0 to 1")
 
 
-def _preflight(acts: argparse._SubParsersAction) -> None:
+def _preflight(acts: Commands) -> None:
     def act(args: argparse.Namespace) -> int:
-        from launch import preflight_cli
-
         return preflight_cli.check_site(args.profile, args.overrides, args.nodes, args.config)
 
     parser = _command(acts, "preflight", "check the nodes of an allocation or of a new one, in under a minute", act)
@@ -156,10 +146,8 @@ def _preflight(acts: argparse._SubParsersAction) -> None:
     parser.add_argument("--parity", dest="config", help="also run the referee on this configuration")
 
 
-def _sweep(acts: argparse._SubParsersAction) -> None:
+def _sweep(acts: Commands) -> None:
     def act(args: argparse.Namespace) -> int:
-        from launch import sweep
-
         return sweep.run(sweep.load(args.grid), dry_run=args.dry_run)
 
     parser = _command(acts, "sweep", "a grid of runs: throttled, restartable, finished cells skipped", act)
@@ -167,10 +155,8 @@ def _sweep(acts: argparse._SubParsersAction) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check and list the cells")
 
 
-def _collect(acts: argparse._SubParsersAction) -> None:
+def _collect(acts: Commands) -> None:
     def act(args: argparse.Namespace) -> int:
-        from launch import collect, sweep
-
         return collect.collect(sweep.load(args.grid), args.out)
 
     parser = _command(acts, "collect", "a sweep's results as a table (CSV) and a scaling plot (SVG)", act)

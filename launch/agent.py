@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from hope.train import heartbeat
 from launch import hang
@@ -57,7 +57,7 @@ class Agent:
             preexec_fn=_prepare_child,
         )
 
-    def _log_file(self) -> Any:
+    def _log_file(self) -> IO[bytes] | None:
         """Rank 0 writes to the job's log, the others to files of their own."""
         if self.rank == 0:
             return None
@@ -112,7 +112,8 @@ class Agent:
             "silent_s": round(time.monotonic() - beat.time, 1),
             "state": process_state(self.child.pid),
         }
-        stopped = report["state"] in ("T", "t")  # it must run on to show its stacks, and with it all who wait for it
+        # a stopped process must continue to show its stacks, and the ranks that wait for it continue too: judge first
+        stopped = report["state"] in ("T", "t")
         if not stopped:
             self._dump_stacks(report)
         write_json(self.control / "reports" / f"{self.rank:05d}.json", report)
@@ -215,14 +216,17 @@ def process_state(pid: int) -> str:
 
 
 def _prepare_child() -> None:
-    """In the child, before exec: SIGKILL when the agent dies, so that a killed agent leaves no trainer behind; and
-    signals ignored until its own handlers are there, for SLURM sends them to every process of a step at any time."""
+    """In the child, before exec: SIGKILL when the agent dies, so that a killed agent leaves no trainer behind.
+
+    Signals are ignored until the trainer has its own handlers: SLURM sends them to every process of a step at any time.
+    """
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     for number in PASSED_ON:
         signal.signal(number, signal.SIG_IGN)
 
 
 def main(argv: list[str]) -> int:
+    """Run the trainer `argv` under an agent; the exit code of this rank."""
     place = from_environment(os.environ)
     control = Path(os.environ["HOPE_CONTROL"])
     command = [sys.executable, "-u", *argv]

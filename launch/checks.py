@@ -8,75 +8,68 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from configs.errors import ConfigError, Problem
-from configs.schema import Config, load, validate
+from configs.schema import Config, validate
 from launch import slurm
 from launch.folder import RunFolder
-from launch.profile import Profile
+from launch.placement import Job
 from launch.runs import measured_step_s
 
 NETWORK = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "wekafs", "panfs", "orangefs", "glusterfs", "cifs", "afs",
            "9p", "virtiofs", "vastnfs")  # fmt: skip
 
 
-def check(path: str, overrides: list[str], site: Profile, nodes: int, *, queue: bool = True) -> Config:
-    """The configuration of a run that can be submitted to `nodes` nodes of `site`.
+def problems(config: Config, job: Job, *, ask_slurm: bool) -> list[Problem]:
+    """Everything that keeps a run from being submitted; the configuration's keys and types are already sound.
 
-    `queue`: also ask SLURM whether a job of this run is still waiting or running.
-
-    Raises:
-        ConfigError: with every problem of the configuration, the layout, the data, the folder, the time limit and the
-            memory of a device.
+    `ask_slurm`: also ask whether a job of this run still waits or runs.
     """
-    config = load(path, overrides, check=False)  # keys and types; a file that cannot be read ends here
-    problems: list[Problem] = []
-    if nodes < 1:
-        problems.append(("--nodes", f"{nodes} is less than 1", "1"))
-    world = max(nodes, 1) * site.ranks_per_node
-    try:
-        validate(config, world, path)
-    except ConfigError as error:
-        problems += error.problems
-    sound = not problems
-    run = RunFolder(Path(config.run.dir) / config.run.name)
-    problems += _folder(run, site, nodes)
-    problems += _time(config, site, run, world, sound)
-    if sound and site.gpus_per_node and site.gpu_memory_gb:
-        problems += _memory(config, site, world)
-    if queue:
-        problems += _queue(run)
-    if problems:
-        raise ConfigError(path, problems)
-    return config
+    found = list(_configuration(config, job))
+    # memory and speed are counted from shapes, for which model, layout and batch must fit together
+    countable = not found and job.site.gpus_per_node > 0
+    found += _folder(job)
+    found += _time(config, job, countable=countable)
+    if countable and job.site.gpu_memory_gb:
+        found += _memory(config, job)
+    if ask_slurm:
+        found += _queue(job.run)
+    return found
 
 
-def notes(config: Config, site: Profile, nodes: int) -> Iterator[str]:
-    """What works and is worth a word."""
-    if nodes > 1 and config.parallel.tensor > site.ranks_per_node:
-        yield (f"parallel.tensor {config.parallel.tensor} spans nodes of {site.ranks_per_node} devices: every layer "
-               "waits for the network")  # fmt: skip
+def notes(config: Config, job: Job) -> Iterator[str]:
+    """Warnings: what works, though probably not as intended."""
+    if job.nodes > 1 and config.parallel.tensor > job.site.ranks_per_node:
+        yield (f"parallel.tensor {config.parallel.tensor} spans nodes of {job.site.ranks_per_node} devices: every "
+               "layer waits for the network")  # fmt: skip
     if config.checkpoint.every == 0:
         yield "checkpoint.every is 0: a node failure loses everything since the last start"
 
 
-def _folder(run: RunFolder, site: Profile, nodes: int) -> Iterator[Problem]:
+def _configuration(config: Config, job: Job) -> Iterator[Problem]:
+    """Do the sections and the layout fit each other and the job's devices?"""
+    if job.nodes < 1:
+        yield "--nodes", f"{job.nodes} is less than 1", "1"
+    try:
+        validate(config, max(job.world, job.site.ranks_per_node))
+    except ConfigError as error:
+        yield from error.problems
+
+
+def _folder(job: Job) -> Iterator[Problem]:
     """Is the run folder writable, large enough, and the same on all nodes?"""
-    there = run.root
+    there = job.run.root
     while not there.exists() and there != there.parent:
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK):
-        yield (
-            "run.dir",
-            f"{there} is not a folder that you can write to",
-            "a folder on a file system that all nodes share",
-        )
+        fix = "a folder on a file system that all nodes share"
+        yield "run.dir", f"{there} is not a folder that you can write to", fix
         return
-    free = shutil.disk_usage(there).free / 1e9
-    if free < site.preflight.free_gb:
-        yield "run.dir", f"{there} has {free:.1f} GB free, less than {site.preflight.free_gb:g}", "another file system"
+    free, floor = shutil.disk_usage(there).free / 1e9, job.site.preflight.free_gb
+    if free < floor:
+        yield "run.dir", f"{there} has {free:.1f} GB free, less than {floor:g}", "another file system"
     kind = _file_system(there)
-    listed = any(run.root.is_relative_to(folder) for folder in site.shared)
-    if nodes > 1 and not listed and kind not in NETWORK and not kind.startswith("fuse"):
-        what = f"{there} is on {kind}, which the {nodes} nodes do not share"
+    listed = any(job.run.root.is_relative_to(folder) for folder in job.site.shared)
+    if job.nodes > 1 and not listed and kind not in NETWORK and not kind.startswith("fuse"):
+        what = f"{there} is on {kind}, which the {job.nodes} nodes do not share"
         yield "run.dir", what, f"a folder on a network file system; or say so in the profile: shared: [{there}]"
 
 
@@ -91,51 +84,51 @@ def _file_system(path: Path) -> str:
     return kind
 
 
-def _time(config: Config, site: Profile, run: RunFolder, world: int, sound: bool) -> Iterator[Problem]:
+def _time(config: Config, job: Job, *, countable: bool) -> Iterator[Problem]:
     """Does at least one checkpoint fit into the time limit?"""
-    launch = config.launch
-    reserve = launch.checkpoint_s + launch.margin_s
-    if site.seconds <= reserve:
+    site, launch = job.site, job.launch
+    if site.seconds <= job.warning_s:
         what = (
             f"{site.time} is not longer than launch.checkpoint_s {launch.checkpoint_s} + margin_s {launch.margin_s} s"
         )
-        yield "site.time", what, f"more than {reserve // 60 + 1} minutes"
+        yield "site.time", what, f"more than {job.warning_s // 60 + 1} minutes"
         return
-    step_s = measured_step_s(run.root) or (_estimated_step_s(config, site, world) if sound else None)
-    if step_s is None or config.checkpoint.every == 0:
+    step_s = measured_step_s(job.run.root) or (_estimated_step_s(config, job) if countable else None)
+    every = config.checkpoint.every
+    if step_s is None or every == 0:
         return
-    interval = config.checkpoint.every * step_s
-    if site.seconds < interval + reserve:
-        what = (f"{site.time} is shorter than {config.checkpoint.every} steps of {step_s:.2f} s between checkpoints "
-                f"({interval:.0f} s) + {reserve} s for saving and leaving")  # fmt: skip
-        fits = max(1, int((site.seconds - reserve) / step_s))
-        yield "checkpoint.every", what, f"at most {fits}; or site.time of {(interval + reserve) / 3600:.1f} hours"
+    interval = every * step_s
+    if site.seconds < interval + job.warning_s:
+        what = (f"{site.time} is shorter than {every} steps of {step_s:.2f} s between checkpoints "
+                f"({interval:.0f} s) + {job.warning_s} s for saving and leaving")  # fmt: skip
+        fits = max(1, int((site.seconds - job.warning_s) / step_s))
+        hours = (interval + job.warning_s) / 3600
+        yield "checkpoint.every", what, f"at most {fits}; or site.time of {hours:.1f} hours"
 
 
-def _estimated_step_s(config: Config, site: Profile, world: int) -> float | None:
-    from launch import estimate  # imports torch: seconds
+def _estimated_step_s(config: Config, job: Job) -> float | None:
+    from launch import estimate  # torch takes 2 s to import, and sites without GPUs need no estimate
 
-    return estimate.step_seconds(config, world, site.gpu, estimate.ASSUMED_MFU) if site.gpus_per_node else None
+    return estimate.step_seconds(config, job.world, job.site.gpu, estimate.ASSUMED_MFU)
 
 
-def _memory(config: Config, site: Profile, world: int) -> Iterator[Problem]:
-    from launch import estimate
+def _memory(config: Config, job: Job) -> Iterator[Problem]:
+    """Does the fullest rank fit into a device?"""
+    from launch import estimate  # see _estimated_step_s
 
-    worst = estimate.worst_rank(config, config.parallel, world)
-    limit = site.gpu_memory_gb * estimate.USABLE
-    if worst.peak / estimate.GIB <= limit:
+    worst = estimate.worst_rank(config, config.parallel, job.world)
+    if estimate.fits(worst, job.site):
         return
-    parts = estimate.parts(worst)
-    what = (f"the fullest rank needs {worst.peak / estimate.GIB:.1f} GiB ({parts}), "
-            f"more than {estimate.USABLE:.0%} of {site.gpu_memory_gb:g} GiB")  # fmt: skip
-    fits = [row for row in estimate.layouts(config, world, site) if row.fits][:3]
-    fix = "fits: " + " · ".join(str(row) for row in fits) if fits else "more nodes, a smaller train.micro_batch, or " \
-        "train.recompute=block"  # fmt: skip
-    yield "parallel", what, fix
+    fitting = [row for row in estimate.layouts(config, job.world, job.site) if row.fits][:3]
+    fix = (
+        "fits: " + " · ".join(map(str, fitting))
+        if fitting
+        else "more nodes, a smaller train.micro_batch, or train.recompute=block"
+    )
+    yield "parallel", estimate.excess(worst, job.site), fix
 
 
 def _queue(run: RunFolder) -> Iterator[Problem]:
     """Two jobs in one run folder would overwrite each other."""
-    for job in run.job_ids()[-1:]:
-        if slurm.live(job):
-            yield "run.name", f"job {job} of this run waits or runs", f"another run.name, or `cancel {run.root}` first"
+    if (number := slurm.newest_live(run.job_ids())) is not None:
+        yield "run.name", f"job {number} of this run waits or runs", f"another run.name, or `cancel {run.root}` first"

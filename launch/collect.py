@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from launch import plot
+from launch.placement import folder_of
 from launch.runs import records, steady
-from launch.sweep import Cell, Grid, cells, run_folder, verdict
+from launch.sweep import Cell, Grid, cell_config, cells, run_folder, verdict
 
 COLUMNS = ("cell", "nodes", "devices", "layout", "series", "global_batch", "verdict", "step", "tokens_per_s",
            "tokens_per_s_per_device", "mfu", "efficiency", "memory_gb", "loss", "heldout_loss", "starts")  # fmt: skip
@@ -21,8 +22,8 @@ def collect(grid: Grid, out: str | None) -> int:
     rows = add_efficiency([row(grid, cell) for cell in cells(grid)])
     folder = Path(out) if out else run_folder(grid, cells(grid)[0]).root.parent
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.csv").write_text(table(rows))
-    print(table(rows), end="")
+    (folder / "results.csv").write_text(results_csv(rows))
+    print(results_csv(rows), end="")
     timed = [r for r in rows if r["tokens_per_s"] is not None]
     if timed:
         (folder / "scaling.svg").write_text(plot.scaling(timed, f"{grid.name}, {grid.scaling} scaling"))
@@ -32,13 +33,16 @@ def collect(grid: Grid, out: str | None) -> int:
 
 def row(grid: Grid, cell: Cell) -> dict[str, Any]:
     """One cell; a cell that never ran has None for what was not measured."""
-    from configs.schema import load
-
-    folder = run_folder(grid, cell)
-    config = load(grid.config, [word for word in cell.overrides if not word.startswith("site.")], check=False)
+    config = cell_config(grid, cell)
+    folder = folder_of(config)
     timed, everything = steady(folder.root), records(folder.root)
-    median = lambda key: statistics.median(r[key] for r in timed) if timed and timed[-1].get(key) is not None else None
-    last = lambda key: next((r[key] for r in reversed(everything) if r.get(key) is not None), None)
+
+    def median(key: str) -> float | None:
+        return statistics.median(r[key] for r in timed) if timed and timed[-1].get(key) is not None else None
+
+    def last(key: str) -> float | None:
+        return next((r[key] for r in reversed(everything) if r.get(key) is not None), None)
+
     speed, each = median("tokens_per_s"), median("tokens_per_s_per_device")
     return {
         "cell": cell.name,
@@ -69,7 +73,7 @@ def add_efficiency(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def results_csv(rows: list[dict[str, Any]]) -> str:
     """CSV with a header; numbers with six digits, nothing for what is unknown."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -79,5 +83,5 @@ def table(rows: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -40,44 +40,57 @@ class Row:
     bubble: float
     step_s: float | None
     across: bool
-    """Whether tensor-parallel ranks lie on different nodes."""
+    """Whether tensor-parallel ranks are on different nodes."""
 
     def __str__(self) -> str:
         return f"tensor {self.layout.tensor} pipeline {self.layout.pipeline} (data {self.data})"
+
+
+def micro_batches(config: Config, layout: ParallelConfig, world: int) -> int:
+    """Micro-batches of one rank in a step."""
+    return config.train.global_batch // (config.train.micro_batch * layout.dims(world).data)
 
 
 def worst_rank(config: Config, layout: ParallelConfig, world: int) -> RankMemory:
     """Bytes of the fullest pipeline stage's rank."""
     dims = layout.dims(world)
     shape = StepShape.of(config.train, layout, dims)
-    count = config.train.global_batch // (config.train.micro_batch * dims.data)
-    parts = split(config.model, config.train.seq_len, dims.pipeline, dims.virtual_pipeline)
-    flights = [micro_batches_in_flight(s, dims.pipeline, dims.virtual_pipeline, count) for s in range(len(parts))]
-    each = zip(parts, flights, strict=True)
-    ranks = [rank_memory(config.model, part, flight, shape, config.optim) for part, flight in each]
+    count = micro_batches(config, layout, world)
+    stages = split(config.model, config.train.seq_len, dims.pipeline, dims.virtual_pipeline)
+    ranks = []
+    for number, stage in enumerate(stages):
+        in_flight = micro_batches_in_flight(number, dims.pipeline, dims.virtual_pipeline, count)
+        ranks.append(rank_memory(config.model, stage, in_flight, shape, config.optim))
     return max(ranks, key=lambda rank: rank.peak)
 
 
-def _whole(config: Config) -> StepShape:
-    return StepShape.of(config.train, config.parallel, ParallelDims(1))
+def fits(memory: RankMemory, site: Profile) -> bool:
+    """Whether a rank fits into a device of the site; true if the site does not say how large one is."""
+    return not site.gpu_memory_gb or memory.peak / GIB <= USABLE * site.gpu_memory_gb
 
 
 def bubble(config: Config, layout: ParallelConfig, world: int) -> float:
     """Idle share of a 1F1B step over its useful part: (p - 1) / (v m) for m micro-batches, v virtual stages."""
-    count = config.train.global_batch // (config.train.micro_batch * layout.dims(world).data)
-    return (layout.pipeline - 1) / (layout.virtual_pipeline * max(count, 1))
+    return (layout.pipeline - 1) / (layout.virtual_pipeline * max(micro_batches(config, layout, world), 1))
 
 
-def step_seconds(
-    config: Config, world: int, gpu: str, mfu: float, layout: ParallelConfig | None = None
-) -> float | None:
-    """Seconds of an optimizer step at an assumed utilisation; None if the GPU is not in the table of peaks."""
+def useful_seconds(config: Config, world: int, gpu: str, mfu: float) -> float | None:
+    """Seconds of a step without the bubble, in any layout; None if the GPU is not in the table of peaks."""
     peak = peak_flops(gpu)
     if peak is None:
         return None
     _, flops, _ = model_facts(config.model, _whole(config))
-    useful = config.train.tokens_per_step * flops / (world * peak * mfu)
-    return useful * (1 + bubble(config, layout or config.parallel, world))
+    return config.train.tokens_per_step * flops / (world * peak * mfu)
+
+
+def step_seconds(config: Config, world: int, gpu: str, mfu: float) -> float | None:
+    """Seconds of an optimizer step at an assumed utilisation; None if the GPU is not in the table of peaks."""
+    useful = useful_seconds(config, world, gpu, mfu)
+    return None if useful is None else useful * (1 + bubble(config, config.parallel, world))
+
+
+def _whole(config: Config) -> StepShape:
+    return StepShape.of(config.train, config.parallel, ParallelDims(1))
 
 
 def layouts(config: Config, world: int, site: Profile, mfu: float = ASSUMED_MFU) -> list[Row]:
@@ -85,15 +98,23 @@ def layouts(config: Config, world: int, site: Profile, mfu: float = ASSUMED_MFU)
 
     Those that fit in memory first; then tensor ranks inside a node, the shorter step, less memory.
     """
-    rows = []
-    for layout in _candidates(config, world):
-        memory = worst_rank(config, layout, world)
-        fits = not site.gpu_memory_gb or memory.peak / GIB <= USABLE * site.gpu_memory_gb
-        step = step_seconds(config, world, site.gpu, mfu, layout)
-        across = layout.tensor > site.ranks_per_node
-        idle = bubble(config, layout, world)
-        rows.append(Row(layout, layout.dims(world).data, memory, fits, idle, step, across))
+    useful = useful_seconds(config, world, site.gpu, mfu)
+    rows = [_row(config, layout, world, site, useful) for layout in _candidates(config, world)]
     return sorted(rows, key=lambda r: (not r.fits, r.across, r.bubble, r.layout.tensor, r.memory.peak))
+
+
+def _row(config: Config, layout: ParallelConfig, world: int, site: Profile, useful: float | None) -> Row:
+    memory = worst_rank(config, layout, world)
+    idle = bubble(config, layout, world)
+    return Row(
+        layout=layout,
+        data=layout.dims(world).data,
+        memory=memory,
+        fits=fits(memory, site),
+        bubble=idle,
+        step_s=None if useful is None else useful * (1 + idle),
+        across=layout.tensor > site.ranks_per_node,
+    )
 
 
 def _candidates(config: Config, world: int) -> Iterator[ParallelConfig]:
@@ -109,10 +130,12 @@ def _candidates(config: Config, world: int) -> Iterator[ParallelConfig]:
                 yield layout
 
 
-def parts(memory: RankMemory) -> str:
-    """The breakdown in words."""
+def excess(memory: RankMemory, site: Profile) -> str:
+    """What a rank that does not fit needs, and what a device of the site has, in words."""
     names = ("weights", "gradients", "optimizer", "activations", "loss")
-    return ", ".join(f"{name} {getattr(memory, name) / GIB:.1f}" for name in names)
+    parts = ", ".join(f"{name} {getattr(memory, name) / GIB:.1f}" for name in names)
+    return (f"the fullest rank needs {memory.peak / GIB:.1f} GiB ({parts}), "
+            f"more than {USABLE:.0%} of {site.gpu_memory_gb:g} GiB")  # fmt: skip
 
 
 def describe(config: Config, world: int, site: Profile, tokens: float, mfu: float) -> str:
@@ -137,15 +160,19 @@ def describe(config: Config, world: int, site: Profile, tokens: float, mfu: floa
     lines.append(TITLES)
     for row in layouts(config, world, site, mfu):
         copies = 1 if config.optim.accumulate == "local" else row.data  # local sums are whole on every data rank
+        steps = tokens / config.train.tokens_per_step
         accumulators = 4 * slow / (row.layout.tensor * row.layout.pipeline * copies)
-        lines.append(_line(row, accumulators, tokens / config.train.tokens_per_step, row.layout == config.parallel))
+        lines.append(_line(row, accumulators, steps, chosen=row.layout == config.parallel))
     lines.append("(CMS acc.) is part of optim, (states) of activ.; * is the layout of the configuration")
     return "\n".join(lines)
 
 
-def _line(row: Row, accumulators: float, steps: float, chosen: bool) -> str:
+def _line(row: Row, accumulators: float, steps: float, *, chosen: bool) -> str:
     m = row.memory
-    gib = lambda size, width: f"{size / GIB:>{width}.2f}"
+
+    def gib(size: float, width: int) -> str:
+        return f"{size / GIB:>{width}.2f}"
+
     step = "n/a" if row.step_s is None else f"{row.step_s:.2f}s"
     total = "n/a" if row.step_s is None else duration(row.step_s * steps)
     sizes = (gib(m.weights, 9) + gib(m.gradients, 7) + gib(m.optimizer, 7) + gib(accumulators, 11)

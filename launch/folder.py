@@ -1,4 +1,4 @@
-"""Where everything of a run lies. Standard library only: the batch script's host may have nothing else.
+"""Where everything of a run is stored. Standard library only: the batch script's host may have nothing else.
 
 runs/NAME/launch/     job.sbatch, config.yaml (the exact one), job.json, jobs.txt, code/ (snapshot), git.txt
          /control/    budget.json, verdict.json, verdicts.jsonl, exclude.txt, cancelled
@@ -24,7 +24,7 @@ PROGRAM = "pretrain_hope.py"
 class RunFolder:
     """Paths of one run. Nothing is created until something is written."""
 
-    def __init__(self, root: str | os.PathLike) -> None:
+    def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root).absolute()
         self.launch, self.control, self.logs = (self.root / name for name in ("launch", "control", "logs"))
         self.code, self.config, self.script = (self.launch / name for name in ("code", "config.yaml", "job.sbatch"))
@@ -51,7 +51,7 @@ class RunFolder:
         return self.jobs.read_text().split() if self.jobs.exists() else []
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Replace `path` by the value as JSON: readers see the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -72,7 +72,7 @@ def read_json(path: Path, default: Any = None) -> Any:
         return default
 
 
-def first(path: Path, value: Any) -> bool:
+def first(path: Path, value: object) -> bool:
     """Write `value` as JSON only if `path` does not exist; whether this caller was the first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
@@ -86,7 +86,7 @@ def first(path: Path, value: Any) -> bool:
         temporary.unlink()
 
 
-def append_line(path: Path, value: Any) -> None:
+def append_line(path: Path, value: object) -> None:
     """Add one JSON line; a single write, so that lines of several processes do not mix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
@@ -106,12 +106,12 @@ def snapshot(source: Path, target: Path) -> None:
 
 def describe_source(source: Path) -> str:
     """Commit and uncommitted changes of the checkout at `source`; a line that says so if it is none."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(source), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+
     try:
-        git = lambda *words: (
-            subprocess.run(
-                ["git", "-C", str(source), *words], capture_output=True, text=True, check=True, timeout=30
-            ).stdout
-        )
         return f"commit {git('rev-parse', 'HEAD')}{git('diff', 'HEAD', '--', *PACKAGES, PROGRAM)}"
     except (OSError, subprocess.SubprocessError):
         return "commit unknown: not a git checkout\n"

@@ -1,7 +1,7 @@
 """What the batch script asks: `python -m launch.job begin` may this attempt run, `... end` what happens now.
 
 An attempt is one start of the job, `JOB.RESTART`. `end` reads how every rank ended (exit/RANK.json; srun's own code is
-143 whenever it killed somebody), writes the verdict to control/verdict.json and prints one word for the script: done,
+143 whenever it killed a task), writes the verdict to control/verdict.json and prints one word for the script: done,
 stop, or requeue. Starts without a newer checkpoint are counted: `launch.attempts` of them in a row and it stops.
 Standard library only, and nothing newer than Python 3.9: it runs on the host, outside any container.
 """
@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,23 @@ EXIT_DONE, EXIT_STOP = 10, 93
 CAUSES = {2: "configuration or data error", 93: "the program says: do not restart"}
 
 
-def classify(control: Path, world: int, code: int, signalled: bool) -> tuple[str, str, dict[str, Any]]:
-    """(verdict, cause, who was first) of an attempt, from its control folder.
+@dataclass(frozen=True)
+class Verdict:
+    """What becomes of the run after an attempt.
+
+    Attributes:
+        word: done, stop, requeue or cancelled.
+        cause: why, in one line.
+        first: exit record of the rank that ended first or holds the others up; empty if there is none.
+    """
+
+    word: str
+    cause: str
+    first: dict[str, Any] = field(default_factory=dict)
+
+
+def classify(control: Path, world: int, code: int, *, signalled: bool) -> Verdict:
+    """The verdict that the control folder of an attempt of `world` ranks supports.
 
     `code`: what the starter (srun, torchrun) returned, used only in words; `signalled`: the batch script got USR1.
     """
@@ -33,31 +49,31 @@ def classify(control: Path, world: int, code: int, signalled: bool) -> tuple[str
     for fatal, cause in CAUSES.items():
         for e in exits:
             if e["code"] == fatal:
-                return STOP, cause, e
+                return Verdict(STOP, cause, e)
     if (control / "parity.json").exists():
-        return STOP, "the referee finds this layout different from one device, see the log", {}
+        return Verdict(STOP, "the referee finds this layout different from one device, see the log")
     if (control / "bad_nodes.json").exists():
         bad = read_json(control / "bad_nodes.json", {})
-        return REQUEUE, "preflight: " + "; ".join(f"{node}: {why}" for node, why in bad.items()), {}
+        return Verdict(REQUEUE, "preflight: " + "; ".join(f"{node}: {why}" for node, why in bad.items()))
     culprits = read_json(control / "culprits.json")
     if culprits or any(e["how"] == "hang" for e in exits):
         who = (culprits or {}).get("culprits") or [{}]
-        return REQUEUE, "hang", who[0]
+        return Verdict(REQUEUE, "hang", who[0])
     failed = sorted((e for e in exits if e["how"] == "failed"), key=lambda e: e["time"])
     if failed:
         what = failed[0].get("signal") or f"exit code {failed[0]['code']}"
-        return REQUEUE, f"rank {failed[0]['rank']} on {failed[0]['host']}: {what}", failed[0]
+        return Verdict(REQUEUE, f"rank {failed[0]['rank']} on {failed[0]['host']}: {what}", failed[0])
     if signalled and not exits:
-        return REQUEUE, "USR1 came before training began", {}
+        return Verdict(REQUEUE, "USR1 came before training began")
     saved = [e for e in exits if e["code"] == 85]
     if saved:
         name = next((e["signalled"] for e in saved if e["signalled"]), None) or ("USR1" if signalled else None)
-        return REQUEUE, f"saved on signal {name}" if name else "the program asks to be started again", {}
+        return Verdict(REQUEUE, f"saved on signal {name}" if name else "the program asks to be started again")
     silent = sorted(set(range(world)) - {e["rank"] for e in exits})
     if silent:
         shown = ", ".join(map(str, silent[:8])) + (" ..." if len(silent) > 8 else "")
-        return REQUEUE, f"no exit record of {len(silent)} ranks ({shown}); the starter returned {code}", {}
-    return DONE, "every rank finished", {}
+        return Verdict(REQUEUE, f"no exit record of {len(silent)} ranks ({shown}); the starter returned {code}")
+    return Verdict(DONE, "every rank finished")
 
 
 def begin(run: RunFolder, attempt: str, env: dict[str, str]) -> int:
@@ -70,11 +86,10 @@ def begin(run: RunFolder, attempt: str, env: dict[str, str]) -> int:
         return EXIT_DONE if last.get("verdict") == DONE else EXIT_STOP
     budget = read_json(run.budget, {"step": run.saved_step(), "left": job["attempts"], "open": None})
     if budget["open"] and budget["open"] != attempt:  # no verdict: node failure, time limit, or killed while saving
-        spent = spend(run, budget, REQUEUE, job["attempts"])
-        _write(
-            run, budget["open"], spent, "the attempt ended without a verdict (node failure or time limit)", {}, budget
-        )
-        if spent == STOP:
+        lost = Verdict(REQUEUE, "the attempt ended without a verdict (node failure or time limit)")
+        spent = spend(run, budget, lost, job["attempts"])
+        _write(run, budget["open"], spent, budget)
+        if spent.word == STOP:
             return EXIT_STOP
     write_json(run.budget, {**budget, "open": attempt})
     control = run.attempt(attempt)
@@ -87,47 +102,51 @@ def begin(run: RunFolder, attempt: str, env: dict[str, str]) -> int:
     return 0
 
 
-def spend(run: RunFolder, budget: dict[str, Any], verdict: str, attempts: int) -> str:
+def spend(run: RunFolder, budget: dict[str, Any], verdict: Verdict, attempts: int) -> Verdict:
     """Count this attempt in `budget`, which is changed; the verdict, or STOP when the budget is used up."""
     step = run.saved_step()
     if step > budget["step"]:
         budget.update(step=step, left=attempts)
-    elif verdict == REQUEUE:
+    elif verdict.word == REQUEUE:
         budget["left"] -= 1
         if budget["left"] <= 0:
-            return STOP
+            return Verdict(STOP, verdict.cause, verdict.first)
     return verdict
 
 
-def end(run: RunFolder, attempt: str, code: int, signalled: bool, in_slurm: bool) -> str:
-    """Close an attempt: write the verdict, return it."""
+def end(run: RunFolder, attempt: str, code: int, *, signalled: bool, in_slurm: bool) -> str:
+    """Close an attempt and write its verdict, whose word is returned.
+
+    `code`, `signalled`: see `classify`; `in_slurm`: also ask SLURM whether the job was cancelled.
+    """
     job = read_json(run.job, {})
     budget = read_json(run.budget, {"step": -1, "left": job["attempts"], "open": attempt})
-    verdict, cause, who = classify(run.attempt(attempt), job["world"], code, signalled)
-    if verdict != DONE and (run.cancelled.exists() or (in_slurm and _is_cancelled(attempt))):
-        verdict, cause = CANCELLED, "cancelled by the user"
-    elif verdict == DONE and run.saved_step() < job.get("steps", 0):  # Ctrl-C and the file STOP end with 0 too
-        verdict, cause = CANCELLED, f"ended on request at step {run.saved_step()} of {job['steps']}"
+    verdict = classify(run.attempt(attempt), job["world"], code, signalled=signalled)
+    if verdict.word != DONE and (run.cancelled.exists() or (in_slurm and _is_cancelled(attempt))):
+        verdict = Verdict(CANCELLED, "cancelled by the user", verdict.first)
+    elif verdict.word == DONE and run.saved_step() < job.get("steps", 0):  # Ctrl-C and the file STOP end with 0 too
+        verdict = Verdict(CANCELLED, f"ended on request at step {run.saved_step()} of {job['steps']}", verdict.first)
     spent = spend(run, budget, verdict, job["attempts"])
-    if spent != verdict:
-        cause += f"; {job['attempts']} starts in a row made no checkpoint newer than step {budget['step']}"
+    if spent.word != verdict.word:
+        cause = f"{job['attempts']} starts in a row made no checkpoint newer than step {budget['step']}"
+        spent = Verdict(spent.word, f"{spent.cause}; {cause}", spent.first)
     budget["open"] = None
-    _write(run, attempt, spent, cause, who, budget)
-    return spent
+    _write(run, attempt, spent, budget)
+    return spent.word
 
 
-def _write(run: RunFolder, attempt: str, verdict: str, cause: str, who: dict, budget: dict[str, Any]) -> None:
-    facts = {"attempt": attempt, "verdict": verdict, "cause": cause, "step": budget["step"], "left": budget["left"]}
-    facts = {**facts, "first": who, "time": round(time.time(), 3)}
+def _write(run: RunFolder, attempt: str, verdict: Verdict, budget: dict[str, Any]) -> None:
+    facts = {"attempt": attempt, "verdict": verdict.word, "cause": verdict.cause, "step": budget["step"],
+             "left": budget["left"], "first": verdict.first, "time": round(time.time(), 3)}  # fmt: skip
     write_json(run.budget, budget)
     write_json(run.verdict, facts)
     append_line(run.history, facts)
-    print(f"launch: {verdict.upper()} {cause}; newest checkpoint: step {budget['step']}; "
+    print(f"launch: {verdict.word.upper()} {verdict.cause}; newest checkpoint: step {budget['step']}; "
           f"{budget['left']} starts left without progress", file=sys.stderr, flush=True)  # fmt: skip
 
 
 def _is_cancelled(attempt: str) -> bool:
-    """Whether somebody ended this job on purpose: then requeueing would start it again.
+    """Whether a user ended this job on purpose: then requeueing would start it again.
 
     SLURM shows COMPLETING to the script of a job that it is ending. It has counted one restart more if it means to
     start it again (preempted beyond its grace time, a lost node); else it was cancelled, or ran out of time.
@@ -141,6 +160,7 @@ def _is_cancelled(attempt: str) -> bool:
 
 
 def main(argv: list[str]) -> int:
+    """Open or close an attempt; the exit code, which the batch script reads after `begin`."""
     parser = argparse.ArgumentParser(prog="launch.job", description=__doc__)
     parser.add_argument("act", choices=("begin", "end"))
     parser.add_argument("--run", required=True)
@@ -154,7 +174,8 @@ def main(argv: list[str]) -> int:
         return begin(run, args.attempt, dict(os.environ))
     if args.parity and not args.signalled:
         write_json(run.attempt(args.attempt) / "parity.json", {"code": args.code})
-    print(end(run, args.attempt, args.code, bool(args.signalled), "SLURM_JOB_ID" in os.environ))
+    in_slurm = "SLURM_JOB_ID" in os.environ
+    print(end(run, args.attempt, args.code, signalled=bool(args.signalled), in_slurm=in_slurm))
     return 0
 
 

@@ -7,23 +7,30 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from types import FrameType
 
-from configs.schema import Config
 from launch.folder import PROGRAM
 from launch.job import DONE, REQUEUE, begin, end
-from launch.script import Job
-from launch.submit import plan, prepare
+from launch.placement import SITE, Job, PlannedRun, Request
+from launch.plan import plan
+from launch.prepare import prepare
+from launch.script import render
 from parallel.start.launcher import free_port
 
 
 def local(path: str, overrides: list[str], processes: int, *, dry_run: bool = False) -> int:
     """Run a configuration here; its exit code (0 done, 85 saved on a signal, 93 or 1 given up)."""
-    config, job = plan(path, [*overrides, f"site.tasks_per_node={processes}"], 1, "local", queue=False)
+    planned = plan(local_request(path, overrides, processes), ask_slurm=False)
     if dry_run:
-        print(" ".join(command(job)))
+        print(" ".join(command(planned.job)))
         return 0
-    return run_here(config, job)
+    return run_here(planned)
+
+
+def local_request(path: str, overrides: Sequence[str], processes: int) -> Request:
+    """A configuration on this machine, as one node with a rank per process."""
+    return Request(path, (*overrides, f"{SITE}tasks_per_node={processes}"), "local")
 
 
 def command(job: Job, program: str | None = None) -> list[str]:
@@ -34,11 +41,12 @@ def command(job: Job, program: str | None = None) -> list[str]:
     return [*torchrun, program or str(job.run.code / PROGRAM), str(job.run.config)]
 
 
-def run_here(config: Config, job: Job, program: str | None = None) -> int:
-    """Attempts until a verdict other than requeue, or a signal."""
-    prepare(config, job, program)
+def run_here(planned: PlannedRun, program: str | None = None) -> int:
+    """Attempts until a verdict other than requeue, or a signal; the exit code as in `local`."""
+    job = planned.job
+    prepare(planned, render(job, program))
     stopped: list[int] = []
-    child: list[subprocess.Popen] = []
+    child: list[subprocess.Popen[bytes]] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         stopped.append(number)
@@ -55,7 +63,7 @@ def run_here(config: Config, job: Job, program: str | None = None) -> int:
             child[:] = [_start(job, attempt, program)]
             returned = child[0].wait()
             child.clear()
-            verdict = end(job.run, attempt, returned, bool(stopped), False)
+            verdict = end(job.run, attempt, returned, signalled=bool(stopped), in_slurm=False)
             if verdict != REQUEUE or stopped:
                 return _code(verdict, stopped)
             time.sleep(1)
@@ -71,7 +79,7 @@ def _code(verdict: str, stopped: list[int]) -> int:
     return 85 if verdict == REQUEUE and stopped else 93
 
 
-def _start(job: Job, attempt: str, program: str | None) -> subprocess.Popen:
+def _start(job: Job, attempt: str, program: str | None) -> subprocess.Popen[bytes]:
     path = f"{job.run.code}{os.pathsep}{os.environ['PYTHONPATH']}" if os.environ.get("PYTHONPATH") else job.run.code
     env = {**os.environ, "PYTHONPATH": str(path), "PYTHONSAFEPATH": "1"}
     env |= {"HOPE_RUN": str(job.run.root), "HOPE_CONTROL": str(job.run.attempt(attempt))}

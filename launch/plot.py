@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 from xml.sax.saxutils import escape
 
@@ -11,15 +12,33 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 440, 76, 150, 40, 50
 COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#8250df", "#bf8700", "#57606a")
 
 
+@dataclass(frozen=True)
+class _Axes:
+    """Both axes are logarithmic: devices from `low` to `high`, tokens/s from `bottom` to `top`."""
+
+    low: int
+    high: int
+    bottom: float
+    top: float
+
+    @classmethod
+    def of(cls, devices: Sequence[int], speeds: Sequence[float]) -> _Axes:
+        """Room for every point and for the ideal line through the slowest."""
+        low, high = min(devices), max(max(devices), 2 * min(devices))
+        return cls(low, high, min(speeds) / 1.3, max(*speeds, min(speeds) * high / low) * 1.3)
+
+    def x(self, devices: float) -> float:
+        """Pixels from the left edge."""
+        return LEFT + (WIDTH - LEFT - RIGHT) * math.log(devices / self.low) / math.log(self.high / self.low)
+
+    def y(self, speed: float) -> float:
+        """Pixels from the upper edge."""
+        return TOP + (HEIGHT - TOP - BOTTOM) * math.log(self.top / speed) / math.log(self.top / self.bottom)
+
+
 def scaling(rows: Sequence[dict[str, Any]], title: str) -> str:
     """One line per series, which is a layout with values of the grid; a row has devices, tokens_per_s, efficiency."""
-    devices = [r["devices"] for r in rows]
-    speeds = [r["tokens_per_s"] for r in rows]
-    low, high = min(devices), max(max(devices), 2 * min(devices))
-    bottom = min(speeds) / 1.3
-    top = max(*speeds, min(speeds) * high / low) * 1.3
-    x = lambda n: LEFT + (WIDTH - LEFT - RIGHT) * math.log(n / low) / math.log(high / low)
-    y = lambda s: TOP + (HEIGHT - TOP - BOTTOM) * math.log(top / s) / math.log(top / bottom)
+    axes = _Axes.of([r["devices"] for r in rows], [r["tokens_per_s"] for r in rows])
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
         'font-size="12">',
@@ -28,19 +47,20 @@ def scaling(rows: Sequence[dict[str, Any]], title: str) -> str:
         f'<path d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}" fill="none" stroke="#57606a"/>',
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 12}" text-anchor="middle">devices</text>',
     ]
-    for n in sorted(set(devices)):
-        parts.append(f'<text x="{x(n):.0f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{n}</text>')
-    for level in _levels(bottom, top):
-        parts.append(f'<path d="M{LEFT} {y(level):.1f}H{WIDTH - RIGHT}" stroke="#d0d7de"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y(level) + 4:.1f}" text-anchor="end">{level:g} tok/s</text>')
+    for n in sorted({r["devices"] for r in rows}):
+        parts.append(f'<text x="{axes.x(n):.0f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{n}</text>')
+    for level in _levels(axes.bottom, axes.top):
+        parts.append(f'<path d="M{LEFT} {axes.y(level):.1f}H{WIDTH - RIGHT}" stroke="#d0d7de"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{axes.y(level) + 4:.1f}" text-anchor="end">{level:g} tok/s</text>')
     for index, name in enumerate(dict.fromkeys(r["series"] for r in rows)):
-        parts += _series([r for r in rows if r["series"] == name], name, index, x, y, high)
+        parts += _series([r for r in rows if r["series"] == name], name, index, axes)
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _series(rows: list[dict[str, Any]], name: str, index: int, x: Any, y: Any, high: int) -> list[str]:
+def _series(rows: list[dict[str, Any]], name: str, index: int, axes: _Axes) -> list[str]:
     rows = sorted(rows, key=lambda r: r["devices"])
     colour, first = COLOURS[index % len(COLOURS)], rows[0]
+    x, y, high = axes.x, axes.y, axes.high
     ideal = first["tokens_per_s"] * high / first["devices"]
     points = " ".join(f"{x(r['devices']):.1f},{y(r['tokens_per_s']):.1f}" for r in rows)
     legend = WIDTH - RIGHT + 16, TOP + 14 + 22 * index

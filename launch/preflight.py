@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,10 @@ def judge(nodes: list[dict[str, Any]], links: list[dict[str, Any]], expected: in
     `nodes` and `links` are what the tasks wrote, of `expected` nodes and `world` ranks; `wanted` the site's floors.
     """
     bad: dict[str, list[str]] = {}
-    blame = lambda name, why: bad.setdefault(name, []).append(why)
+
+    def blame(name: str, why: str) -> None:
+        bad.setdefault(name, []).append(why)
+
     if len(nodes) < expected:
         blame("", f"{expected - len(nodes)} of {expected} nodes gave no answer")
     for key, word in (("versions", "versions"), ("code", "code")):
@@ -149,7 +153,7 @@ def judge(nodes: list[dict[str, Any]], links: list[dict[str, Any]], expected: in
     return {name: "; ".join(dict.fromkeys(why)) for name, why in bad.items()}
 
 
-def _judge_devices(links: list[dict[str, Any]], wanted: dict[str, Any], blame: Any) -> None:
+def _judge_devices(links: list[dict[str, Any]], wanted: dict[str, Any], blame: Callable[[str, str], object]) -> None:
     floor = wanted["bandwidth_gb_s"]
     for r in links:
         if wanted["gpus"] and r["devices"] < wanted["gpus"]:
@@ -177,7 +181,10 @@ def decide() -> int:
     """Judge this attempt; BAD (77) and the names in bad_nodes.json and exclude.txt, or 0."""
     run, control = RunFolder(os.environ["HOPE_RUN"]), Path(os.environ["HOPE_CONTROL"])
     job = read_json(run.job)
-    read = lambda pattern: [f for f in map(read_json, sorted((control / "preflight").glob(pattern))) if f]
+
+    def read(pattern: str) -> list[dict[str, Any]]:
+        return [f for f in map(read_json, sorted((control / "preflight").glob(pattern))) if f]
+
     nodes, links = read("node-*.json"), read("links-*.json")
     bad = judge(nodes, links, job["nodes"], job["world"], job["preflight"])
     speeds = [p["gb_s"] for r in links for p in r["pairs"] if p["gb_s"] is not None]

@@ -9,12 +9,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from configs.launch_section import LaunchConfig
 from configs.schema import load
 from launch import profile
-from launch.config import LaunchConfig
 from launch.folder import RunFolder, snapshot, write_json
-from launch.script import Job, srun, task_python
-from launch.submit import SOURCE, facts
+from launch.placement import SITE, Job
+from launch.prepare import SOURCE, facts
+from launch.script import srun, task_python
 
 
 def check_site(site_name: str, overrides: list[str], nodes: int, config: str | None) -> int:
@@ -22,7 +23,7 @@ def check_site(site_name: str, overrides: list[str], nodes: int, config: str | N
 
     `config`: also compare this configuration's layout with one device (`parallel.parity`); 1 if it differs.
     """
-    site = profile.load(site_name, [word.removeprefix("site.") for word in overrides])
+    site = profile.load(site_name, [word.removeprefix(SITE) for word in overrides])
     if config is not None:
         load(config, [], world_size=nodes * site.ranks_per_node)
     with tempfile.TemporaryDirectory(prefix=".preflight-", dir=".") as folder:  # here: all nodes share it

@@ -80,7 +80,7 @@ class Profile:
     """srun: one task per rank, ranks in node order; torchrun: one per node, static ranks; c10d: its rendezvous, whose
     order of ranks does not follow the order of nodes."""
     requeue: Literal["requeue", "array", "singleton"] = "requeue"
-    """How a job goes on: scontrol requeue; or, where that is forbidden, array: `chain` elements one after another;
+    """How a job continues: scontrol requeue; or, where that is forbidden, array: `chain` elements one after another;
     singleton: each start submits its successor."""
     chain: int = 20
     """Elements of the array."""
@@ -95,7 +95,7 @@ class Profile:
     setup: list[str] = field(default_factory=list)
     """Shell lines before anything else, for example "source .venv/bin/activate"."""
     env: dict[str, str] = field(default_factory=dict)
-    """Environment variables: NCCL's interfaces and the like. No secrets: the script lies in the run folder."""
+    """Environment variables: NCCL's interfaces and the like. No secrets: the script stays in the run folder."""
     shared: list[str] = field(default_factory=list)
     """Folders that all nodes see though their file system type does not say so."""
     gpu: str = "NVIDIA H100 80GB HBM3"
@@ -107,14 +107,16 @@ class Profile:
 
     @property
     def ranks_per_node(self) -> int:
+        """Ranks that a node runs."""
         return self.tasks_per_node or self.gpus_per_node
 
     @property
     def seconds(self) -> int:
-        """The time limit."""
+        """The time limit in seconds; 0 if `time` is none."""
         return seconds(self.time) or 0
 
     def problems(self, path: str = "site") -> Iterator[Problem]:
+        """What no job could run with, by key below `path`."""
         if seconds(self.time) is None:
             yield f"{path}.time", f"{self.time!r} is not a time limit", '"24:00:00" or "2-00:00:00", in quotes'
         if self.gpus_per_node < 0 or self.tasks_per_node < 0 or self.ranks_per_node < 1:

@@ -4,38 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 
-from launch.config import LaunchConfig
-from launch.folder import PROGRAM, RunFolder
-from launch.profile import Profile
+from launch.folder import PROGRAM
+from launch.placement import Job
 
 TEMPLATES = Path(__file__).parent / "templates"
-
-
-@dataclass(frozen=True)
-class Job:
-    """What one run asks of a site. `folder`: where it was submitted, the jobs' working directory."""
-
-    run: RunFolder
-    site: Profile
-    launch: LaunchConfig
-    nodes: int
-    folder: Path
-    parity: bool = False
-
-    @property
-    def world(self) -> int:
-        """Ranks of the job."""
-        return self.nodes * self.site.ranks_per_node
-
-    @property
-    def warning_s(self) -> int:
-        """Seconds before the time limit at which USR1 comes."""
-        return self.launch.checkpoint_s + self.launch.margin_s
 
 
 def render(job: Job, program: str | None = None) -> str:

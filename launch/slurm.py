@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
@@ -82,6 +83,11 @@ def live(job: str) -> bool:
     """Whether the job waits or runs."""
     known = state(job).get("state")
     return known is not None and known.split()[0] not in ENDED
+
+
+def newest_live(jobs: Sequence[str]) -> str | None:
+    """The last of a run's jobs if it waits or runs, else None: only the last can, a run has one job at a time."""
+    return jobs[-1] if jobs and live(jobs[-1]) else None
 
 
 def cancel(job: str) -> None:

@@ -27,7 +27,7 @@ def find_runs(where: list[str]) -> list[RunFolder]:
 
 def row(run: RunFolder) -> dict[str, str]:
     """One line of the table, every cell a text."""
-    from hope.train.console import duration, short
+    from hope.train.console import duration, short  # brings torch, 2 s that the other commands need not wait for
 
     jobs = run.job_ids()
     known = slurm.state(jobs[-1]) if jobs else {}
@@ -59,7 +59,7 @@ def _steps(run: RunFolder) -> str:
         return "?"
 
 
-def table(runs: list[RunFolder]) -> str:
+def status_table(runs: list[RunFolder]) -> str:
     """All runs, columns as wide as they must be."""
     rows = [dict(zip(TITLES, TITLES, strict=True)), *(row(run) for run in runs)]
     widths = {title: max(len(r[title]) for r in rows) for title in TITLES}

@@ -25,10 +25,11 @@ from configs.schema import load as load_config
 from configs.source import plain, read_yaml
 from launch import profile, slurm
 from launch.folder import RunFolder, read_json
-from launch.local import run_here
+from launch.local import local_request, run_here
+from launch.placement import PlannedRun, Request, folder_of, split_overrides
+from launch.plan import plan
 from launch.profile import Profile
-from launch.script import Job
-from launch.submit import plan, send, split_overrides
+from launch.submit import send
 
 POLL_S = 2.0
 
@@ -129,11 +130,11 @@ def cells(grid: Grid) -> list[Cell]:
 
 def site_profile(grid: Grid) -> Profile:
     """The profile of the sweep's jobs, with its overrides."""
-    return profile.load(grid.profile, split_overrides(list(grid.overrides))[1])
+    return profile.load(grid.profile, split_overrides(grid.overrides)[1])
 
 
 def _all_cells(grid: Grid) -> list[Cell]:
-    own, _ = split_overrides(list(grid.overrides))
+    own, _ = split_overrides(grid.overrides)
     base = load_config(grid.config, own, check=False)
     folder = Path(base.run.dir) / grid.name
     found = []
@@ -162,18 +163,24 @@ def _layout_name(layout: dict[str, int]) -> str:
     return "-".join(f"{letters[key]}{degree}" for key, degree in layout.items() if degree > 1) or "dp"
 
 
+def cell_config(grid: Grid, cell: Cell) -> Config:
+    """A cell's configuration, its keys and types checked. Raises ConfigError."""
+    own, _ = split_overrides(cell.overrides)
+    return load_config(grid.config, own, check=False)
+
+
 def run_folder(grid: Grid, cell: Cell) -> RunFolder:
-    """Where a cell's run lies."""
-    own, _ = split_overrides(list(cell.overrides))
-    config = load_config(grid.config, own, check=False)
-    return RunFolder(Path(config.run.dir) / config.run.name)
+    """The folder of a cell's run."""
+    return folder_of(cell_config(grid, cell))
 
 
-def planned(grid: Grid, cell: Cell) -> tuple[Config, Job]:
+def planned(grid: Grid, cell: Cell) -> PlannedRun:
     """The checked configuration and job of a cell. Raises ConfigError."""
     if grid.where == "local":
-        return plan(grid.config, [*cell.overrides, f"site.tasks_per_node={cell.nodes}"], 1, "local", queue=False)
-    return plan(grid.config, list(cell.overrides), cell.nodes, grid.profile, queue=False)
+        request = local_request(grid.config, cell.overrides, cell.nodes)
+    else:
+        request = Request(grid.config, cell.overrides, grid.profile, cell.nodes)
+    return plan(request, ask_slurm=False)  # a job that still waits or runs is adopted, not refused
 
 
 def verdict(run: RunFolder) -> str:
@@ -191,56 +198,57 @@ def run(grid: Grid, *, dry_run: bool = False) -> int:
     left_out = [cell.name for cell in _all_cells(grid) if cell not in todo]
     if left_out:
         print(f"sweep {grid.name}: left out, too few devices for the layout: {', '.join(left_out)}")
-    planned_jobs = _plan_all(grid, todo)
+    runs = _plan_all(grid, todo)
     if dry_run:
         for cell in todo:
-            print(
-                f"{cell.name:<32} {verdict(planned_jobs[cell.name][1].run) or 'to do':<10} {' '.join(cell.overrides)}"
-            )
+            print(f"{cell.name:<32} {_verdict(runs, cell) or 'to do':<10} {' '.join(cell.overrides)}")
         return 0
-    waiting = [cell for cell in todo if verdict(planned_jobs[cell.name][1].run) not in ("done", "stop", "cancelled")]
+    waiting = [cell for cell in todo if _verdict(runs, cell) not in ("done", "stop", "cancelled")]
     print(f"sweep {grid.name}: {len(todo)} cells, {len(todo) - len(waiting)} of them over", flush=True)
     if grid.where == "local":
         for cell in waiting:
             print(f"sweep: {cell.name}", flush=True)
-            code = run_here(*planned_jobs[cell.name])
+            code = run_here(runs[cell.name])
             if code == 85:  # stopped by a signal: so is the sweep
                 return code
     else:
-        _run_jobs(waiting, planned_jobs, grid.throttle)
-    bad = [cell.name for cell in todo if verdict(planned_jobs[cell.name][1].run) != "done"]
+        _run_jobs(waiting, runs, grid.throttle)
+    bad = [cell.name for cell in todo if _verdict(runs, cell) != "done"]
     print(f"sweep {grid.name}: {len(todo) - len(bad)} of {len(todo)} cells done"
           + (f"; not: {', '.join(bad)}" if bad else ""))  # fmt: skip
     return 1 if bad else 0
 
 
-def _plan_all(grid: Grid, todo: list[Cell]) -> dict[str, tuple[Config, Job]]:
-    """Every cell's job; the problems of all cells in one error."""
-    jobs, problems = {}, []
+def _verdict(runs: dict[str, PlannedRun], cell: Cell) -> str:
+    return verdict(runs[cell.name].job.run)
+
+
+def _plan_all(grid: Grid, todo: list[Cell]) -> dict[str, PlannedRun]:
+    """Every cell's run by its name; the problems of all cells in one error."""
+    runs, problems = {}, []
     for cell in todo:
         try:
-            jobs[cell.name] = planned(grid, cell)
+            runs[cell.name] = planned(grid, cell)
         except ConfigError as error:
             problems += [(f"{cell.name}: {path}", what, fix) for path, what, fix in error.problems]
     if problems:
         raise ConfigError(grid.file, problems)
-    return jobs
+    return runs
 
 
-def _run_jobs(waiting: list[Cell], jobs: dict[str, tuple[Config, Job]], throttle: int) -> None:
+def _run_jobs(waiting: list[Cell], runs: dict[str, PlannedRun], throttle: int) -> None:
     """Keep `throttle` jobs in the queue until no cell is left; a job that an earlier sweep submitted is adopted."""
     live: dict[str, str] = {}
     for cell in waiting:
-        for number in jobs[cell.name][1].run.job_ids()[-1:]:
-            if slurm.live(number):
-                live[cell.name] = number
+        if (number := slurm.newest_live(runs[cell.name].job.run.job_ids())) is not None:
+            live[cell.name] = number
     queue = [cell for cell in waiting if cell.name not in live]
     while queue or live:
         while queue and len(live) < throttle:
             cell = queue.pop(0)
-            live[cell.name] = send(*jobs[cell.name])
+            live[cell.name] = send(runs[cell.name])
             print(f"sweep: {cell.name} is job {live[cell.name]}", flush=True)
         time.sleep(POLL_S)
         for name in [name for name, number in live.items() if not slurm.live(number)]:
-            print(f"sweep: {name} {verdict(jobs[name][1].run) or 'ended without a verdict'}", flush=True)
+            print(f"sweep: {name} {verdict(runs[name].job.run) or 'ended without a verdict'}", flush=True)
             del live[name]

@@ -1,12 +1,13 @@
 """A token set and a config small enough that a whole run takes a second."""
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from data_prep.indexed import IndexedWriter
-from data_prep.manifest import Manifest
+from data_prep.manifest import TokenSetManifest
 
 VOCAB, EOS = 64, 1
 
@@ -28,16 +29,25 @@ launch: {slow: 0}
 """
 
 
+def write_documents(prefix: str | Path, vocab_size: int, documents: Iterable[Sequence[int]]) -> IndexedWriter:
+    """PREFIX.bin and PREFIX.idx of these token ids; the writer that has finished, with lengths and digests."""
+    with IndexedWriter(prefix, vocab_size) as writer:
+        for ids in documents:
+            writer.add_encoded(np.array(ids, writer.dtype).tobytes(), np.array([len(ids)]))
+    return writer
+
+
 def token_set(prefix: Path, documents: int, seed: int, vocab_size: int = VOCAB) -> None:
     """Documents of a noisy counting language: learnable, so that a loss can fall."""
     generator = np.random.default_rng(seed)
-    with IndexedWriter(prefix, vocab_size) as writer:
-        for _ in range(documents):
-            length = int(generator.integers(10, 60))
-            ids = (generator.integers(2, vocab_size) + np.arange(length)) % (vocab_size - 2) + 2
-            writer.add_document([*ids.tolist(), EOS])
+    counted = []
+    for _ in range(documents):
+        length = int(generator.integers(10, 60))
+        ids = (generator.integers(2, vocab_size) + np.arange(length)) % (vocab_size - 2) + 2
+        counted.append([*ids.tolist(), EOS])
+    writer = write_documents(prefix, vocab_size, counted)
     tokens = sum(writer.lengths)
-    Manifest(
+    TokenSetManifest(
         documents=documents,
         tokens=tokens,
         text_bytes=tokens,

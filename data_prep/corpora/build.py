@@ -22,7 +22,7 @@ Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Part:
+class CorpusSource:
     """One source: a recipe that identifies how its text is made, and its documents (read only when needed)."""
 
     name: str
@@ -31,7 +31,7 @@ class Part:
     documents: Callable[[], Iterable[Document]]
 
 
-def build(out: str | Path, parts: Iterable[Part], share: float = HELDOUT_SHARE, report: Report = print) -> dict:
+def build(out: str | Path, parts: Iterable[CorpusSource], share: float = HELDOUT_SHARE, report: Report = print) -> dict:
     """Write every part and the manifest of all; parts that are complete from the same recipe are kept.
 
     Returns: the manifest, {"sources": {name: {...}}, "documents", "bytes", "heldout_share"}.
@@ -54,7 +54,7 @@ def build(out: str | Path, parts: Iterable[Part], share: float = HELDOUT_SHARE, 
         else:
             seen.update(_digests(out / part.name))
         sources[part.name] = record
-        report(_line(part.name, record, kept))
+        report(_line(part.name, record, kept=kept))
     manifest: dict[str, Any] = {
         "sources": sources,
         "heldout_share": share,
@@ -66,7 +66,7 @@ def build(out: str | Path, parts: Iterable[Part], share: float = HELDOUT_SHARE, 
     return manifest
 
 
-def _write_part(folder: Path, part: Part, recipe: dict, share: float, seen: set[bytes]) -> dict:
+def _write_part(folder: Path, part: CorpusSource, recipe: dict, share: float, seen: set[bytes]) -> dict:
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").unlink(missing_ok=True)
@@ -115,7 +115,7 @@ def _total(record: dict, field: str) -> int:
     return sum(record["files"][name][field] for name in FILES)
 
 
-def _line(name: str, record: dict, kept: bool) -> str:
+def _line(name: str, record: dict, *, kept: bool) -> str:
     train, heldout = (record["files"][file] for file in FILES)
     return (
         f"{name:10} {train['documents']:6,} documents {train['bytes'] / 1e6:6.2f} MB,"

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from data_prep.corpora.build import HELDOUT_SHARE, build
-from data_prep.corpora.debian_corpus import debian_parts
+from data_prep.corpora.debian_corpus import package_sources
 from data_prep.corpora.debian_sources import SOURCES, TIERS, chosen_sources
 from data_prep.errors import DataError
 from data_prep.quickstart import make_corpus
@@ -31,7 +31,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def _corpus(args: argparse.Namespace) -> None:
     if args.list:
-        print(table())
+        print(source_table())
         return
     if not args.out:
         raise DataError("corpus: --out is not set; --out data/main works")
@@ -44,10 +44,10 @@ def _corpus(args: argparse.Namespace) -> None:
         return
     names = chosen_sources(args.tier, args.sources, args.add)
     cache = Path(args.debs) if args.debs else Path(args.out, "debs")
-    build(args.out, debian_parts(names, cache), args.heldout)
+    build(args.out, package_sources(names, cache), args.heldout)
 
 
-def table() -> str:
+def source_table() -> str:
     """Every source with its tiers, size and licence."""
     lines = [f"{'source':10} {'tiers':10} {'MB':>5}  {'licence':28} about"]
     for name, source in SOURCES.items():

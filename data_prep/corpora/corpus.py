@@ -56,7 +56,7 @@ def stdlib_documents(root: str | Path | None = None) -> Iterator[Document]:
 
 def topic_documents() -> Iterator[Document]:
     """The language reference's chapters as `help()` shows them, sorted by name."""
-    from pydoc_data.topics import topics
+    from pydoc_data.topics import topics  # 0.76 MB that only this corpus needs
 
     for name, text in sorted(topics.items()):
         text = text.strip("\n")

@@ -1,4 +1,4 @@
-"""The sources of Debian's documentation packages as parts of a corpus."""
+"""Debian's documentation packages as sources of a corpus."""
 
 import shutil
 import tempfile
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.corpora.build import Part
+from data_prep.corpora.build import CorpusSource
 from data_prep.corpora.corpus import Document
 from data_prep.corpora.debian import Package, check_tools, fetch, unpack
 from data_prep.corpora.debian_sources import SOURCES, Source
@@ -14,8 +14,8 @@ from data_prep.corpora.debian_sources import SOURCES, Source
 EXTRACTORS = 1  # raise when an extractor's output changes, so that finished parts are made again
 
 
-def debian_parts(names: Iterable[str], cache: Path) -> Iterator[Part]:
-    """Download each source's packages into `cache` and describe the part; text is extracted when asked for.
+def package_sources(names: Iterable[str], cache: Path) -> Iterator[CorpusSource]:
+    """Download each source's packages into `cache` and describe it; text is extracted when asked for.
 
     Raises:
         DataError: apt does not exist here, or a package cannot be had.
@@ -25,7 +25,7 @@ def debian_parts(names: Iterable[str], cache: Path) -> Iterator[Part]:
         source = SOURCES[name]
         packages = [fetch(pattern, cache) for pattern in source.packages]
         recipe = {"packages": [package.record() for package in packages], "extractors": EXTRACTORS}
-        yield Part(name, source.licence, recipe, partial(documents_of, name, source, packages))
+        yield CorpusSource(name, source.licence, recipe, partial(documents_of, name, source, packages))
 
 
 def documents_of(name: str, source: Source, packages: list[Package]) -> Iterator[Document]:

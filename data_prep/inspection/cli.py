@@ -4,7 +4,7 @@ import argparse
 
 from data_prep.config import DOCUMENTS, DataConfig
 from data_prep.errors import DataError
-from data_prep.inspection.stats import picture, table
+from data_prep.inspection.stats import picture, token_set_table
 from data_prep.inspection.tokens import show_document, show_window
 from data_prep.inspection.verify import adopt, problems
 from data_prep.manifest import load_manifest
@@ -49,7 +49,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def _verify(args: argparse.Namespace) -> None:
     wrong = []
     for prefix in args.prefix:
-        found = list(problems(prefix, args.tokenizer, args.sources))
+        found = list(problems(prefix, args.tokenizer, sources=args.sources))
         wrong += found
         if not found:
             manifest = load_manifest(prefix)
@@ -61,7 +61,7 @@ def _verify(args: argparse.Namespace) -> None:
 def _stats(args: argparse.Namespace) -> None:
     if args.png and len(args.prefix) > 1:
         raise DataError(f"stats: --png {args.png} is one picture, but {len(args.prefix)} sets are named; name one")
-    print("\n\n".join(table(prefix) for prefix in args.prefix))
+    print("\n\n".join(token_set_table(prefix) for prefix in args.prefix))
     if args.png:
         picture(args.prefix[0], args.png)
         print(f"picture    {args.png}")

@@ -8,7 +8,7 @@ import numpy as np
 from data_prep.errors import DataError
 from data_prep.files import atomic_write
 from data_prep.indexed import Header
-from data_prep.manifest import Manifest, length_histogram, open_checked
+from data_prep.manifest import TokenSetManifest, length_histogram, open_checked
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -18,7 +18,7 @@ _BAR, _GAP, _HEIGHT, _MARGIN = 36, 8, 200, 24
 _INK, _FILL, _PAPER = (40, 40, 40), (70, 110, 170), (255, 255, 255)
 
 
-def table(prefix: str | Path) -> str:
+def token_set_table(prefix: str | Path) -> str:
     """Counts, shares and quantiles as lines of text; raises DataError if the set cannot be read."""
     header, manifest = open_checked(prefix)
     rows = [
@@ -43,7 +43,7 @@ def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{kind} {count}" for kind, count in counts.items() if count) or "none"
 
 
-def _histogram_lines(header: Header, manifest: Manifest) -> list[str]:
+def _histogram_lines(header: Header, manifest: TokenSetManifest) -> list[str]:
     histogram = length_histogram(header.document_lengths)
     tallest = max(histogram.values())
     lines = ["tokens from       documents"]

@@ -30,7 +30,7 @@ def checked_tokenizer(store: TokenStore, model: str) -> Tokenizer:
 
 
 def show_document(prefix: str, number: int, model: str = "") -> str:
-    """Document `number` (from 0): where it lies, and its text. Raises DataError, see `open_store`."""
+    """Document `number` (from 0): its place in the stream, and its text. Raises DataError, see `open_store`."""
     store = open_store(prefix)
     tokenizer = checked_tokenizer(store, model)
     bounds = store.bounds()

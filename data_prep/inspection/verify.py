@@ -9,18 +9,18 @@ import numpy as np
 from data_prep.errors import DataError
 from data_prep.files import sha256_file
 from data_prep.indexed import Header, check_bin, memmap_tokens, read_header
-from data_prep.manifest import Manifest, length_histogram, open_checked
+from data_prep.manifest import TokenSetManifest, length_histogram, open_checked
 from data_prep.tokenizing.tokenizer import Tokenizer
 
 _CHUNK_TOKENS = 1 << 22
 
 
-def problems(prefix: str | Path, tokenizer: str = "", sources: bool = False) -> Iterator[str]:
+def problems(prefix: str | Path, tokenizer: str = "", *, sources: bool = False) -> Iterator[str]:
     """Everything that is wrong with a token set, one message each, with file, numbers and offsets.
 
     Args:
         tokenizer: also compare with this model file.
-        sources: also compare the digests of the input files, where they lie as the manifest names them.
+        sources: also compare the digests of the input files, where the manifest names them.
     """
     try:
         header, manifest = open_checked(prefix)
@@ -42,7 +42,7 @@ def problems(prefix: str | Path, tokenizer: str = "", sources: bool = False) -> 
         yield from _source_problems(manifest)
 
 
-def _token_problems(prefix: str | Path, header: Header, manifest: Manifest) -> Iterator[str]:
+def _token_problems(prefix: str | Path, header: Header, manifest: TokenSetManifest) -> Iterator[str]:
     tokens = memmap_tokens(prefix, header)
     size, ends = header.dtype.itemsize, 0
     for start in range(0, len(tokens), _CHUNK_TOKENS):
@@ -70,7 +70,7 @@ def _token_problems(prefix: str | Path, header: Header, manifest: Manifest) -> I
         yield f"{prefix}.bin: {inside} EOS tokens {manifest.eos_id} stand inside documents"
 
 
-def _source_problems(manifest: Manifest) -> Iterator[str]:
+def _source_problems(manifest: TokenSetManifest) -> Iterator[str]:
     for source in manifest.sources:
         path = Path(source["name"])
         if not path.is_file():
@@ -79,7 +79,7 @@ def _source_problems(manifest: Manifest) -> Iterator[str]:
             yield f"{path}: sha256 {digest}, the set was made from {source['sha256']}"
 
 
-def adopt(prefix: str | Path, tokenizer: Tokenizer, licence: str = "") -> Manifest:
+def adopt(prefix: str | Path, tokenizer: Tokenizer, licence: str = "") -> TokenSetManifest:
     """Write a manifest for .bin/.idx that another tool made; text bytes are counted by decoding.
 
     Raises:
@@ -89,7 +89,7 @@ def adopt(prefix: str | Path, tokenizer: Tokenizer, licence: str = "") -> Manife
     check_bin(prefix, header)
     if not header.tokens:
         raise DataError(f"{prefix}.idx: no tokens; need at least one")
-    manifest = Manifest(
+    manifest = TokenSetManifest(
         documents=header.documents,
         tokens=header.tokens,
         text_bytes=0,
@@ -110,6 +110,6 @@ def adopt(prefix: str | Path, tokenizer: Tokenizer, licence: str = "") -> Manife
         text_bytes += len(tokenizer.decode(tokens[start : start + length].tolist()).encode())
         start += length
     fields = {**vars(manifest), "text_bytes": text_bytes, "bytes_per_token": round(text_bytes / start, 4)}
-    manifest = Manifest(**fields)
+    manifest = TokenSetManifest(**fields)
     manifest.save(prefix)
     return manifest

@@ -7,7 +7,7 @@ from pathlib import Path
 from data_prep.errors import DataError
 from data_prep.files import sha256_file
 from data_prep.hooks import hook_identity
-from data_prep.manifest import Manifest, is_verified, load_manifest, manifest_path
+from data_prep.manifest import TokenSetManifest, is_verified, load_manifest, manifest_path
 from data_prep.tokenizing.records import Rules
 from data_prep.tokenizing.tokenize import Settings, tokenize_files
 from data_prep.tokenizing.tokenizer import Tokenizer, available_threads
@@ -69,7 +69,7 @@ def _tokenize(args: argparse.Namespace) -> None:
         print(f"bad        {counts}; listed in {args.out}.bad.jsonl")
 
 
-def _made_before(inputs: list[str], tokenizer: Tokenizer, prefix: str, rules: Rules) -> Manifest | None:
+def _made_before(inputs: list[str], tokenizer: Tokenizer, prefix: str, rules: Rules) -> TokenSetManifest | None:
     """The manifest of a set that was made from exactly this and is intact; else None."""
     if not Path(manifest_path(prefix)).exists() or not all(Path(name).is_file() for name in inputs):
         return None
@@ -88,7 +88,7 @@ def _made_before(inputs: list[str], tokenizer: Tokenizer, prefix: str, rules: Ru
     return manifest
 
 
-def summary(prefix: str | Path, manifest: Manifest) -> str:
+def summary(prefix: str | Path, manifest: TokenSetManifest) -> str:
     """One line about a token set."""
     dropped = ", ".join(f"{count} left out ({why})" for why, count in manifest.dropped.items() if count)
     return (

@@ -9,7 +9,7 @@ from data_prep.errors import DataError
 from data_prep.hooks import Hook, digest, keys_of
 from data_prep.jsonl import open_bytes
 from data_prep.tokenizing.tokenizer import replace_lone_surrogates
-from data_prep.tokenizing.units import Unit, open_parquet
+from data_prep.tokenizing.units import InputUnit, open_parquet
 
 BAD_KINDS = ("bad_json", "bad_utf8", "missing_field", "surrogate", "empty", "too_long")
 LONGEST_DOCUMENT = 1 << 30  # the index holds a length in tokens as int32; a token is at least a byte, or EOS
@@ -73,7 +73,7 @@ class _Skipped(Exception):
 class RecordReader:
     """Reads the documents of units by one set of rules and counts into `tally`."""
 
-    def __init__(self, unit: Unit, rules: Rules, hook: Hook | None) -> None:
+    def __init__(self, unit: InputUnit, rules: Rules, hook: Hook | None) -> None:
         self.unit = unit
         self.rules = rules
         self.tally = Tally()
@@ -106,7 +106,7 @@ class RecordReader:
             raise _Skipped
         text = self._valid(offset, text)
         try:
-            keys = keys_of(document, text, self.rules.dedup == "exact")
+            keys = keys_of(document, text, exact=self.rules.dedup == "exact")
         except ValueError as error:
             raise self._error(offset, f"hook {self.rules.hook}: {error}") from None
         size = len(text.encode())
@@ -161,7 +161,7 @@ class RecordReader:
         keys = sorted(map(str, document))
         return f"no text under the key {self.rules.text_key!r} (found {found}); keys are {keys[:20]}"
 
-    def _bad(self, offset: int, kind: str, message: str, mended: bool = False) -> None:
+    def _bad(self, offset: int, kind: str, message: str, *, mended: bool = False) -> None:
         """Count a bad record. Returns only if it is `mended` under on_bad = "replace" or cannot be used anyway."""
         if self.rules.on_bad == "stop":
             raise self._error(offset, message, kind)
@@ -183,7 +183,7 @@ class RecordReader:
         return DataError(f"{self.unit.path}: {place}: {kind + ': ' if kind else ''}{message}{advice}")
 
 
-def _records(unit: Unit, text_key: str) -> Iterator[tuple[int, bytes | dict]]:
+def _records(unit: InputUnit, text_key: str) -> Iterator[tuple[int, bytes | dict]]:
     """(offset, line without its newline) or (row number, row); blank lines are passed over."""
     if unit.format == "parquet":
         yield from _rows(unit)
@@ -204,7 +204,7 @@ def _records(unit: Unit, text_key: str) -> Iterator[tuple[int, bytes | dict]]:
             offset += len(line)
 
 
-def _rows(unit: Unit) -> Iterator[tuple[int, dict]]:
+def _rows(unit: InputUnit) -> Iterator[tuple[int, dict]]:
     file = open_parquet(unit.path)
     row = sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
     for batch in file.iter_batches(batch_size=1024, row_groups=[unit.start]):

@@ -23,7 +23,7 @@ from data_prep.hooks import DIGEST_BYTES, load_hook
 from data_prep.indexed import dtype_for
 from data_prep.tokenizing.records import RecordReader, Rules, Text
 from data_prep.tokenizing.tokenizer import Tokenizer
-from data_prep.tokenizing.units import Unit
+from data_prep.tokenizing.units import InputUnit
 
 BATCH_CHARACTERS = 1 << 20
 DOCUMENT = np.dtype([("tokens", "<i8"), ("bytes", "<i8")])
@@ -31,10 +31,10 @@ KEY = np.dtype([("document", "<i8"), ("digest", f"S{2 * DIGEST_BYTES}")])  # hex
 
 
 @dataclass(frozen=True)
-class Job:
+class TokenizeTask:
     """What a worker needs for one unit; `base` is the path of the part without suffix."""
 
-    unit: Unit
+    unit: InputUnit
     rules: Rules
     base: str
 
@@ -46,13 +46,13 @@ class Worker:
         self.tokenizer = Tokenizer(model)
         self.hook = load_hook(rules.hook)
 
-    def run(self, job: Job) -> dict[str, Any]:
+    def run(self, task: TokenizeTask) -> dict[str, Any]:
         """Write the part of a unit; returns its record (the content of the .json file)."""
-        reader = RecordReader(job.unit, job.rules, self.hook)
+        reader = RecordReader(task.unit, task.rules, self.hook)
         documents: list[tuple[int, int]] = []
         keys: list[tuple[int, bytes]] = []
         digest = hashlib.sha256()
-        with atomic_write(f"{job.base}.bin") as stream:
+        with atomic_write(f"{task.base}.bin") as stream:
             for batch in _batches(reader.texts()):
                 data, sizes = self._encode([text.text for text in batch])
                 for text, size in zip(batch, sizes, strict=True):
@@ -60,11 +60,11 @@ class Worker:
                     documents.append(size)
                 stream.write(data)
                 digest.update(data)
-        _save(f"{job.base}.npy", np.array(documents, dtype=DOCUMENT))
+        _save(f"{task.base}.npy", np.array(documents, dtype=DOCUMENT))
         if keys:
-            _save(f"{job.base}.keys.npy", np.array(keys, dtype=KEY))
+            _save(f"{task.base}.keys.npy", np.array(keys, dtype=KEY))
         record = {**asdict(reader.tally), "documents": len(documents), "sha256": digest.hexdigest()}
-        write_json(f"{job.base}.json", record)
+        write_json(f"{task.base}.json", record)
         return record
 
     def _encode(self, texts: list[str]) -> tuple[bytes, list[tuple[int, int]]]:
@@ -89,14 +89,14 @@ _worker: list[Worker] = []  # one entry per worker process, set when it starts: 
 
 def start_worker(model: bytes, rules: Rules, parent: int) -> None:
     """Prepare this process; it ends by itself within half a second of its parent's death."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool; a traceback per worker helps nobody
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool, without a traceback per worker
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _worker.append(Worker(model, rules))
 
 
-def run_job(job: Job) -> dict[str, Any]:
+def run_task(task: TokenizeTask) -> dict[str, Any]:
     """Worker.run in a process that start_worker has prepared."""
-    return _worker[0].run(job)
+    return _worker[0].run(task)
 
 
 def _end_with(parent: int) -> None:

@@ -23,11 +23,11 @@ from data_prep.errors import DataError
 from data_prep.files import atomic_write
 from data_prep.hooks import hook_identity
 from data_prep.indexed import IndexedWriter
-from data_prep.manifest import Manifest, length_histogram, remove_manifest
+from data_prep.manifest import TokenSetManifest, length_histogram, remove_manifest
 from data_prep.tokenizing.merge import Merged, merge
 from data_prep.tokenizing.progress import Progress
 from data_prep.tokenizing.records import BAD_KINDS, Rules
-from data_prep.tokenizing.shard import Job, Worker, finished_part, run_job, start_worker
+from data_prep.tokenizing.shard import TokenizeTask, Worker, finished_part, run_task, start_worker
 from data_prep.tokenizing.tokenizer import Tokenizer, available_threads
 from data_prep.tokenizing.units import plan
 from data_prep.tokenizing.work import WorkFolder, part_key, recipe_of, source_records, stamps
@@ -53,7 +53,7 @@ class Settings:
     progress: bool = False
 
 
-def tokenize(source: str | Path, tokenizer: Tokenizer, prefix: str | Path, text_key: str = "text") -> Manifest:
+def tokenize(source: str | Path, tokenizer: Tokenizer, prefix: str | Path, text_key: str = "text") -> TokenSetManifest:
     """Encode every document of one file, with EOS after each, stopping at the first bad record.
 
     Raises:
@@ -63,11 +63,13 @@ def tokenize(source: str | Path, tokenizer: Tokenizer, prefix: str | Path, text_
     return tokenize_files([str(source)], tokenizer, prefix, settings)
 
 
-def tokenize_files(sources: Sequence[str], tokenizer: Tokenizer, prefix: str | Path, settings: Settings) -> Manifest:
+def tokenize_files(
+    sources: Sequence[str], tokenizer: Tokenizer, prefix: str | Path, settings: Settings
+) -> TokenSetManifest:
     """Encode every document of `sources` in order and write the token set.
 
     The manifest goes last and the old one is removed first, so an interrupted run leaves a set that
-    readers refuse, never one that mixes old and new files. The same call goes on where a killed one stopped.
+    readers refuse, never one that mixes old and new files. The same call resumes where a killed one stopped.
     PREFIX.bad.jsonl lists every bad record: file, byte offset, kind, what was done, message.
 
     Raises:
@@ -84,32 +86,34 @@ def tokenize_files(sources: Sequence[str], tokenizer: Tokenizer, prefix: str | P
     with WorkFolder(f"{prefix}.work") as work, ThreadPoolExecutor(1) as background:
         described = background.submit(source_records, sources, settings.licence)
         keys = [part_key(unit, before[unit.path], settings.rules, hook, tokenizer.sha256) for unit in units]
-        jobs = [Job(unit, settings.rules, work.base(key)) for unit, key in zip(units, keys, strict=True)]
+        tasks = [TokenizeTask(unit, settings.rules, work.base(key)) for unit, key in zip(units, keys, strict=True)]
         work.remove_temporary()
         work.keep_only(keys)
-        records = _collect(jobs, tokenizer, settings, limit, prefix)
+        records = _collect(tasks, tokenizer, settings, limit, prefix)
         if stamps(sources) != before:
             raise DataError(f"{prefix}: an input file changed while it was read; run the same command again")
-        manifest = _publish(jobs, records, described.result(), tokenizer, prefix, hook)
+        files = described.result()
+        recipe = recipe_of(files, settings.rules, hook, tokenizer.sha256)
+        manifest = _publish(tasks, records, _Origin(tokenizer, files, recipe), prefix)
         work.remove()
     return manifest
 
 
 def _collect(
-    jobs: list[Job], tokenizer: Tokenizer, settings: Settings, limit: tuple[float, float], prefix: str | Path
+    tasks: list[TokenizeTask], tokenizer: Tokenizer, settings: Settings, limit: tuple[float, float], prefix: str | Path
 ) -> list[dict[str, Any]]:
     """The records of all parts, in order; those that are missing are made."""
-    progress = Progress(sum(job.unit.size for job in jobs)) if settings.progress else None
+    progress = Progress(sum(task.unit.size for task in tasks)) if settings.progress else None
     records: list[dict[str, Any]] = []
     bad = 0
     try:
-        for job, record, fresh in _parts(jobs, tokenizer, settings):
+        for task, record, fresh in _parts(tasks, tokenizer, settings):
             records.append(record)
             bad += len(record["bad_records"])
             if progress and fresh:
-                progress.add(job.unit.size, record["documents"])
+                progress.add(task.unit.size, record["documents"])
             elif progress:
-                progress.found(job.unit.size)
+                progress.found(task.unit.size)
             if bad > limit[0]:
                 _refuse(records, prefix, f"more than --max-bad {settings.max_bad}")
     finally:
@@ -121,24 +125,28 @@ def _collect(
     return records
 
 
-def _parts(jobs: list[Job], tokenizer: Tokenizer, settings: Settings) -> Iterator[tuple[Job, dict[str, Any], bool]]:
-    """(job, record, made now) in order of the jobs."""
-    found = {job.base: record for job in jobs if (record := finished_part(job.base)) is not None}
-    missing = [job for job in jobs if job.base not in found]
+def _parts(
+    tasks: list[TokenizeTask], tokenizer: Tokenizer, settings: Settings
+) -> Iterator[tuple[TokenizeTask, dict[str, Any], bool]]:
+    """(task, record, made now) in order of the tasks."""
+    found = {task.base: record for task in tasks if (record := finished_part(task.base)) is not None}
+    missing = [task for task in tasks if task.base not in found]
     workers = min(settings.workers, len(missing))
     if workers <= 1:
         worker = Worker(tokenizer.model_bytes, settings.rules)
         made: Iterator[dict[str, Any]] = map(worker.run, missing)
     else:
         made = _in_processes(missing, tokenizer, settings.rules, workers)
-    for job in jobs:
-        if job.base in found:
-            yield job, found[job.base], False
+    for task in tasks:
+        if task.base in found:
+            yield task, found[task.base], False
         else:
-            yield job, next(made), True
+            yield task, next(made), True
 
 
-def _in_processes(jobs: list[Job], tokenizer: Tokenizer, rules: Rules, workers: int) -> Iterator[dict[str, Any]]:
+def _in_processes(
+    tasks: list[TokenizeTask], tokenizer: Tokenizer, rules: Rules, workers: int
+) -> Iterator[dict[str, Any]]:
     """Results in order. Spawned, since forking a process that has threads may hang; 0.4 s per worker."""
     pool = ProcessPoolExecutor(
         workers,
@@ -148,8 +156,8 @@ def _in_processes(jobs: list[Job], tokenizer: Tokenizer, rules: Rules, workers: 
     )
     waiting: deque[Future[dict[str, Any]]] = deque()
     try:
-        for job in jobs:
-            waiting.append(pool.submit(run_job, job))
+        for task in tasks:
+            waiting.append(pool.submit(run_task, task))
             if len(waiting) >= 4 * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -163,54 +171,54 @@ def _in_processes(jobs: list[Job], tokenizer: Tokenizer, rules: Rules, workers: 
         pool.shutdown(cancel_futures=True)
 
 
+@dataclass(frozen=True)
+class _Origin:
+    """What a token set is made from; `sources` and `recipe` as in TokenSetManifest."""
+
+    tokenizer: Tokenizer
+    sources: list[dict[str, Any]]
+    recipe: str
+
+
 def _publish(
-    jobs: list[Job],
-    records: list[dict[str, Any]],
-    sources: list[dict[str, Any]],
-    tokenizer: Tokenizer,
-    prefix: str | Path,
-    hook: str,
-) -> Manifest:
-    with IndexedWriter(prefix, tokenizer.vocab_size) as writer:
-        merged = merge([job.base for job in jobs], writer)
+    tasks: list[TokenizeTask], records: list[dict[str, Any]], origin: _Origin, prefix: str | Path
+) -> TokenSetManifest:
+    """Put the parts together, report the bad records, and write the manifest last."""
+    with IndexedWriter(prefix, origin.tokenizer.vocab_size) as writer:
+        merged = merge([task.base for task in tasks], writer)
         if not writer.lengths:
-            names = ", ".join(source["name"] for source in sources)
+            names = ", ".join(source["name"] for source in origin.sources)
             raise DataError(f"{names}: no documents; give at least one with a text")
         remove_manifest(prefix)
     report_bad(records, prefix)
-    manifest = _manifest(writer, merged, records, sources, tokenizer)
-    rules = jobs[0].rules
-    manifest = Manifest(**{**vars(manifest), "recipe": recipe_of(sources, rules, hook, tokenizer.sha256)})
+    manifest = _manifest(writer, merged, records, origin)
     manifest.save(prefix)
     return manifest
 
 
 def _manifest(
-    writer: IndexedWriter,
-    merged: Merged,
-    records: list[dict[str, Any]],
-    sources: list[dict[str, Any]],
-    tokenizer: Tokenizer,
-) -> Manifest:
+    writer: IndexedWriter, merged: Merged, records: list[dict[str, Any]], origin: _Origin
+) -> TokenSetManifest:
     lengths = np.asarray(writer.lengths)
     tokens = int(lengths.sum(dtype=np.int64))
-    digests = [source["sha256"] for source in sources]
-    return Manifest(
+    digests = [source["sha256"] for source in origin.sources]
+    return TokenSetManifest(
         documents=len(lengths),
         tokens=tokens,
         text_bytes=merged.text_bytes,
         bytes_per_token=round(merged.text_bytes / tokens, 4),
-        vocab_size=tokenizer.vocab_size,
-        eos_id=tokenizer.eos_id,
+        vocab_size=origin.tokenizer.vocab_size,
+        eos_id=origin.tokenizer.eos_id,
         sha256_bin=writer.sha256_bin,
         sha256_idx=writer.sha256_idx,
-        sha256_tokenizer=tokenizer.sha256,
+        sha256_tokenizer=origin.tokenizer.sha256,
         sha256_source=digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest(),
-        licence="; ".join(dict.fromkeys(source["licence"] for source in sources if source["licence"])),
-        sources=sources,
+        licence="; ".join(dict.fromkeys(source["licence"] for source in origin.sources if source["licence"])),
+        sources=origin.sources,
         bad=bad_counts(records),
         dropped={"hook": sum(record["dropped_by_hook"] for record in records), "repeated": merged.repeated},
         length_histogram=length_histogram(lengths),
+        recipe=origin.recipe,
     )
 
 

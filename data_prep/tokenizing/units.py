@@ -14,7 +14,7 @@ _TEXT_SUFFIXES = (".txt", ".md", ".rst")
 
 
 @dataclass(frozen=True)
-class Unit:
+class InputUnit:
     """A piece of one file.
 
     Attributes:
@@ -42,13 +42,13 @@ def format_of(path: str, asked: str = "auto") -> str:
     return "text" if suffix in _TEXT_SUFFIXES else "jsonl"
 
 
-def plan(paths: Iterable[str], asked: str, unit_bytes: int) -> list[Unit]:
+def plan(paths: Iterable[str], asked: str, unit_bytes: int) -> list[InputUnit]:
     """All units of all files, in input order; depends on the files and `unit_bytes` only.
 
     Raises:
         DataError: a file is missing, or is parquet and pyarrow is not installed.
     """
-    units: list[Unit] = []
+    units: list[InputUnit] = []
     for path in paths:
         if os.path.isdir(path):
             raise DataError(f"{path}: a folder; name its files, for example {path}/*.jsonl")
@@ -58,9 +58,11 @@ def plan(paths: Iterable[str], asked: str, unit_bytes: int) -> list[Unit]:
         if kind == "parquet":
             units += _row_groups(path, size)
         elif kind == "text" or is_compressed(path):
-            units.append(Unit(path, kind, 0, size, size))  # a compressed file can only be read from its start
+            units.append(InputUnit(path, kind, 0, size, size))  # a compressed file can only be read from its start
         else:
-            units += [Unit(path, kind, start, stop, stop - start) for start, stop in _ranges(path, size, unit_bytes)]
+            units += [
+                InputUnit(path, kind, start, stop, stop - start) for start, stop in _ranges(path, size, unit_bytes)
+            ]
     return units
 
 
@@ -78,9 +80,9 @@ def _ranges(path: str, size: int, unit_bytes: int) -> Iterator[tuple[int, int]]:
             start = stop
 
 
-def _row_groups(path: str, size: int) -> list[Unit]:
+def _row_groups(path: str, size: int) -> list[InputUnit]:
     groups = open_parquet(path).metadata.num_row_groups
-    return [Unit(path, "parquet", group, group + 1, size // groups) for group in range(groups)]
+    return [InputUnit(path, "parquet", group, group + 1, size // groups) for group in range(groups)]
 
 
 def open_parquet(path: str) -> Any:

@@ -15,7 +15,7 @@ from typing import IO, Any
 from data_prep.errors import DataError
 from data_prep.files import sha256_file
 from data_prep.tokenizing.records import Rules
-from data_prep.tokenizing.units import Unit
+from data_prep.tokenizing.units import InputUnit
 
 PART_FORMAT = 1  # raise when parts are written in another way
 Stamp = tuple[int, int]
@@ -24,7 +24,7 @@ Stamp = tuple[int, int]
 class WorkFolder:
     """A context manager that holds the folder for one run at a time; a kill releases it.
 
-    Leaving it keeps finished parts, so that the next run goes on from them; without any the folder goes.
+    Leaving it keeps finished parts, so that the next run resumes from them. Without any, the folder is removed.
     """
 
     def __init__(self, path: str) -> None:
@@ -80,7 +80,7 @@ def stamps(sources: Iterable[str]) -> dict[str, Stamp]:
     return found
 
 
-def part_key(unit: Unit, stamp: Stamp, rules: Rules, hook: str, sha256_tokenizer: str) -> str:
+def part_key(unit: InputUnit, stamp: Stamp, rules: Rules, hook: str, sha256_tokenizer: str) -> str:
     """Name of a unit's part: equal only if the part's bytes must be equal."""
     unit_of = {**asdict(unit), "path": os.path.abspath(unit.path)}
     identity = [PART_FORMAT, unit_of, stamp, rules.identity(), hook, sha256_tokenizer]

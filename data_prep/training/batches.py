@@ -110,6 +110,7 @@ class BatchLoader:
         micro_batch: int,
         dp_rank: int = 0,
         dp_size: int = 1,
+        *,
         documents: str = "carry",
         prefetch: bool = True,
     ) -> None:
@@ -159,8 +160,8 @@ class BatchLoader:
         windows = [self._dataset.sample(number) for number in numbers]
         real_weight = 1.0
         if self._documents == "doc":
-            everybody = range(consumed, consumed + self._global_batch)
-            real_weight = weight_of_real(self._dataset.real_targets, everybody, len(windows[0]) - 1)
+            whole_batch = range(consumed, consumed + self._global_batch)
+            real_weight = weight_of_real(self._dataset.real_targets, whole_batch, len(windows[0]) - 1)
         step = self._micro_batch
         rows_of = [split_windows(windows[start : start + step], row_tokens) for start in range(0, len(windows), step)]
         batches = [Batch.from_windows(rows, self._documents, self._dataset.eos_id, real_weight) for rows in rows_of]

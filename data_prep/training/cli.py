@@ -1,14 +1,13 @@
 """`python -m data_prep blend CONFIG --tokens N` and `python -m data_prep index CONFIG`.
 
-What the commands need is imported when they run: it brings torch and megatron-core (seconds), and `tokenize` in
-the same program needs neither.
+What the commands need is imported when they run. It brings torch and megatron-core, which take seconds, and
+`tokenize` in the same program needs neither.
 """
 
 import argparse
-from typing import Any
 
 
-def add_parsers(commands: Any) -> None:
+def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the commands to `commands`, what ArgumentParser.add_subparsers() gave; each sets `run`."""
     blend = commands.add_parser("blend", help="tokens, epochs and first order per source for a token budget")
     index = commands.add_parser("index", help="check the data and build the indices that training maps into memory")

@@ -12,13 +12,21 @@ class Sizes(Protocol):
     """Of steps and evaluations; `hope.train.config.TrainConfig` has them. Batches count sequences."""
 
     @property
-    def seq_len(self) -> int: ...
+    def seq_len(self) -> int:
+        """Tokens of a window, the longest row."""
+
     @property
-    def global_batch(self) -> int: ...
+    def global_batch(self) -> int:
+        """Sequences of a step, over all ranks."""
+
     @property
-    def micro_batch(self) -> int: ...
+    def micro_batch(self) -> int:
+        """Sequences of one forward pass of one rank."""
+
     @property
-    def eval_windows(self) -> int: ...
+    def eval_windows(self) -> int:
+        """Held-out windows of an evaluation, over all ranks."""
+
     def seq_len_at(self, step: int) -> int:
         """Tokens of a row in this step."""
 
@@ -67,7 +75,7 @@ class Feed:
         return {"order": self.order(), "next_batch": self.next_batch(step), "consumed": consumed}
 
     def describe(self) -> str:
-        """One line for people."""
+        """One line for the start of a run."""
         return f"{self._training.describe()}, {self._heldout.describe()}"
 
     def close(self) -> None:

@@ -2,10 +2,9 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_prep.config import DataConfig, SourceConfig
@@ -34,7 +33,7 @@ def read_config(path: str, overrides: Sequence[str]) -> tuple[DataConfig, int]:
     return section, seq_len
 
 
-def _override(whole: Any, override: str) -> None:
+def _override(whole: DictConfig | ListConfig, override: str) -> None:
     key, equals, word = override.partition("=")
     if not equals:
         raise ValueError(f"`{override}` is not of the form section.key=value")

@@ -1,4 +1,4 @@
-"""What an index is built for, and where it lies. No torch in here: configurations are checked with it."""
+"""What an index is built for, and where it is stored. No torch in here: configurations are checked with it."""
 
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,7 +18,7 @@ class IndexKey:
     documents: str = "carry"
 
     def folder(self, store: TokenStore, cache: str) -> Path | None:
-        """Where the index of `store` lies; None if it needs none. `cache` empty: NAME.cache beside the data."""
+        """Where the index of `store` is stored; None if it needs none. `cache` empty: NAME.cache beside the data."""
         name = f"{store.fingerprint[:16]}-len{self.seq_len}"
         if self.documents == "doc":
             name += "-doc"

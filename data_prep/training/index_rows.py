@@ -25,7 +25,7 @@ class Windows(Protocol):
 
 @dataclass(frozen=True)
 class StreamWindows:
-    """Window k is tokens [k * seq_len, k * seq_len + seq_len], whatever documents lie in it.
+    """Window k is tokens [k * seq_len, k * seq_len + seq_len], whatever documents it holds.
 
     Neighbours share one token, so every token but the first is a target once; the last partial window is dropped.
     """
@@ -37,10 +37,12 @@ class StreamWindows:
         return max(0, self.store.tokens - 1) // self.seq_len
 
     def window(self, index: int) -> np.ndarray:
+        """Int64 [seq_len + 1], see Windows."""
         start = index * self.seq_len
         return self.store.read(start, start + self.seq_len + 1)
 
     def real_targets(self, index: int) -> int:
+        """All of them: the stream has no padding."""
         return self.seq_len
 
 
@@ -70,12 +72,14 @@ class DocumentRows:
         return int(self.first_row[-1])
 
     def window(self, index: int) -> np.ndarray:
+        """Int64 [seq_len + 1], PAD behind the end of the document."""
         start, stop = self._span(index)
         row = np.full(self.seq_len + 1, PAD, np.int64)
         row[: stop - start] = self.store.read(start, stop)
         return row
 
     def real_targets(self, index: int) -> int:
+        """Tokens of the row after its first."""
         start, stop = self._span(index)
         return stop - start - 1
 

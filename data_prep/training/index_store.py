@@ -56,9 +56,11 @@ class MegatronStore:
         self._tokens = memmap_tokens(prefix, self._header)
 
     def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start .. stop - 1, int64."""
         return self._tokens[start:stop].astype(np.int64)
 
     def bounds(self) -> np.ndarray:
+        """Where documents begin, int64 [documents + 1]."""
         return np.concatenate([[0], np.cumsum(self._header.document_lengths, dtype=np.int64)])
 
     def check_unchanged(self, stamp: Path | None) -> None:

@@ -71,7 +71,7 @@ class TrainingSet:
         self.eos_id = store.eos_id
         self.vocab_size = store.vocab_size
         self.fingerprint_of_data = store.fingerprint + (" in rows of one document" if documents == "doc" else "")
-        self._windows: Windows = open_windows(store, IndexKey(seq_len, seed, documents), cache_dir, build)
+        self._windows: Windows = open_windows(store, IndexKey(seq_len, seed, documents), cache_dir, build=build)
         agree("" if len(self._windows) else f"{prefix}: no document has two tokens, which a row needs")
         self._order = EpochOrder(len(self), seed, 0, name)
 

@@ -3,8 +3,8 @@
 megatron-core writes its cache file by file and keys it by path, not by data: a killed or concurrent job leaves half a
 cache, and re-tokenised data loads the old indices (58 of 60 reads then failed). Here rank 0 builds in a private
 folder, renames it, and the folder's name holds the data's fingerprint. For .bin/.idx pairs the index is that of
-megatron-core's GPTDataset for exactly one epoch, or, with one document per row, where the rows lie. Raw folders read
-in file order need none.
+megatron-core's GPTDataset for exactly one epoch, or, with one document per row, where the rows begin. Raw folders
+read in file order need none.
 """
 
 import os
@@ -48,7 +48,7 @@ class _MegatronWindows:
         return self.seq_len
 
 
-def open_windows(store: TokenStore, key: IndexKey, cache: str = "", build: bool = True) -> Windows:
+def open_windows(store: TokenStore, key: IndexKey, cache: str = "", *, build: bool = True) -> Windows:
     """The windows of `store`; collective if torch.distributed is initialised.
 
     Rank 0 first makes sure that the bytes are those of the manifest. `build` False: a missing index is an error.
@@ -61,7 +61,7 @@ def open_windows(store: TokenStore, key: IndexKey, cache: str = "", build: bool 
         return StreamWindows(store, key.seq_len)
     error = ""
     if _rank() == 0:
-        error = _prepare(store, key, final, build)
+        error = _prepare(store, key, final, build=build)
     agree(error)
     windows: Windows | None = None
     if not final.is_dir():
@@ -94,7 +94,7 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def _prepare(store: TokenStore, key: IndexKey, final: Path, build: bool) -> str:
+def _prepare(store: TokenStore, key: IndexKey, final: Path, *, build: bool) -> str:
     """Check the data and build what is missing; returns an error message or ""."""
     try:
         if final.is_dir():

@@ -40,7 +40,7 @@ class Staged:
 
 
 @dataclass(frozen=True)
-class Written:
+class SavedCheckpoint:
     """A durable checkpoint: its folder, how long writing took, and on rank 0 the bytes of its files and notes."""
 
     path: Path
@@ -84,7 +84,7 @@ class Checkpointer:
             step, pieces, optimizer.counters(), rng.states(self._ranks), shards_of(models, self._ranks), extra
         )
 
-    def write(self, staged: Staged) -> Written:
+    def write(self, staged: Staged) -> SavedCheckpoint:
         """Write the checkpoint; durable, and named in `latest`, when this returns.
 
         Raises:
@@ -102,7 +102,7 @@ class Checkpointer:
             why = _first_failure(error) if isinstance(error, CheckpointException) else reason(error)
             raise CheckpointError(f"{path}: {why}") from error
 
-    def _write(self, path: Path, staged: Staged) -> Written:
+    def _write(self, path: Path, staged: Staged) -> SavedCheckpoint:
         began = time.perf_counter()
         ranks, groups, finish = self._ranks, self._groups, _Finish(path, staged, self._ranks)
         together(lambda: folders.prepare(path) if ranks.rank == 0 else None, path, groups.world)
@@ -112,7 +112,7 @@ class Checkpointer:
         dcp.save({}, storage_writer=writer, planner=planner, process_group=groups.world)
         seconds = time.perf_counter() - began
         notes = folders.prune(self._folder, self._keep, self._keep_every) if ranks.rank == 0 else []
-        return Written(path, seconds, finish.bytes, notes)
+        return SavedCheckpoint(path, seconds, finish.bytes, notes)
 
     def load(self, found: Found, models: nn.Module | Sequence[nn.Module], optimizer: ShardedState) -> list[str]:
         """Read the checkpoint into model and optimizer, whatever layout it was saved in; notes, one line each.

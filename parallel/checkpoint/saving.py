@@ -21,7 +21,7 @@ from torch import nn
 
 from hope.train.config import CheckpointConfig
 from hope.train.metrics import NoLog
-from parallel.checkpoint.checkpointer import Checkpointer, Staged, Written
+from parallel.checkpoint.checkpointer import Checkpointer, SavedCheckpoint, Staged
 from parallel.checkpoint.errors import SaveError
 from parallel.checkpoint.together import reason
 from parallel.optimizer.checkpoint_views import ShardedState
@@ -48,7 +48,7 @@ class _InFlight:
     waited_s: float
     answers: bool
     thread: threading.Thread | None = None
-    written: Written | None = None
+    written: SavedCheckpoint | None = None
     error: str | None = None
     reported: bool = False
 

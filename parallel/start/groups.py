@@ -87,13 +87,6 @@ def any_rank(flag: bool) -> bool:
     return bool(count.item())
 
 
-def mean_over_data(tensor: torch.Tensor) -> torch.Tensor:
-    """The mean of `tensor` over the data-parallel ranks, same shape, detached; the argument stays as it is."""
-    total = tensor.detach().clone()
-    dist.all_reduce(total, group=data_group())
-    return total / dist.get_world_size(data_group())
-
-
 def loss_on_all_ranks(loss: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     """The mean over data-parallel ranks of a scalar that only the last pipeline stage knows, on every rank.
 

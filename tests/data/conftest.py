@@ -7,7 +7,7 @@ import pytest
 
 from data_prep.corpora.corpus import topic_documents, write_corpus
 from data_prep.jsonl import read_texts
-from data_prep.manifest import Manifest
+from data_prep.manifest import TokenSetManifest
 from data_prep.tokenizing.tokenize import tokenize
 from data_prep.tokenizing.tokenizer import Tokenizer, train_tokenizer
 
@@ -20,7 +20,7 @@ class TinyData:
 
     folder: Path
     tokenizer: Tokenizer
-    train: Manifest
+    train: TokenSetManifest
 
     @property
     def train_prefix(self) -> str:

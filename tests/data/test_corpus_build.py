@@ -2,14 +2,14 @@ import json
 
 import pytest
 
-from data_prep.corpora.build import Part, build
+from data_prep.corpora.build import CorpusSource, build
 from data_prep.corpora.corpus import FILES, Document
 from data_prep.errors import DataError
 
 
 def part(name, texts, recipe=None):
     documents = [Document(f"{name}/{i}", name, text) for i, text in enumerate(texts)]
-    return Part(name, "CC0", recipe or {"version": 1}, lambda: documents)
+    return CorpusSource(name, "CC0", recipe or {"version": 1}, lambda: documents)
 
 
 def texts(prefix, numbers):

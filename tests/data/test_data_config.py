@@ -3,10 +3,10 @@ import re
 import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import ValidationError
+from tiny import write_documents
 
 from data_prep.config import DataConfig
-from data_prep.indexed import IndexedWriter
-from data_prep.manifest import Manifest
+from data_prep.manifest import TokenSetManifest
 
 
 @pytest.fixture
@@ -68,9 +68,8 @@ def test_set_shorter_than_one_window(config, copied):
 
 @pytest.mark.timeout(20)
 def test_set_without_documents(config, copied):
-    with IndexedWriter(copied.train_prefix, 300):
-        pass
-    Manifest(0, 0, 0, 0.0, 300, 1, "", "", "", "").save(copied.train_prefix)
+    write_documents(copied.train_prefix, 300, [])
+    TokenSetManifest(0, 0, 0, 0.0, 300, 1, "", "", "", "").save(copied.train_prefix)
     what, _ = only(problems(config), "data.train")
     assert "0 documents" in what
 
@@ -79,9 +78,8 @@ def test_heldout_of_another_tokenizer_or_equal_to_train(config, copied):
     config.heldout = config.train
     what, _ = only(problems(config), "data.heldout")
     assert "same tokens" in what
-    with IndexedWriter(copied.heldout_prefix, 300) as writer:
-        writer.add_document(range(200))
-    Manifest(1, 200, 1, 1.0, 300, 1, "", "", "other", "").save(copied.heldout_prefix)
+    write_documents(copied.heldout_prefix, 300, [range(200)])
+    TokenSetManifest(1, 200, 1, 1.0, 300, 1, "", "", "other", "").save(copied.heldout_prefix)
     config.heldout = copied.heldout_prefix
     what, _ = only(problems(config), "data.heldout")
     assert "tokenizer" in what

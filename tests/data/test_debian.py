@@ -10,9 +10,9 @@ import pytest
 
 from data_prep.corpora import debian
 from data_prep.corpora.build import build
-from data_prep.corpora.cli import table
+from data_prep.corpora.cli import source_table
 from data_prep.corpora.debian import check_tools, fetch, resolve
-from data_prep.corpora.debian_corpus import debian_parts, documents_of
+from data_prep.corpora.debian_corpus import documents_of, package_sources
 from data_prep.corpora.debian_extract import dictd, jargon, joined, kjv, kjv_chapters, pages, plain, pod, wordnet
 from data_prep.corpora.debian_sources import SOURCES, TIERS, Source, chosen_sources
 from data_prep.corpora.debian_text import clean, html_text, pod_text
@@ -122,7 +122,7 @@ def test_no_apt_offers_the_library(monkeypatch):
     with pytest.raises(DataError, match=r"apt-get.*not found.*--tier stdlib --out DIR.*quickstart"):
         check_tools()
     with pytest.raises(DataError, match="--tier stdlib"):
-        next(debian_parts(["jargon"], None))
+        next(package_sources(["jargon"], None))
 
 
 def test_versions_are_resolved_to_the_highest():
@@ -151,8 +151,8 @@ def test_sources_are_chosen_by_name():
     with pytest.raises(DataError, match="unknown source kvj; known: gcide, "):
         chosen_sources("quick", "kvj", "")
     for name, source in SOURCES.items():
-        assert source.licence in table()
-        assert name in table()
+        assert source.licence in source_table()
+        assert name in source_table()
 
 
 def test_a_source_goes_from_package_file_to_corpus(tmp_path, monkeypatch):
@@ -170,7 +170,7 @@ def test_a_source_goes_from_package_file_to_corpus(tmp_path, monkeypatch):
     source = Source(("fake-doc",), "MIT", 0.1, plain("doc/*.txt"), "fabricated")
     monkeypatch.setitem(SOURCES, "fake", source)
     lines = []
-    manifest = build(tmp_path / "out", debian_parts(["fake"], tmp_path / "cache"), report=lines.append)
+    manifest = build(tmp_path / "out", package_sources(["fake"], tmp_path / "cache"), report=lines.append)
     record = manifest["sources"]["fake"]
     assert record["licence"] == "MIT"
     assert record["recipe"]["packages"][0] == {
@@ -181,7 +181,7 @@ def test_a_source_goes_from_package_file_to_corpus(tmp_path, monkeypatch):
     }
     assert (manifest["documents"], record["repeated"]) == (20, 10)
     monkeypatch.setattr("data_prep.corpora.debian_corpus.unpack", lambda *_: pytest.fail("extracted again"))
-    again = build(tmp_path / "out", debian_parts(["fake"], tmp_path / "cache"), report=lines.append)
+    again = build(tmp_path / "out", package_sources(["fake"], tmp_path / "cache"), report=lines.append)
     assert again == manifest
     assert "kept" in lines[2]
 

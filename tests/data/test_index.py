@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 from multirank import run_ranks
+from tiny import write_documents
 
 from data_prep.__main__ import main
 from data_prep.config import DataConfig
 from data_prep.errors import DataError
-from data_prep.indexed import IndexedWriter, read_header
-from data_prep.manifest import Manifest
+from data_prep.indexed import read_header
+from data_prep.manifest import TokenSetManifest
 from data_prep.training.cli import add_parsers
 from data_prep.training.index_key import IndexKey
 from data_prep.training.index_store import MegatronStore
@@ -132,10 +133,8 @@ def test_changed_data_is_an_error_on_every_rank(copied):
 
 
 def test_documents_too_short_for_any_row_are_refused(tmp_path):
-    with IndexedWriter(tmp_path / "a", 300) as writer:
-        for _ in range(5):
-            writer.add_document([1])
-    Manifest(5, 5, 5, 1.0, 300, 1, writer.sha256_bin, writer.sha256_idx, "", "").save(tmp_path / "a")
+    writer = write_documents(tmp_path / "a", 300, [[1]] * 5)
+    TokenSetManifest(5, 5, 5, 1.0, 300, 1, writer.sha256_bin, writer.sha256_idx, "", "").save(tmp_path / "a")
     with pytest.raises(DataError, match="no document has two tokens"):
         TrainingSet(str(tmp_path / "a"), T, 1, documents="doc")
 

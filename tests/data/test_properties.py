@@ -6,8 +6,9 @@ from fractions import Fraction
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import write_documents
 
-from data_prep.indexed import IndexedWriter, memmap_tokens, read_header
+from data_prep.indexed import memmap_tokens, read_header
 from data_prep.tokenizing.units import plan
 from data_prep.training.batches import global_batch_slice
 from data_prep.training.blend_order import BlendOrder
@@ -145,9 +146,7 @@ def test_documents_written_are_documents_read(documents, large):
     vocab_size = 70_001 if large else 65_499
     documents = [[min(token, vocab_size - 1) for token in document] for document in documents]
     with tempfile.TemporaryDirectory() as folder:
-        with IndexedWriter(f"{folder}/a", vocab_size) as writer:
-            for document in documents:
-                writer.add_document(document)
+        write_documents(f"{folder}/a", vocab_size, documents)
         header = read_header(f"{folder}/a")
         tokens = memmap_tokens(f"{folder}/a", header).tolist()
     ends = np.cumsum(header.document_lengths).tolist()

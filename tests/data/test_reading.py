@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 from multirank import run_ranks
+from tiny import write_documents
 
 from data_prep.errors import DataError
-from data_prep.indexed import IndexedWriter, memmap_tokens, read_header
-from data_prep.manifest import Manifest
+from data_prep.indexed import memmap_tokens, read_header
+from data_prep.manifest import TokenSetManifest
 from data_prep.tokenizing.tokenize import tokenize
 from data_prep.training.reading import HeldoutSet, TrainingSet
 
@@ -136,10 +137,8 @@ def test_truncated_bin_is_refused_before_training(copied):
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("documents", [[], [[], []]], ids=["no documents", "no tokens"])
 def test_empty_set_is_refused_instead_of_hanging(tmp_path, documents):
-    with IndexedWriter(tmp_path / "a", 300) as writer:
-        for ids in documents:
-            writer.add_document(ids)
-    Manifest(len(documents), 0, 0, 0.0, 300, 1, "", "", "", "").save(tmp_path / "a")
+    write_documents(tmp_path / "a", 300, documents)
+    TokenSetManifest(len(documents), 0, 0, 0.0, 300, 1, "", "", "", "").save(tmp_path / "a")
     with pytest.raises(DataError, match=f"{len(documents)} documents, 0 tokens"):
         TrainingSet(str(tmp_path / "a"), T, 1)
 

@@ -5,7 +5,7 @@ from PIL import Image
 from data_prep.__main__ import main
 from data_prep.errors import DataError
 from data_prep.indexed import read_header
-from data_prep.inspection.stats import draw, picture, short_number, table
+from data_prep.inspection.stats import draw, picture, short_number, token_set_table
 
 
 def test_bars_are_as_high_as_their_counts():
@@ -38,7 +38,7 @@ def test_numbers_are_short():
 
 
 def test_table_and_picture_of_a_set(tiny, tmp_path):
-    text = table(tiny.train_prefix)
+    text = token_set_table(tiny.train_prefix)
     lengths = read_header(tiny.train_prefix).document_lengths
     assert f"documents        {len(lengths):,}" in text
     assert f"length, 100%     {lengths.max():,} tokens" in text
@@ -60,4 +60,4 @@ def test_one_picture_for_one_set(tiny, tmp_path, capsys):
     assert f"{tmp_path}/x.png works" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     with pytest.raises(DataError, match=r"absent\.idx: no such file"):
-        table(tmp_path / "absent")
+        token_set_table(tmp_path / "absent")

@@ -92,7 +92,7 @@ def test_an_interrupted_replacement_is_refused(copied, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data_prep.tokenizing.tokenize.Manifest.save", stop)
+    monkeypatch.setattr("data_prep.tokenizing.tokenize.TokenSetManifest.save", stop)
     with pytest.raises(KeyboardInterrupt):
         tokenize(copied.folder / "heldout.jsonl", copied.tokenizer, copied.train_prefix)
     with pytest.raises(DataError, match=r"train\.manifest\.json: no such file"):

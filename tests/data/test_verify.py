@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import write_documents
 
 from data_prep.errors import DataError
 from data_prep.files import sha256_file
-from data_prep.indexed import IndexedWriter, memmap_tokens, read_header
+from data_prep.indexed import memmap_tokens, read_header
 from data_prep.inspection.verify import adopt, problems
 from data_prep.manifest import length_histogram, load_manifest, open_checked
 
@@ -122,12 +123,10 @@ def test_a_set_of_megatrons_builder_is_read_and_gets_a_manifest(tiny, tmp_path):
 
 
 def test_foreign_sets_that_would_train_wrongly_are_refused(tiny, tmp_path):
-    with IndexedWriter(tmp_path / "open", 1000) as writer:
-        writer.add_document([5, 6, 7])
+    write_documents(tmp_path / "open", 1000, [[5, 6, 7]])
     with pytest.raises(DataError, match="do not end in EOS 1, first at byte offset 4"):
         adopt(tmp_path / "open", tiny.tokenizer)
-    with IndexedWriter(tmp_path / "large", 5000) as writer:
-        writer.add_document([4999, 1])
+    write_documents(tmp_path / "large", 5000, [[4999, 1]])
     with pytest.raises(DataError, match="token 4999 is not in the vocabulary"):
         adopt(tmp_path / "large", tiny.tokenizer)
 

@@ -171,7 +171,8 @@ def ended(control: Path, *codes: int, how: str = "exit", signalled: str | None =
 )
 def test_verdicts(control, codes, how, verdict, cause):
     ended(control, *codes, how=how, signalled="TERM")
-    assert job.classify(control, 2, 143, False)[:2] == (verdict, cause)
+    found = job.classify(control, 2, 143, signalled=False)
+    assert (found.word, found.cause) == (verdict, cause)
 
 
 def test_the_budget_is_spent_without_progress_and_refilled_by_it(tmp_path):
@@ -185,7 +186,7 @@ def test_the_budget_is_spent_without_progress_and_refilled_by_it(tmp_path):
             folder.mkdir(parents=True)
             (folder / "manifest.json").touch()
         ended(run.attempt(f"7.{number}"), 7, how="failed")
-        return job.end(run, f"7.{number}", 7, False, False)
+        return job.end(run, f"7.{number}", 7, signalled=False, in_slurm=False)
 
     assert [attempt(0), attempt(1), attempt(2, saves=10), attempt(3), attempt(4)] == ["requeue"] * 5
     assert attempt(5) == "stop"
@@ -201,7 +202,7 @@ def test_an_end_on_request_before_the_last_step_is_not_done(tmp_path, saved, ver
     (run.root / "checkpoints" / f"step_{saved:08d}").mkdir(parents=True)
     (run.root / "checkpoints" / f"step_{saved:08d}" / "manifest.json").touch()
     ended(run.attempt("7.0"), 0, 0)
-    assert job.end(run, "7.0", 0, False, False) == verdict
+    assert job.end(run, "7.0", 0, signalled=False, in_slurm=False) == verdict
 
 
 def test_attempts_that_leave_no_verdict_spend_the_budget_too(tmp_path):

@@ -9,8 +9,10 @@ from tiny import config_file
 
 from configs.errors import ConfigError
 from configs.schema import load
-from launch import checks, profile
+from launch import profile
 from launch.__main__ import main
+from launch.checks import problems
+from launch.placement import Request, place
 from launch.profile import Profile
 from launch.slurm import seconds
 
@@ -22,9 +24,9 @@ def site(folder: Path, **more) -> Profile:
 
 
 def refused(path: str, overrides: list[str], where: Profile, nodes: int = 2) -> list[tuple[str, str, str]]:
-    with pytest.raises(ConfigError) as caught:
-        checks.check(path, overrides, where, nodes, queue=False)
-    return caught.value.problems
+    config = load(path, overrides, check=False)
+    job = place(config, where, Request(path, tuple(overrides), "", nodes), Path.cwd())
+    return problems(config, job, ask_slurm=False)
 
 
 def test_everything_wrong_is_said_at_once(tmp_path):
@@ -39,14 +41,14 @@ def test_everything_wrong_is_said_at_once(tmp_path):
 
 def test_the_layout_is_checked_against_nodes_times_ranks(tmp_path):
     path = config_file(tmp_path)
-    assert checks.check(path, ["parallel.tensor=2"], site(tmp_path), 2, queue=False).parallel.tensor == 2
+    assert refused(path, ["parallel.tensor=2"], site(tmp_path), 2) == []
     [problem] = refused(path, ["parallel.tensor=2", "train.global_batch=10"], site(tmp_path), 4)
     assert problem[0] == "train.global_batch"
     assert "micro 2 × dp 4 = 8" in problem[1]
 
 
 def test_a_single_node_needs_no_shared_folder(tmp_path):
-    checks.check(config_file(tmp_path), [], Profile(**SITE), 1, queue=False)
+    assert refused(config_file(tmp_path), [], Profile(**SITE), 1) == []
 
 
 def test_a_run_dir_that_is_a_file(tmp_path):
@@ -68,7 +70,7 @@ def test_the_time_limit_must_hold_a_checkpoint(tmp_path):
     assert problem[0] == "checkpoint.every"
     assert "2000 steps of 2.00 s between checkpoints (4000 s) + 420 s" in problem[1]
     assert problem[2].startswith("at most 1590;")
-    checks.check(path, ["checkpoint.every=1590", "train.steps=9999"], site(tmp_path), 2, queue=False)
+    assert refused(path, ["checkpoint.every=1590", "train.steps=9999"], site(tmp_path)) == []
 
 
 def test_a_rank_that_does_not_fit_is_refused_with_layouts_that_do(tmp_path):
@@ -81,7 +83,7 @@ def test_a_rank_that_does_not_fit_is_refused_with_layouts_that_do(tmp_path):
     assert problem[2].startswith("fits: tensor ")
     fits = dict(zip(problem[2].split()[1::2], problem[2].split()[2::2], strict=False))
     layout = [f"parallel.tensor={fits['tensor']}", f"parallel.pipeline={fits['pipeline']}"]
-    checks.check(path, [*words, *layout], small, 1, queue=False)
+    assert refused(path, [*words, *layout], small, 1) == []
 
 
 def test_submit_prints_all_problems_and_writes_nothing(tmp_path, capsys):

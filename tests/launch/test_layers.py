@@ -31,7 +31,7 @@ def test_launch_imports_nothing_that_knows_process_groups():
 
 
 def test_nobody_below_imports_launch():
-    for package in ("hope", "parallel", "data_prep"):
+    for package in ("hope", "parallel", "data_prep", "configs"):
         for path in (REPOSITORY / package).rglob("*.py"):
             assert not any(name.partition(".")[0] == "launch" for name in imports(path)), path
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from configs.launch_section import LaunchConfig
 from launch import profile
-from launch.config import LaunchConfig
 from launch.folder import RunFolder
-from launch.script import Job, render
+from launch.placement import Job
+from launch.script import render
 
 GOLDEN = Path(__file__).parent / "golden"
 PROFILES = sorted(path.stem for path in profile.FOLDER.glob("*.yaml"))

@@ -19,7 +19,7 @@ from configs.schema import load
 from hope.train.stragglers import BusyTimer
 from launch import collect, estimate, preflight, profile, sweep
 from launch.folder import write_json
-from launch.status import find_runs, table
+from launch.status import find_runs, status_table
 from parallel.start.interconnect import partners
 
 SWEEPS = sorted((Path(sweep.__file__).parent / "sweeps").glob("*.yaml"))
@@ -227,6 +227,6 @@ def test_a_busy_timer_reports_the_median_of_its_spans_once():
 def test_status_reads_a_run_that_never_started(tmp_path):
     run = tmp_path / "runs" / "a"
     write_json(run / "launch" / "job.json", {})
-    shown = table(find_runs([str(tmp_path / "runs")])).splitlines()
+    shown = status_table(find_runs([str(tmp_path / "runs")])).splitlines()
     assert shown[0].split()[:3] == ["run", "job", "state"]
     assert shown[1].split()[:2] == ["a", "local"]

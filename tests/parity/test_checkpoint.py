@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 from multirank import RankDied, run_ranks
-from toy_run import Run, Toy
+from toy_run import Toy, ToyRun
 
 from parallel.checkpoint import folders, manifest, storage
-from parallel.checkpoint.checkpointer import Checkpointer, Written
+from parallel.checkpoint.checkpointer import Checkpointer, SavedCheckpoint
 from parallel.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from parallel.checkpoint.find import Found
 from parallel.layout.topology import ParallelConfig
@@ -28,12 +28,12 @@ from parallel.start.groups import start
 EXTRA = {"consumed_samples": 16, "fingerprint": "ab12"}
 
 
-def save(run: Run, folder: Path, step: int, keep: int = 2, keep_every: int = 0) -> Written:
+def save(run: ToyRun, folder: Path, step: int, keep: int = 2, keep_every: int = 0) -> SavedCheckpoint:
     checkpointer = Checkpointer(folder, run.ranks, keep, keep_every)
     return checkpointer.write(checkpointer.stage(step, run.model, run.optimizer, EXTRA))
 
 
-def load(run: Run, folder: Path) -> tuple[Found | None, list[str]]:
+def load(run: ToyRun, folder: Path) -> tuple[Found | None, list[str]]:
     checkpointer = Checkpointer(folder, run.ranks)
     found, notes = checkpointer.find()
     if found is not None:
@@ -43,7 +43,7 @@ def load(run: Run, folder: Path) -> tuple[Found | None, list[str]]:
 
 def train_and_save(folder: Path, precision: str, steps: list[int], keep: int = 2, keep_every: int = 0) -> list[str]:
     with start(ParallelConfig(), timeout_s=60) as ranks:
-        run = Run(ranks, precision)
+        run = ToyRun(ranks, precision)
         done = 0
         for step in steps:
             run.train(range(done, step))
@@ -55,7 +55,7 @@ def train_and_save(folder: Path, precision: str, steps: list[int], keep: int = 2
 def go_on(folder: Path, precision: str, resume: bool) -> tuple[list[float], dict, dict, dict, dict | None]:
     """Steps 2 and 3: after a resume, or at the end of an uninterrupted run."""
     with start(ParallelConfig(), timeout_s=60) as ranks:
-        run, extra = Run(ranks, precision), None
+        run, extra = ToyRun(ranks, precision), None
         if resume:
             run.train(range(7, 10))  # other weights, states and clocks, so that loading has to replace them
             found, notes = load(run, folder)
@@ -86,7 +86,7 @@ def test_resume_is_bit_equal(tmp_path: Path, precision: str, ranks: int) -> None
 def written_late(folder: Path) -> tuple[dict, dict, int]:
     """States when staged, and in the checkpoint that was written after two more steps."""
     with start(ParallelConfig(), timeout_s=60) as ranks:
-        run = Run(ranks)
+        run = ToyRun(ranks)
         run.train(range(2))
         before, checkpointer = run.states(), Checkpointer(folder, ranks)
         staged = checkpointer.stage(2, run.model, run.optimizer, EXTRA)
@@ -105,7 +105,7 @@ def test_steps_after_the_staging_do_not_reach_the_checkpoint(tmp_path: Path) -> 
 def draws(folder: Path, then: str) -> list[float]:
     """Numbers drawn after a save, or after a resume of a rank that had drawn others."""
     with start(ParallelConfig(), timeout_s=60) as ranks:
-        run = Run(ranks)
+        run = ToyRun(ranks)
         torch.manual_seed(ranks.rank), random.seed(ranks.rank), np.random.seed(ranks.rank)
         if then == "save":
             torch.rand(3), random.gauss(0, 1), np.random.standard_normal(3)
@@ -141,7 +141,7 @@ def assert_same(a: Any, b: Any) -> None:
 
 def on_other_ranks(folder: Path) -> tuple[dict, list[str]]:
     with start(ParallelConfig(), timeout_s=60) as ranks:
-        run = Run(ranks)
+        run = ToyRun(ranks)
         run.train(range(7, 8))
         found, notes = load(run, folder)
         assert found is not None
@@ -169,7 +169,7 @@ def test_states_of_every_shape_change_the_number_of_ranks(tmp_path: Path, ranks:
 
 def refusal(folder: Path, dim: int, key: str | None) -> str:
     with start(ParallelConfig(), timeout_s=60) as ranks:
-        run = Run(ranks, dim=dim)
+        run = ToyRun(ranks, dim=dim)
         if key is not None:
             run.inner.allocate_states()
             for state in run.inner.state.values():
@@ -193,7 +193,7 @@ def test_another_model_or_optimizer_is_refused(tmp_path: Path) -> None:
 
 def unsaveable() -> None:
     with start(ParallelConfig(), timeout_s=60) as ranks:
-        run = Run(ranks)
+        run = ToyRun(ranks)
         run.inner.allocate_states()
         for state in run.inner.state.values():
             state["names"] = ["a"]
@@ -202,7 +202,7 @@ def unsaveable() -> None:
 
 def killed_while_saving(folder: Path, when: str) -> None:
     with start(ParallelConfig(), timeout_s=60) as ranks:
-        run = Run(ranks)
+        run = ToyRun(ranks)
         run.train(range(1))
         save(run, folder, 1)
         run.train(range(1, 2))
@@ -219,7 +219,7 @@ def killed_while_saving(folder: Path, when: str) -> None:
 
 def resumed_step(folder: Path) -> tuple[int, list[str]] | None:
     with start(ParallelConfig(), timeout_s=60) as ranks:
-        found, notes = load(Run(ranks), folder)
+        found, notes = load(ToyRun(ranks), folder)
         return (found.manifest.step, notes) if found else None
 
 
@@ -297,7 +297,7 @@ def test_latest_that_leads_nowhere_is_named(tmp_path: Path, two_checkpoints: Pat
 
 def complaint(folder: Path) -> str:
     with start(ParallelConfig(), timeout_s=60) as ranks, pytest.raises(CheckpointError) as error:
-        load(Run(ranks), folder)
+        load(ToyRun(ranks), folder)
     return str(error.value)
 
 
@@ -327,7 +327,7 @@ def test_only_the_newest_and_every_kth_are_kept(tmp_path: Path) -> None:
 def save_without_room(folder: Path) -> tuple[str, list[str]]:
     """Rank 1's file cannot be written."""
     with start(ParallelConfig(), timeout_s=60) as ranks:
-        run = Run(ranks)
+        run = ToyRun(ranks)
         save(run, folder, 1)
 
         def no_room(handle: int) -> None:
@@ -349,7 +349,7 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all(tmp_path: Path) -> None:
 
 def sizes(folder: Path) -> int:
     with start(ParallelConfig(), timeout_s=60) as ranks:
-        return save(Run(ranks), folder, 1).bytes
+        return save(ToyRun(ranks), folder, 1).bytes
 
 
 def test_every_rank_writes_its_share_and_each_tensor_once(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 from multirank import run_ranks
-from toy_run import Momentum, Run, Toy, batch, groups_of, loss_fn
+from toy_run import Momentum, Toy, ToyRun, batch, groups_of, loss_fn
 
 from parallel.layout.topology import ParallelConfig
 from parallel.optimizer.zero import ShardedOptimizer
@@ -19,7 +19,7 @@ Result = tuple[list[float], dict[str, torch.Tensor], int]
 
 def train(precision: str, micro: int, clip_scale: float) -> Result:
     with start(ParallelConfig(), timeout_s=30) as ranks:
-        run = Run(ranks, precision, micro=micro)
+        run = ToyRun(ranks, precision, micro=micro)
         losses = run.train(range(STEPS), clip_scale)
         return losses, run.parameters(), run.inner.calls
 
@@ -81,7 +81,7 @@ def test_clip_scale_reaches_the_optimizer(precision: str) -> None:
 
 def small_steps(lr: float) -> tuple[float, float]:
     with start(ParallelConfig(), timeout_s=30) as ranks:
-        run = Run(ranks, "bf16")
+        run = ToyRun(ranks, "bf16")
         run.optimizer.set_lr(lr)
         masters = run.states()
         before = run.parameters()

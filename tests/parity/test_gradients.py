@@ -10,17 +10,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from multirank import run_ranks
-from toy_run import Momentum, Run, Toy, batch, groups_of, loss_fn, micro_batches, step_fn
+from toy_run import Momentum, Toy, ToyRun, batch, groups_of, loss_fn, micro_batches, step_fn
 
 from parallel.compute.pipeline import Stage, forward_backward
 from parallel.layout.topology import ParallelConfig
 from parallel.optimizer.zero import ShardedOptimizer
-from parallel.start.groups import any_rank, mean_over_data, start
+from parallel.start.groups import any_rank, start
 
 
 def norms(precision: str, dim: int) -> dict[str, float]:
     with start(ParallelConfig(), timeout_s=30) as ranks:
-        run = Run(ranks, precision, dim)
+        run = ToyRun(ranks, precision, dim)
         run.backward(0)
         return run.optimizer.grad_norms()
 
@@ -41,7 +41,7 @@ def test_grad_norms_equal_torch(precision: str, ranks: int, dim: int) -> None:
 def discarded(precision: str) -> tuple[bool, bool, list[float], list[float], int]:
     """Train, skip a step whose gradients are bad, train on; and the same without the bad step."""
     with start(ParallelConfig(), timeout_s=30) as ranks:
-        run, straight = Run(ranks, precision), Run(ranks, precision)
+        run, straight = ToyRun(ranks, precision), ToyRun(ranks, precision)
         run.train(range(2))
         straight.train(range(2))
         before = run.parameters(), run.states(), run.optimizer.counters()
@@ -81,7 +81,7 @@ def test_discard_leaves_everything_as_it_was(precision: str) -> None:
 
 def planted(precision: str, where: str, value: float, bad_rank: int) -> tuple[dict[str, float], str | None]:
     with start(ParallelConfig(), timeout_s=30) as ranks:
-        run = Run(ranks, precision)
+        run = ToyRun(ranks, precision)
         parameter = run.model.get_parameter(where)
         if ranks.rank == bad_rank:
             hook = torch.zeros(parameter.numel(), device=ranks.device)
@@ -105,7 +105,7 @@ def test_no_bad_gradient_no_name() -> None:
 
 def used_on_one_rank(precision: str) -> dict[str, float]:
     with start(ParallelConfig(), timeout_s=30) as ranks:
-        run = Run(ranks, precision)
+        run = ToyRun(ranks, precision)
         pairs = micro_batches(0, ranks, 4)
 
         def with_branch(model: Toy, hidden: None, pair: tuple) -> tuple[torch.Tensor, dict]:
@@ -124,9 +124,9 @@ def test_a_parameter_used_on_one_rank_only(precision: str) -> None:
         assert found["unused"] == pytest.approx(0.5 * math.sqrt(3), rel=1e-6)
 
 
-def use_and_misuse() -> tuple[list[str], float, bool, bool, float]:
+def use_and_misuse() -> tuple[list[str], float, bool, bool]:
     with start(ParallelConfig(), timeout_s=30) as ranks:
-        run = Run(ranks)
+        run = ToyRun(ranks)
         messages = []
         for call in (run.optimizer.step, run.optimizer.grad_norms):
             with pytest.raises(RuntimeError, match="call reduce"):
@@ -139,21 +139,19 @@ def use_and_misuse() -> tuple[list[str], float, bool, bool, float]:
             ShardedOptimizer(stranger, Momentum(groups_of(stranger)), "fp16", ranks)
         evaluation = forward_backward(run.stage, micro_batches(0, ranks, 2), step_fn, forward_only=True)
         untouched = all(p.grad is None for p in run.model.parameters())
-        mean = mean_over_data(torch.tensor(float(ranks.rank), device=ranks.device)).item()
         asked = any_rank(ranks.rank == 1)
         loss = float(torch.stack([r["loss"] for r in evaluation]).mean())
-        return messages, loss, untouched, asked and not any_rank(False), mean
+        return messages, loss, untouched, asked and not any_rank(False)
 
 
 def test_evaluation_leaves_no_gradient_and_misuse_is_told() -> None:
     results = run_ranks(use_and_misuse, 2)
     whole = loss_fn(Toy(), batch(0))[0].item()
-    assert sum(loss for _, loss, _, _, _ in results) / 2 == pytest.approx(whole, rel=1e-6)
-    for messages, _, untouched, asked, mean in results:
+    assert sum(loss for _, loss, _, _ in results) / 2 == pytest.approx(whole, rel=1e-6)
+    for messages, _, untouched, asked in results:
         assert "'matrices' has 4" in messages[0]
         assert untouched
         assert asked
-        assert mean == 0.5
 
 
 def reported_losses(micro: int) -> list[float]:
@@ -174,7 +172,7 @@ def collectives_of_a_step(precision: str) -> list[list[str]]:
     for name in ("all_reduce", "all_gather_into_tensor", "all_gather", "reduce", "broadcast", "barrier"):
         setattr(dist, name, counted(getattr(dist, name), name, seen))  # DeepSpeed keeps what it finds at start
     with start(ParallelConfig(), timeout_s=30) as ranks:
-        run = Run(ranks, precision)
+        run = ToyRun(ranks, precision)
         phases = []
         forward_backward(run.stage, micro_batches(0, ranks, 1), step_fn)
         for phase in (run.optimizer.reduce, run.optimizer.grad_norms, run.optimizer.step):

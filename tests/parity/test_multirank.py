@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from multirank import RankDied, RankTimeout, run_ranks
-from toy_run import Run
+from toy_run import ToyRun
 
 from parallel.layout.topology import ParallelConfig
 from parallel.start.groups import start
@@ -98,7 +98,7 @@ def twice_in_one_process() -> list[list[float]]:
     for precision in ("fp32", "bf16", "fp32"):
         with start(ParallelConfig(), timeout_s=30) as ranks:
             assert ranks.world_size == 1
-            losses.append(Run(ranks, precision).train(range(2)))
+            losses.append(ToyRun(ranks, precision).train(range(2)))
         assert not dist.is_initialized()
         assert "RANK" not in os.environ
     return losses

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from parallel.compute.pipeline import Stage, forward_backward
 from parallel.optimizer.zero import ShardedOptimizer
-from parallel.start.groups import Ranks, mean_over_data
+from parallel.start.groups import Ranks, data_group
 
 VOCAB, DIM = 31, 10
 GLOBAL_BATCH, SEQ = 8, 6
@@ -100,7 +101,7 @@ def step_fn(model: nn.Module, hidden: None, pair: tuple[torch.Tensor, torch.Tens
     return loss_fn(model, pair)
 
 
-class Run:
+class ToyRun:
     """Model, stage and optimizer of one rank."""
 
     def __init__(self, ranks: Ranks, precision: str = "fp32", dim: int = DIM, micro: int = 1) -> None:
@@ -115,7 +116,8 @@ class Run:
         reports = forward_backward(self.stage, micro_batches(step, self.ranks, self.micro), step_fn)
         self.optimizer.reduce()
         local = torch.stack([report["loss"] for report in reports]).mean()
-        return mean_over_data(local).item()
+        dist.all_reduce(local, group=data_group())
+        return local.item() / self.ranks.dp_size
 
     def train(self, steps: range, clip_scale: float = 1.0) -> list[float]:
         losses = []

@@ -18,8 +18,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cluster import Cluster, missing, wait_for
 
 from launch.folder import RunFolder, read_json
+from launch.placement import Request
+from launch.plan import plan
 from launch.runs import records
-from launch.submit import plan, send
+from launch.submit import send
 
 PAYLOAD = Path(__file__).parent / "payload.py"
 
@@ -95,12 +97,13 @@ def submitted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Any
         name: str, *overrides: str, behaviour: dict | None = None, nodes: int = 2, parity: bool = False
     ) -> Submitted:
         words = [f"run.name={name}", "launch.checkpoint_s=5", "launch.margin_s=5", *overrides]
-        config, job = plan(path, words, nodes, str(site), parity)
-        job.run.root.mkdir(parents=True, exist_ok=True)
+        planned = plan(Request(path, tuple(words), str(site), nodes, parity))
+        run = planned.job.run
+        run.root.mkdir(parents=True, exist_ok=True)
         if behaviour is not None:
-            (job.run.root / "behaviour.json").write_text(json.dumps(behaviour))
-        number = send(config, job, str(PAYLOAD) if behaviour is not None else None)
-        return Submitted(cluster, job.run, number)
+            (run.root / "behaviour.json").write_text(json.dumps(behaviour))
+        number = send(planned, str(PAYLOAD) if behaviour is not None else None)
+        return Submitted(cluster, run, number)
 
     start.site = site  # type: ignore[attr-defined]
     return start

@@ -12,7 +12,7 @@ from tiny import config_file
 
 import pretrain_hope
 from launch.runs import records
-from launch.status import row, table
+from launch.status import row, status_table
 
 pytestmark = pytest.mark.slurm
 
@@ -45,4 +45,4 @@ def test_usr1_in_a_real_run_resumes_bit_equal(real, tmp_path):
     assert losses(job.run.root) == whole
     cells = row(job.run)
     assert (cells["step"], cells["starts"], cells["verdict"]) == ("30/30", "2", "done: every rank finished")
-    assert "real" in table([job.run])
+    assert "real" in status_table([job.run])

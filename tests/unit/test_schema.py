@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from configs.errors import ConfigError
-from configs.reference import table
+from configs.reference import key_table
 from configs.schema import Config, load, to_yaml, validate
 from data_prep.config import DataConfig
 
@@ -277,7 +277,7 @@ def keys(section, prefix=""):
 
 
 def test_the_reference_has_every_key_with_a_meaning(write):
-    rows = [line.split(" | ") for line in table(Config).splitlines()[2:]]
+    rows = [line.split(" | ") for line in key_table(Config).splitlines()[2:]]
     assert [row[0] for row in rows] == [f"| `{key}`" for key in keys(load(write(MINIMAL), []))]
     assert [row[0] for row in rows if not row[-1].removesuffix("|").strip()] == []
     by_key = {row[0].strip("| `"): row for row in rows}
@@ -291,4 +291,4 @@ def test_the_reference_is_printed_by_the_module():
     printed = subprocess.run(
         [sys.executable, "-m", "configs.schema"], capture_output=True, text=True, timeout=60, check=True
     )
-    assert printed.stdout == table(Config)
+    assert printed.stdout == key_table(Config)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 
-Problem = tuple[str, str, str]
+from configs.errors import Problem
 
 
 @dataclass(kw_only=True)
@@ -44,6 +44,7 @@ class LaunchConfig:
     """Seconds per phase."""
 
     def problems(self, path: str = "launch") -> Iterator[Problem]:
+        """What no run could start with, by key below `path`."""
         for name, low in (("attempts", 1), ("checkpoint_s", 1), ("margin_s", 0)):
             if getattr(self, name) < low:
                 yield f"{path}.{name}", f"{getattr(self, name)} is less than {low}", f"{low} or more"
