@@ -1,32 +1,21 @@
 """The fused kernels against the plain rules: on a GPU, and through triton's interpreter where there is none."""
 
 import dataclasses
-import importlib.util
-import os
 
 import pytest
 import torch
+from interpreted import GPU, interpreting
 
 from hope.optim import coordinate_memory as memory
-from hope.optim import dmgd, kernels
+from hope.optim import dmgd, fused, kernels
 from hope.optim.config import OptimConfig
 from hope.optim.dmgd import Dmgd
 from hope.optim.kernels import Kernels
 from hope.optim.rules import Rates, Rule, Stretch, Whole
 from hope.optim.segments import Piece, Segments
 
-GPU, TRITON = torch.cuda.is_available(), importlib.util.find_spec("triton") is not None
-if TRITON and not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
-if TRITON:
-    from hope.optim import fused
-else:
-    fused = None
-
-pytestmark = [
-    pytest.mark.skipif(not TRITON, reason="triton is not installed"),
-    pytest.mark.filterwarnings("ignore:divide by zero"),  # numpy's, for the branch of a `where` that is not taken
-]
+# numpy's, for the branch of a `where` that is not taken
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero")
 devices = pytest.mark.parametrize(
     "device",
     [
@@ -67,9 +56,10 @@ cases = pytest.mark.parametrize(
 
 
 @pytest.fixture(autouse=True)
-def interpreter_with_new_numpy(monkeypatch):
-    """Triton 3.6's interpreter makes a number of an array [1], which numpy 2.4 refuses."""
-    if not TRITON or GPU:
+def interpreter(monkeypatch):
+    """Triton 3.6's makes a number of an array [1], which numpy 2.4 refuses."""
+    if GPU:
+        yield
         return
     from triton.runtime import interpreter
 
@@ -80,15 +70,16 @@ def interpreter_with_new_numpy(monkeypatch):
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+    with interpreting():
+        yield
 
 
 @pytest.fixture(autouse=True)
 def short_spans(monkeypatch):
     """So that small tensors have several programs, and these several blocks."""
-    if TRITON:
-        monkeypatch.setattr(fused, "_SPAN", {"network": 160, "linear": 160})
-        blocks = {"update": 64, "sums": 64}
-        monkeypatch.setattr(fused, "_BLOCK", {"network": blocks, "linear": blocks})
+    monkeypatch.setattr(fused, "_SPAN", {"network": 160, "linear": 160})
+    blocks = {"update": 64, "sums": 64}
+    monkeypatch.setattr(fused, "_BLOCK", {"network": blocks, "linear": blocks})
 
 
 def problem(
