@@ -10,7 +10,7 @@ from hope.optim import coordinate_memory as memory
 from hope.optim import dmgd, fused, kernels
 from hope.optim.config import OptimConfig
 from hope.optim.dmgd import Dmgd
-from hope.optim.kernels import Kernels
+from hope.optim.kernels import Choice, Kernels
 from hope.optim.rules import Rates, Rule, Stretch, Whole
 from hope.optim.segments import Piece, Segments
 
@@ -191,21 +191,13 @@ def descend(config: OptimConfig, device: str) -> list[torch.Tensor]:
 @devices
 @pytest.mark.parametrize("name", ["linear", "memory", "all gradient"])
 def test_a_training_is_the_same(name, device, monkeypatch):
-    monkeypatch.setattr(dmgd, "kernels_for", lambda rule, x: Kernels(kernels.update, kernels.sums))
+    monkeypatch.setattr(dmgd, "kernels_for", lambda rule, x: Choice(Kernels(kernels.update, kernels.sums), "plain"))
     plain = descend(CONFIGS[name], device)
-    monkeypatch.setattr(dmgd, "kernels_for", lambda rule, x: Kernels(fused.update, fused.sums))
+    monkeypatch.setattr(dmgd, "kernels_for", lambda rule, x: Choice(Kernels(fused.update, fused.sums), "fused"))
     found = descend(CONFIGS[name], device)
     assert len(plain) == len(found)
     for a, b in zip(found, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=5e-5, atol=5e-5 * b.abs().max().item())
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not GPU, reason="no CUDA device")
-def test_single_precision_on_a_gpu_takes_the_kernels():
-    single, double = torch.zeros(4, device="cuda"), torch.zeros(4, device="cuda", dtype=torch.float64)
-    assert kernels.kernels_for(Rule.of(MLP), Stretch(single, single, None, single)).update is fused.update
-    assert kernels.kernels_for(Rule.of(MLP), Stretch(double, double, None, double)).update is kernels.update
 
 
 @pytest.mark.gpu
