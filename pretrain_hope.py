@@ -16,6 +16,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from configs.changes import settle
 from configs.errors import ConfigError
 from configs.schema import Config, load, to_yaml
@@ -79,7 +81,8 @@ def main(argv: list[str] | None = None) -> int:
 def facts(config: Config, world_size: int) -> str:
     dims = config.parallel.dims(world_size)
     shape = StepShape.of(config.train, config.parallel, dims)
-    return report.describe(config.model, dims, shape, config.train.global_batch, config.optim)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return report.describe(config.model, dims, shape, config.train.global_batch, config.optim, device)
 
 
 class Run:

@@ -87,14 +87,15 @@ class Dmgd(ClockedOptimizer):
                 else:
                     # All as one stretch if nothing asks which tensor a coordinate belongs to.
                     segments = self._layout(p) if rule.whole else Segments.single(p)
-                    kernels_for(rule, x).update(rule, x, segments, rates, whole)
+                    kernels_for(rule, x).kernels.update(rule, x, segments, rates, whole)
 
     def _watched_update(self, p: Tensor, rule: Rule, x: Stretch, c: Rates, before: Whole, whole: Whole) -> None:
         """In chunks, so that what was before the update need never be copied as a whole."""
         self.measured[p] = torch.zeros(self._layout(p).tensors, 6, dtype=torch.float64, device=p.device)
         for row, part in stretches(x, self._layout(p)):
             old = Stretch(part.p.clone(), part.s.clone(), None if part.v is None else part.v.clone(), part.g)
-            kernels_for(rule, part).update(rule, part, Segments.single(part.p), c, whole.of(slice(row, row + 1)))
+            kernels = kernels_for(rule, part).kernels
+            kernels.update(rule, part, Segments.single(part.p), c, whole.of(slice(row, row + 1)))
             self.measured[p][row] += measure(rule, old, part, c, before.network[row], whole.of(row))
 
     def _networks(self) -> dict[Tensor, Tensor]:
@@ -146,7 +147,7 @@ class Dmgd(ClockedOptimizer):
                 parts.append(torch.zeros(self._layout(p).tensors, width, dtype=torch.float64, device=p.device))
                 if p in present:
                     x = self._stretch(p, rule)
-                    found = kernels_for(rule, x).sums(
+                    found = kernels_for(rule, x).kernels.sums(
                         rule, x, self._layout(p), self._rates(group), self._whole(p, rule)
                     )
                     parts[-1][:, : found.shape[1]] = found

@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hope.optim import rules
+from hope.optim.config import OptimConfig
 from hope.optim.rules import Rates, Rule, Stretch, Whole
 from hope.optim.segments import CHUNK, Segments, chunks
+
+_SHORT = {torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class Kernels(NamedTuple):
@@ -25,16 +29,56 @@ class Kernels(NamedTuple):
     sums: Callable[[Rule, Stretch, Segments, Rates, Whole], Tensor]
 
 
-def kernels_for(rule: Rule, x: Stretch) -> Kernels:
-    """Fused in single precision on a GPU, where every operation of its own would read and write all of memory again.
+class Choice(NamedTuple):
+    """Kernels, and why these. name: "fused" or "plain"; reason: why not fused, empty if they are."""
 
-    `match` is not in the fused kernels.
+    kernels: Kernels
+    name: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})" if self.reason else self.name
+
+
+def kernels_for(rule: Rule, x: Stretch) -> Choice:
+    """Fused in single precision on a GPU, where every operation of its own would read and write all of memory again."""
+    tensors = [t for t in x if t is not None]
+    device = next((t.device.type for t in tensors if not t.is_cuda), "cuda")
+    return _choice(rule, device, next((t.dtype for t in tensors if t.dtype != torch.float32), torch.float32))
+
+
+def kernels_of_run(config: OptimConfig, device: str) -> Choice:
+    """What `kernels_for` will say of tensors with the configured memory, before there are any.
+
+    Args:
+        config: for muon and m3 the answer is about what they leave to DMGD, all tensors that are not matrices.
+        device: a type, such as "cuda". Masters are always fp32.
     """
-    fits = not rule.match and all(t.is_cuda and t.dtype == torch.float32 for t in x if t is not None)
-    if fits and importlib.util.find_spec("triton") is not None:
-        fused = importlib.import_module("hope.optim.fused")
-        return Kernels(fused.update, fused.sums)
-    return Kernels(update, sums)
+    return _choice(Rule.of(config), device, torch.float32)
+
+
+def _choice(rule: Rule, device: str, dtype: torch.dtype) -> Choice:
+    if reason := _against_fused(rule, device, dtype):
+        return Choice(Kernels(update, sums), "plain", reason)
+    fused = importlib.import_module("hope.optim.fused")
+    return Choice(Kernels(fused.update, fused.sums), "fused")
+
+
+def _against_fused(rule: Rule, device: str, dtype: torch.dtype) -> str:
+    """Why the fused kernels cannot be taken, or nothing."""
+    if device != "cuda":
+        return device.upper()
+    if rule.match:
+        return "rms_match"
+    if dtype != torch.float32:
+        return _SHORT.get(dtype, str(dtype).removeprefix("torch."))
+    return "" if _has_triton() else "no triton"
+
+
+@cache
+def _has_triton() -> bool:
+    """Asked for every parameter in every step: the search of the import path is made once."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def update(rule: Rule, x: Stretch, segments: Segments, c: Rates, whole: Whole) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 
 import torch
@@ -12,7 +12,8 @@ from hope.config import ModelConfig
 from hope.flops import Flops
 from hope.model import Model
 from hope.optim.config import OptimConfig
-from hope.optim.levels import parameter_groups
+from hope.optim.kernels import Choice, kernels_of_run
+from hope.optim.levels import MATRIX_OPTIMIZERS, parameter_groups
 from parallel.layout.memory import GIB, RankMemory, StepShape, build_part, rank_memory
 from parallel.layout.stages import describe_split, split
 from parallel.layout.topology import ParallelDims
@@ -79,8 +80,24 @@ def _gib(memory: RankMemory) -> str:
     return "".join(f"{size / GIB:>{width}.2f}" for size, width in columns)
 
 
-def describe(config: ModelConfig, dims: ParallelDims, shape: StepShape, global_batch: int, optim: OptimConfig) -> str:
-    """The table that a start or `--dry-run` prints: the model, the layout, the split, and bytes per rank."""
+def kernel_facts(choices: Iterable[tuple[str, Choice]]) -> str:
+    """`optimizer: plain (CPU)`, for every part of the program that has a choice of kernels."""
+    return ", ".join(f"{part}: {choice}" for part, choice in choices)
+
+
+def _optimizer_kernels(optim: OptimConfig, device: str) -> tuple[str, Choice]:
+    part = f"{optim.name} of all but matrices" if optim.name in MATRIX_OPTIMIZERS else "optimizer"
+    return part, kernels_of_run(optim, device)
+
+
+def describe(
+    config: ModelConfig, dims: ParallelDims, shape: StepShape, global_batch: int, optim: OptimConfig, device: str
+) -> str:
+    """The table that a start or `--dry-run` prints: the model, the layout, the split, and bytes per rank.
+
+    `device`: this process's type of device, such as "cuda", which says what kernels it can take. A dry run without a
+    GPU of a run that will have some says so too.
+    """
     levels, flops, writes = model_facts(config, shape)
     total = sum(count for _, count in levels.values())
     count = global_batch // (shape.micro_batch * dims.data)
@@ -97,6 +114,7 @@ def describe(config: ModelConfig, dims: ParallelDims, shape: StepShape, global_b
         ("traffic", f"{_traffic(config, dims, shape, optim) / GIB:.3f} GiB of gradients reduced per step and rank "
                     f"(optim.accumulate {optim.accumulate})"),
         ("FLOPs", f"{flops:.3e} per trained token, {writes / flops:.1%} of them memory writes"),
+        ("kernels", kernel_facts([_optimizer_kernels(optim, device)])),
     ]  # fmt: skip
     text = [f"{name:<11} {fact}" for name, fact in rows]
     if dims.pipeline > 1:

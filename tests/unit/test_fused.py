@@ -1,32 +1,21 @@
 """The fused kernels against the plain rules: on a GPU, and through triton's interpreter where there is none."""
 
 import dataclasses
-import importlib.util
-import os
 
 import pytest
 import torch
+from interpreted import GPU, interpreting
 
 from hope.optim import coordinate_memory as memory
-from hope.optim import dmgd, kernels
+from hope.optim import dmgd, fused, kernels
 from hope.optim.config import OptimConfig
 from hope.optim.dmgd import Dmgd
-from hope.optim.kernels import Kernels
+from hope.optim.kernels import Choice, Kernels
 from hope.optim.rules import Rates, Rule, Stretch, Whole
 from hope.optim.segments import Piece, Segments
 
-GPU, TRITON = torch.cuda.is_available(), importlib.util.find_spec("triton") is not None
-if TRITON and not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
-if TRITON:
-    from hope.optim import fused
-else:
-    fused = None
-
-pytestmark = [
-    pytest.mark.skipif(not TRITON, reason="triton is not installed"),
-    pytest.mark.filterwarnings("ignore:divide by zero"),  # numpy's, for the branch of a `where` that is not taken
-]
+# numpy's, for the branch of a `where` that is not taken
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero")
 devices = pytest.mark.parametrize(
     "device",
     [
@@ -67,9 +56,10 @@ cases = pytest.mark.parametrize(
 
 
 @pytest.fixture(autouse=True)
-def interpreter_with_new_numpy(monkeypatch):
-    """Triton 3.6's interpreter makes a number of an array [1], which numpy 2.4 refuses."""
-    if not TRITON or GPU:
+def interpreter(monkeypatch):
+    """Triton 3.6's makes a number of an array [1], which numpy 2.4 refuses."""
+    if GPU:
+        yield
         return
     from triton.runtime import interpreter
 
@@ -80,15 +70,16 @@ def interpreter_with_new_numpy(monkeypatch):
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+    with interpreting():
+        yield
 
 
 @pytest.fixture(autouse=True)
 def short_spans(monkeypatch):
     """So that small tensors have several programs, and these several blocks."""
-    if TRITON:
-        monkeypatch.setattr(fused, "_SPAN", {"network": 160, "linear": 160})
-        blocks = {"update": 64, "sums": 64}
-        monkeypatch.setattr(fused, "_BLOCK", {"network": blocks, "linear": blocks})
+    monkeypatch.setattr(fused, "_SPAN", {"network": 160, "linear": 160})
+    blocks = {"update": 64, "sums": 64}
+    monkeypatch.setattr(fused, "_BLOCK", {"network": blocks, "linear": blocks})
 
 
 def problem(
@@ -200,21 +191,13 @@ def descend(config: OptimConfig, device: str) -> list[torch.Tensor]:
 @devices
 @pytest.mark.parametrize("name", ["linear", "memory", "all gradient"])
 def test_a_training_is_the_same(name, device, monkeypatch):
-    monkeypatch.setattr(dmgd, "kernels_for", lambda rule, x: Kernels(kernels.update, kernels.sums))
+    monkeypatch.setattr(dmgd, "kernels_for", lambda rule, x: Choice(Kernels(kernels.update, kernels.sums), "plain"))
     plain = descend(CONFIGS[name], device)
-    monkeypatch.setattr(dmgd, "kernels_for", lambda rule, x: Kernels(fused.update, fused.sums))
+    monkeypatch.setattr(dmgd, "kernels_for", lambda rule, x: Choice(Kernels(fused.update, fused.sums), "fused"))
     found = descend(CONFIGS[name], device)
     assert len(plain) == len(found)
     for a, b in zip(found, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=5e-5, atol=5e-5 * b.abs().max().item())
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not GPU, reason="no CUDA device")
-def test_single_precision_on_a_gpu_takes_the_kernels():
-    single, double = torch.zeros(4, device="cuda"), torch.zeros(4, device="cuda", dtype=torch.float64)
-    assert kernels.kernels_for(Rule.of(MLP), Stretch(single, single, None, single)).update is fused.update
-    assert kernels.kernels_for(Rule.of(MLP), Stretch(double, double, None, double)).update is kernels.update
 
 
 @pytest.mark.gpu

@@ -1,0 +1,42 @@
+"""Triton's kernels on a machine without a GPU: run by triton's interpreter, on CPU tensors, in this process only."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+GPU = torch.cuda.is_available()
+VARIABLE = "TRITON_INTERPRET"
+
+
+def define_kernels() -> None:
+    """Import every `fused.py` of hope/ with its kernels interpreted. With a GPU do nothing: there they are compiled.
+
+    Kernels are interpreted for good if the variable is set when they are defined. That holds for triton's own too, such
+    as `tl.sum`: this must come before anything else imports triton.
+    """
+    if GPU or importlib.util.find_spec("triton") is None:
+        return
+    with interpreting():
+        for path in sorted((ROOT / "hope").rglob("fused.py")):
+            importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+
+
+@contextlib.contextmanager
+def interpreting() -> Iterator[None]:
+    """For definitions of kernels and for calls, in which triton 3.9 defines more of its own. No child inherits it."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(VARIABLE)
+        if before is not None:
+            os.environ[VARIABLE] = before
