@@ -11,21 +11,22 @@ import torch
 from torch import Tensor
 
 from hope.optim import rules
-from hope.optim.rules import Rates, Rule, Stretch, Whole
+from hope.optim.rules import Rates, Stretch, UpdateRule, Whole
 from hope.optim.segments import CHUNK, Segments, chunks
 
 
 class Kernels(NamedTuple):
     """`rules.update` and `rules.sums` on all pieces of a flat parameter [N].
 
-    `Whole` has the numbers of all its tensors; sums are [tensors, `Rule.numbers`], zeros for a tensor without a piece.
+    `Whole` has the numbers of all its tensors. Sums are [tensors, `UpdateRule.numbers`], zeros for a tensor without a
+    piece.
     """
 
-    update: Callable[[Rule, Stretch, Segments, Rates, Whole], None]
-    sums: Callable[[Rule, Stretch, Segments, Rates, Whole], Tensor]
+    update: Callable[[UpdateRule, Stretch, Segments, Rates, Whole], None]
+    sums: Callable[[UpdateRule, Stretch, Segments, Rates, Whole], Tensor]
 
 
-def kernels_for(rule: Rule, x: Stretch) -> Kernels:
+def kernels_for(rule: UpdateRule, x: Stretch) -> Kernels:
     """Fused in single precision on a GPU, where every operation of its own would read and write all of memory again.
 
     `match` is not in the fused kernels.
@@ -37,12 +38,12 @@ def kernels_for(rule: Rule, x: Stretch) -> Kernels:
     return Kernels(update, sums)
 
 
-def update(rule: Rule, x: Stretch, segments: Segments, c: Rates, whole: Whole) -> None:
+def update(rule: UpdateRule, x: Stretch, segments: Segments, c: Rates, whole: Whole) -> None:
     for tensor, part in stretches(x, segments):
         rules.update(rule, part, c, whole.of(tensor))
 
 
-def sums(rule: Rule, x: Stretch, segments: Segments, c: Rates, whole: Whole) -> Tensor:
+def sums(rule: UpdateRule, x: Stretch, segments: Segments, c: Rates, whole: Whole) -> Tensor:
     found = torch.zeros(segments.tensors, rule.numbers, dtype=torch.float64, device=x.p.device)
     for tensor, part in stretches(x, segments):
         found[tensor] += rules.sums(rule, part, c, whole.of(tensor))
