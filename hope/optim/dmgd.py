@@ -16,14 +16,14 @@ Everything is element-wise but the numbers of a whole tensor, r and the network:
 that cuts across tensors (`segments`), and their sums may have parts on other ranks (`tensor_sums`).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hope.optim import coordinate_memory as memory
-from hope.optim.clocks import ClockedOptimizer, Due
+from hope.optim.clocks import ClockedOptimizer, Due, Sums
 from hope.optim.config import OptimConfig
 from hope.optim.kernels import kernels_for, stretches
 from hope.optim.rules import Rates, Stretch, UpdateRule, Whole, measure
@@ -43,7 +43,6 @@ class Dmgd(ClockedOptimizer):
         tensor_sums: adds up a buffer [tensors, numbers] (float64, all parameters of all groups in order) over
             everything that holds parts of these tensors. Called once per step if anything needs it.
         watching: whether the next step fills `measured`.
-        measured: per parameter [tensors, 6]: what `rules.measure` sums over its elements.
     """
 
     per_tensor_keys = frozenset({"mlp", "mean_square"})
@@ -51,11 +50,17 @@ class Dmgd(ClockedOptimizer):
     def __init__(self, groups: Iterable[dict], config: OptimConfig) -> None:
         super().__init__(groups, config)
         self.segments: dict[Tensor, Segments] = {}
-        self.tensor_sums: Callable[[Tensor], Tensor] = lambda parts: parts
+        self.tensor_sums: Sums = lambda parts: parts
         self.watching = False
-        self.measured: dict[Tensor, Tensor] = {}
         self._start: Tensor | None = None
         self._gains: dict[Tensor, Tensor] = {}
+
+    def attach(self, sums: Sums, segments: Mapping[Tensor, Segments]) -> None:
+        self.tensor_sums = sums
+        self.segments.update(segments)
+
+    def watch(self, on: bool) -> None:
+        self.watching = on
 
     def rule(self, group: dict[str, Any]) -> UpdateRule:
         return UpdateRule.of(self.config, vectors=group["vectors"])
