@@ -14,7 +14,7 @@ from hope.optim.config import OptimConfig
 from parallel.optimizer.checkpoint_views import StatePiece
 from parallel.optimizer.clocks import Combine, due_groups, waits_locally
 from parallel.optimizer.members import Counts, first_name, members_of, union_of_names
-from parallel.optimizer.order import Stage
+from parallel.optimizer.order import StepStage
 from parallel.optimizer.ownership import OwnedGroup
 from parallel.optimizer.sharded import ShardedOptimizer
 from parallel.optimizer.statistics import group_statistics
@@ -86,7 +86,7 @@ class MatrixZeroOptimizer(ShardedOptimizer):
         self.matrices.complete()
 
     def grad_norms(self) -> dict[str, float]:
-        self.rest.order.require(Stage.REDUCED, "grad_norms")
+        self.rest.order.require(StepStage.REDUCED, "grad_norms")
         names = self.group_names
         total = torch.zeros(len(names), dtype=torch.float64, device=self.ranks.device)
         due = due_groups(self.matrices)
@@ -101,7 +101,7 @@ class MatrixZeroOptimizer(ShardedOptimizer):
         return first_name(self.rest.nonfinite() + [bad for owned in self.owned for bad in owned.nonfinite()])
 
     def step(self, clip_scale: float = 1.0) -> None:
-        self.rest.order.require(Stage.REDUCED, "step")
+        self.rest.order.require(StepStage.REDUCED, "step")
         due = due_groups(self.matrices)
         for group in self.matrices.param_groups:
             group["grad_scale"] = clip_scale

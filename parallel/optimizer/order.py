@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 
 
-class Stage(IntEnum):
+class StepStage(IntEnum):
     """How far a step has come."""
 
     ACCUMULATING = 0
@@ -14,14 +14,14 @@ class Stage(IntEnum):
 
 
 _IS = {
-    Stage.ACCUMULATING: "this step is not prepared",
-    Stage.PREPARED: "this step is prepared, and has no reduced gradients",
-    Stage.REDUCED: "this step is reduced",
+    StepStage.ACCUMULATING: "this step is not prepared",
+    StepStage.PREPARED: "this step is prepared, and has no reduced gradients",
+    StepStage.REDUCED: "this step is reduced",
 }
 _THEN = {
-    Stage.ACCUMULATING: "call step() or discard() first",
-    Stage.PREPARED: "call prepare() once, after all micro-batches and before reduce()",
-    Stage.REDUCED: "call reduce() first",
+    StepStage.ACCUMULATING: "call step() or discard() first",
+    StepStage.PREPARED: "call prepare() once, after all micro-batches and before reduce()",
+    StepStage.REDUCED: "call reduce() first",
 }
 
 
@@ -29,9 +29,9 @@ class StepOrder:
     """Where a step of a sharded optimizer stands."""
 
     def __init__(self) -> None:
-        self._stage = Stage.ACCUMULATING
+        self._stage = StepStage.ACCUMULATING
 
-    def require(self, stage: Stage, call: str) -> None:
+    def require(self, stage: StepStage, call: str) -> None:
         """`call` is possible at this stage only.
 
         Raises:
@@ -40,6 +40,6 @@ class StepOrder:
         if self._stage is not stage:
             raise RuntimeError(f"{call}() out of order: {_IS[self._stage]}; {_THEN[stage]}")
 
-    def reach(self, stage: Stage) -> None:
+    def reach(self, stage: StepStage) -> None:
         """The step has come to this stage."""
         self._stage = stage

@@ -26,7 +26,7 @@ from parallel.optimizer.members import (
     name_of,
     union_of_names,
 )
-from parallel.optimizer.order import Stage, StepOrder
+from parallel.optimizer.order import StepOrder, StepStage
 from parallel.optimizer.partitions import PartitionSlice, partitions_of, slices_of
 from parallel.optimizer.sharded import ShardedOptimizer
 from parallel.optimizer.statistics import counted_rows, group_statistics
@@ -104,18 +104,18 @@ class ZeroOptimizer(ShardedOptimizer):
         optimizer.attach(TensorSums(self._members, ranks), segments)
 
     def prepare(self) -> None:
-        self.order.require(Stage.ACCUMULATING, "prepare")
+        self.order.require(StepStage.ACCUMULATING, "prepare")
         self._local.include()
-        self.order.reach(Stage.PREPARED)
+        self.order.reach(StepStage.PREPARED)
 
     def accumulated(self, parameter: nn.Parameter) -> torch.Tensor | None:
-        self.order.require(Stage.PREPARED, "accumulated")
+        self.order.require(StepStage.PREPARED, "accumulated")
         if self._group_of.get(parameter) in self._local.waiting():
             return None
         return self._partitions.accumulated(parameter)
 
     def reduce(self) -> None:
-        self.order.require(Stage.PREPARED, "reduce")
+        self.order.require(StepStage.PREPARED, "reduce")
         waiting = self._local.waiting()
         groups = [number for number in range(len(self._members)) if number not in waiting]
         reduced = self._partitions.reduce(self._engine, groups)
@@ -124,10 +124,10 @@ class ZeroOptimizer(ShardedOptimizer):
         for number, gradient in self._gradients.items():
             self._partitions.masters[number].grad = gradient
         self.optimizer.complete()
-        self.order.reach(Stage.REDUCED)
+        self.order.reach(StepStage.REDUCED)
 
     def grad_norms(self) -> dict[str, float]:
-        self.order.require(Stage.REDUCED, "grad_norms")
+        self.order.require(StepStage.REDUCED, "grad_norms")
         total = torch.zeros(len(self.group_names), dtype=torch.float64, device=self.ranks.device)
         for index, group in enumerate(self._members):
             counted = {member.index for member in group if member.counted}
@@ -149,7 +149,7 @@ class ZeroOptimizer(ShardedOptimizer):
 
     def nonfinite(self) -> list[tuple[tuple[int, int], str]]:
         """(place in the model, name) of parameters with an inf or NaN in what this rank holds of their gradient."""
-        self.order.require(Stage.REDUCED, "first_nonfinite")
+        self.order.require(StepStage.REDUCED, "first_nonfinite")
         orders = {member.index: member.order for group in self._members for member in group}
         return [
             (orders[piece.index], piece.name)
@@ -159,7 +159,7 @@ class ZeroOptimizer(ShardedOptimizer):
         ]
 
     def step(self, clip_scale: float = 1.0) -> None:
-        self.order.require(Stage.REDUCED, "step")
+        self.order.require(StepStage.REDUCED, "step")
         due = due_groups(self.optimizer)
         for group in self.optimizer.param_groups:
             group["grad_scale"] = clip_scale
@@ -176,7 +176,7 @@ class ZeroOptimizer(ShardedOptimizer):
             master.grad = None
         self._partitions.clear()
         self._gradients = {}
-        self.order.reach(Stage.ACCUMULATING)
+        self.order.reach(StepStage.ACCUMULATING)
 
     def watch(self, on: bool) -> None:
         self.optimizer.watch(on)
@@ -216,7 +216,7 @@ class ZeroOptimizer(ShardedOptimizer):
         self.discard()
 
     def gradient_pieces(self) -> Iterator[tuple[str, int, torch.Tensor]]:
-        self.order.require(Stage.REDUCED, "gradient_pieces")
+        self.order.require(StepStage.REDUCED, "gradient_pieces")
         return self._named(self._gradients)
 
     def master_pieces(self) -> Iterator[tuple[str, int, torch.Tensor]]:

@@ -11,6 +11,7 @@ import pretrain_hope
 from configs.errors import ConfigError
 from configs.schema import load
 from parallel.checkpoint import manifest
+from parallel.layout.plan import PLAN
 
 
 def run(path: str, *overrides: str) -> int:
@@ -154,3 +155,11 @@ def test_every_config_in_the_project_loads():
         assert {where for where, _, _ in found} <= {"data.train", "data.heldout"}, found
         config = load(str(file), [], check=False)
         assert pretrain_hope.facts(config, 2).startswith("model")
+
+
+def test_a_parameter_without_a_layout_is_told_without_a_traceback(tmp_path, capsys, monkeypatch):
+    path = config_file(tmp_path)
+    monkeypatch.delitem(PLAN, "blocks.*.norm.weight")
+    for flags in (["--dry-run"], []):
+        error = refuse(capsys, path, *flags)
+        assert error.startswith("layout error: parameter blocks.0.norm.weight matches no row"), error
