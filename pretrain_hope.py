@@ -23,7 +23,7 @@ from data_prep.errors import DataError
 from data_prep.training.feed import Feed
 from hope.train.heartbeat import Heartbeat
 from hope.train.instruments import Instruments, Taken
-from hope.train.metrics import NoLog, open_log
+from hope.train.metrics import NoLog, open_log, record_of_no_step
 from hope.train.numerics import set_numerics
 from hope.train.schedule import rate_at
 from hope.train.signals import StopRequest
@@ -116,10 +116,8 @@ class Run:
         )
         self.optimizer = self.replica.optimizer
         self.flops = report.model_flops(config.model)
-        models, device = self.replica.models, ranks.device
-        self.instruments = Instruments(
-            beat, train, config.log, models, rank=ranks.rank, world_size=ranks.world_size, device=device
-        )
+        models = self.replica.models
+        self.instruments = Instruments(beat, train, config.log, models, ranks.rank, ranks.world_size, ranks.device)
         # 3. the data
         self.feed = Feed(config.data, train, ranks.dp_rank, ranks.dp_size)
         # 4. go on
@@ -151,7 +149,7 @@ class Run:
             stack.callback(self.saver.close, log)
             self._announce(log)
             if self.step == 0:
-                log.scalars({**self._empty_record(), **self.evaluate()})
+                log.scalars({**record_of_no_step(), **self.evaluate()})
             wishes = self.saver.wishes(self.stop.requested)
             while self.step < last and not wishes.signal:
                 self._one_step(log, last)
@@ -224,10 +222,6 @@ class Run:
             **self.optimizer.statistics(),
             **groups.merged(self.instruments.readings()),
         }
-
-    def _empty_record(self) -> dict[str, Any]:
-        keys = ("loss", "grad_norm", "lr", "step_time_s", "data_time_s", "tokens_per_s", "tokens_per_s_per_device")
-        return {"step": 0, "tokens": 0, **dict.fromkeys((*keys, "mfu", "memory_gb"))}
 
     def evaluate(self) -> dict[str, float]:
         """Held-out losses in nats, of every source and of the blend; nothing if asked to stop."""

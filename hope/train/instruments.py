@@ -55,7 +55,6 @@ class Instruments:
         train: TrainConfig,
         log: LogConfig,
         models: Sequence[Model],
-        *,
         rank: int,
         world_size: int,
         device: torch.device,

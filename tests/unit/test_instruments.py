@@ -28,7 +28,7 @@ def instruments(models: list[Model] | None = None, **log: int) -> tuple[Instrume
     train = TrainConfig(steps=20, seq_len=8, global_batch=2, micro_batch=1, eval_every=4)
     settings = {"every": 3, **log}
     return (
-        Instruments(beat, train, LogConfig(**settings), models or [], rank=0, world_size=2, device=torch.device("cpu")),
+        Instruments(beat, train, LogConfig(**settings), models or [], 0, 2, torch.device("cpu")),
         beat,
     )
 
