@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 from hope.optim import fused
 from hope.optim.config import OptimConfig
-from hope.optim.rules import Rule
+from hope.optim.rules import UpdateRule
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = dict.fromkeys(("p", "s", "v", "g", "networks", "rms", "partial"), "*fp32")
@@ -41,7 +41,7 @@ def main(settings: list[str]) -> None:
     nothing = torch.empty(0)
     table = fused.Table(nothing, nothing, nothing, nothing, nothing, aligned=True)
     for words in settings:
-        rule = Rule.of(OptimConfig(**json.loads(words)))
+        rule = UpdateRule.of(OptimConfig(**json.loads(words)))
         choices = {"CLIP": rule.clip, "ERASE": rule.erase, **fused._choices(rule, table, "update")}
         print(compiled(fused._update, choices))
         print(compiled(fused._sums, {"L2": rule.l2, **fused._choices(rule, table, "sums")}))

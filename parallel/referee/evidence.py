@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hope.config import ModelConfig
+from hope.mixers import Mixer
 from hope.model import Model
 from hope.optim.config import OptimConfig
 from parallel.compute.pipeline import mean_loss
@@ -91,6 +92,7 @@ def state_squares(models: Sequence[Model]) -> Iterator[dict[str, Tensor]]:
 
     for model in models:
         for name, block in model.blocks.items():
+            assert isinstance(block.mixer, Mixer)
             hooks.append(block.mixer.register_forward_hook(watch(name)))
     try:
         yield total

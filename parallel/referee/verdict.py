@@ -73,8 +73,8 @@ def errors(reference: Evidence, found: Evidence, names: list[str]) -> dict[Quant
         for step, (a, b) in enumerate(zip(ours, theirs, strict=True), start=1):
             result[kind, f"step {step}"] = relative(torch.tensor(a), torch.tensor(b))
     for name in reference.state_norms.keys() | found.state_norms.keys():
-        ours, theirs = (side.state_norms.get(name, 0.0) for side in (found, reference))
-        result["state", name] = relative(torch.tensor(ours), torch.tensor(theirs))
+        here, there = (torch.tensor(side.state_norms.get(name, 0.0)) for side in (found, reference))
+        result["state", name] = relative(here, there)
     return result
 
 

@@ -173,10 +173,10 @@ def poisoned(path: str, steps: tuple[int, ...], *overrides: str) -> int:
     """A run in which rank 1's loss is NaN at the given steps."""
     original, original_loss = pretrain_hope.Run._one_step, replica.sharded_loss
 
-    def one_step(self, log, last, devices):
+    def one_step(self, log, last):
         bad = self.ranks.rank == 1 and self.step + 1 in steps
         replica.sharded_loss = lambda *args: original_loss(*args) * (float("nan") if bad else 1.0)
-        original(self, log, last, devices)
+        original(self, log, last)
 
     pretrain_hope.Run._one_step = one_step
     return run(path, *overrides)
@@ -212,10 +212,10 @@ def interrupted(path: str, number: int) -> int:
     """Rank 0 gets a signal in its third step; rank 1 never sees it."""
     original = pretrain_hope.Run._one_step
 
-    def one_step(self, log, last, devices):
+    def one_step(self, log, last):
         if self.ranks.rank == 0 and self.step == 2:
             os.kill(os.getpid(), number)
-        original(self, log, last, devices)
+        original(self, log, last)
 
     pretrain_hope.Run._one_step = one_step
     return run(path)
