@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models import named
 
-from hope.config import CmsConfig, MemoryConfig, ModelConfig
+from hope.config import CmsConfig
+from hope.memory.config import MemoryConfig
 from hope.model import Model
 from hope.train.config import LogConfig, TrainConfig
 from hope.train.heartbeat import Heartbeat
@@ -78,7 +80,7 @@ def test_which_records_a_step_leaves(step: int, last: int, taken: Taken) -> None
 def test_the_probe_collects_in_steps_that_leave_records_only() -> None:
     cms = CmsConfig(periods=[1], hidden=16)
     memory = MemoryConfig(projection_chunk=4, main_chunk=4)
-    model = Model(ModelConfig("hope", 32, 16, 1, 2, memory=memory, cms=cms)).initialise(1)
+    model = Model(named(memory=memory, vocab_size=32, width=16, layers=1, heads=2, cms=cms)).initialise(1)
     watching, _ = instruments([model], histograms=5)
     tokens = torch.zeros(8, 1, dtype=torch.long)
     with watching.step(2, last=20), watching.passes():
