@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hope.batch import Batch
 from hope.config import ModelConfig
 from hope.model import Model
 from hope.optim.build import build_optimizer
@@ -27,7 +28,7 @@ from parallel.start import groups
 
 @dataclass(frozen=True)
 class Replica:
-    """What a rank computes with. `batch` objects have tokens_TB, targets_TB, and starts_TB and weights_TB (or None)."""
+    """What a rank computes with."""
 
     models: list[Model]
     stages: list[Stage]
@@ -36,12 +37,12 @@ class Replica:
     layout: ParallelConfig
 
     def run(
-        self, batches: Sequence[Any], forward_only: bool = False, phase: Callable[[str], object] | None = None
+        self, batches: Sequence[Batch], forward_only: bool = False, phase: Callable[[str], object] | None = None
     ) -> list[Report]:
         """Micro-batches through the schedule; gradients are accumulated. Reports on the last stage, else []."""
         return forward_backward(self.stages, batches, self._stage_step, forward_only, phase)
 
-    def _stage_step(self, model: Model, hidden: Tensor | None, batch: Any) -> Tensor | tuple[Tensor, Report]:
+    def _stage_step(self, model: Model, hidden: Tensor | None, batch: Batch) -> Tensor | tuple[Tensor, Report]:
         inputs = batch.tokens_TB if model.has_embedding else hidden
         outputs, _ = model(inputs, starts=batch.starts_TB, keep_state=False)
         if not model.has_head:

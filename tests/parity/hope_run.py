@@ -11,7 +11,7 @@ import torch
 from models import named
 from multirank import run_ranks
 
-from data_prep.training.reading import Batch
+from hope.batch import Batch
 from hope.config import CmsConfig, ModelConfig
 from hope.memory.config import MemoryConfig
 from hope.model import Model, next_token_loss

@@ -12,7 +12,8 @@ from tiny import config_file
 
 import pretrain_hope
 from configs.schema import load
-from data_prep.training.reading import Batch, TrainingSet
+from data_prep.training.batches import batch_of_windows
+from data_prep.training.reading import TrainingSet
 from hope.model import Model, next_token_loss
 from parallel.checkpoint import manifest
 from parallel.checkpoint.folders import step_folder
@@ -141,7 +142,7 @@ def test_every_step_sees_its_own_batch(tmp_path):
     data = TrainingSet(config.data.train, config.train.seq_len, config.data.seed)
     expected = []
     for step in range(4):
-        batch = Batch.from_windows([data.sample(8 * step + i) for i in range(8)], "carry", data.eos_id)
+        batch = batch_of_windows([data.sample(8 * step + i) for i in range(8)], "carry", data.eos_id)
         with torch.no_grad():
             expected.append(next_token_loss(model(batch.tokens_TB)[0], batch.targets_TB).item())
     assert len(set(expected)) == 4
