@@ -14,9 +14,8 @@ from hope.optim.config import OptimConfig
 from parallel.optimizer.checkpoint_views import StatePiece
 from parallel.optimizer.clocks import Combine, due_groups, waits_locally
 from parallel.optimizer.members import Counts, first_name, members_of, union_of_names
-from parallel.optimizer.order import StepStage
 from parallel.optimizer.ownership import OwnedGroup
-from parallel.optimizer.sharded import ShardedOptimizer
+from parallel.optimizer.sharded import ShardedOptimizer, StepStage
 from parallel.optimizer.statistics import group_statistics
 from parallel.optimizer.zero import ZeroOptimizer
 from parallel.start.groups import Ranks

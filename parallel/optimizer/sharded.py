@@ -4,12 +4,14 @@
 from the protocol, so that mypy compares them with it, and its docstrings are theirs.
 
 A step is, in this order: micro-batches add to the gradients, `prepare`, whatever changes `accumulated` gradients,
-`reduce`, a look at `grad_norms`, and either `step` or `discard`. `order.StepOrder` refuses any other order.
+`reduce`, a look at `grad_norms`, and either `step` or `discard`. `StepOrder` refuses any other order: a gradient that
+was reduced twice, or not at all, looks like any other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from enum import IntEnum
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -110,3 +112,43 @@ class ShardedOptimizer(ShardedState, Protocol):
 
     def close(self) -> None:
         """Remove every hook from the model."""
+
+
+class StepStage(IntEnum):
+    """How far a step has come."""
+
+    ACCUMULATING = 0
+    PREPARED = 1
+    REDUCED = 2
+
+
+_IS = {
+    StepStage.ACCUMULATING: "this step is not prepared",
+    StepStage.PREPARED: "this step is prepared, and has no reduced gradients",
+    StepStage.REDUCED: "this step is reduced",
+}
+_THEN = {
+    StepStage.ACCUMULATING: "call step() or discard() first",
+    StepStage.PREPARED: "call prepare() once, after all micro-batches and before reduce()",
+    StepStage.REDUCED: "call reduce() first",
+}
+
+
+class StepOrder:
+    """Where a step of a sharded optimizer stands."""
+
+    def __init__(self) -> None:
+        self._stage = StepStage.ACCUMULATING
+
+    def require(self, stage: StepStage, call: str) -> None:
+        """`call` is possible at this stage only.
+
+        Raises:
+            RuntimeError: the step is at another stage. The message says what to call.
+        """
+        if self._stage is not stage:
+            raise RuntimeError(f"{call}() out of order: {_IS[self._stage]}; {_THEN[stage]}")
+
+    def reach(self, stage: StepStage) -> None:
+        """The step has come to this stage."""
+        self._stage = stage

@@ -26,9 +26,8 @@ from parallel.optimizer.members import (
     name_of,
     union_of_names,
 )
-from parallel.optimizer.order import StepOrder, StepStage
 from parallel.optimizer.partitions import PartitionSlice, partitions_of, slices_of
-from parallel.optimizer.sharded import ShardedOptimizer
+from parallel.optimizer.sharded import ShardedOptimizer, StepOrder, StepStage
 from parallel.optimizer.statistics import counted_rows, group_statistics
 from parallel.optimizer.tensor_sums import TensorSums, segments_of
 from parallel.start.groups import Ranks
