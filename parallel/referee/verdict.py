@@ -70,11 +70,15 @@ def errors(reference: Evidence, found: Evidence, names: list[str]) -> dict[Quant
         ("norm", found.grad_norms, reference.grad_norms),
     ):
         for step, (a, b) in enumerate(zip(ours, theirs, strict=True), start=1):
-            result[kind, f"step {step}"] = relative(torch.tensor(a), torch.tensor(b))
+            result[kind, f"step {step}"] = relative(_number(a), _number(b))
     for name in reference.state_norms.keys() | found.state_norms.keys():
-        here, there = (torch.tensor(side.state_norms.get(name, 0.0)) for side in (found, reference))
+        here, there = (_number(side.state_norms.get(name, 0.0)) for side in (found, reference))
         result["state", name] = relative(here, there)
     return result
+
+
+def _number(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
 
 
 def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -195,7 +199,10 @@ def table(verdict: dict[str, Any], rows: int) -> str:
     states = verdict["state_norm_error"]
     sums = f"all weights {verdict['weights_error']:.1e}  gradient norm {verdict['grad_norm_error']:.1e}"
     lines.append(f"{sums}  memory states {'none compared' if states is None else f'{states:.1e}'}")
-    lines += [_settled_line(s) for s in verdict["settled"]]
+    settled = sorted(verdict["settled"], key=lambda s: -s["error"] / (s["allowed"] or 1e-300))
+    lines += [_settled_line(s) for s in settled[:rows]]
+    if len(settled) > rows:
+        lines.append(f"... and {len(settled) - rows} more quantities settled by rounding, further from what is allowed")
     if verdict["missing"]:
         lines.append("on one side only: " + ", ".join(verdict["missing"]))
     word = "EQUAL" if verdict["equal"] else "DIFFERENT"
