@@ -12,8 +12,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from configs.errors import ConfigError, Problem
+from configs.errors import ConfigError
 from configs.schema import Config, validate
+from hope.sections import Problem
 
 FREE = (
     "run.name",
@@ -90,14 +91,14 @@ def _problems(found: list[Change]) -> Iterator[Problem]:
     for change in found:
         what = f"checkpoint {change.saved}, now {change.now}"
         if change.rule == "refused":
-            yield (
+            yield Problem(
                 change.path,
                 f"{what}: the order of the data would change, tokens would be repeated or left out",
                 "put it back, or start another run.name",
             )
         elif change.rule == "ask":
             fix = f"checkpoint.on_change={{{change.path}: override}} for {change.now}, keep for {change.saved}"
-            yield change.path, what, fix
+            yield Problem(change.path, what, fix)
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

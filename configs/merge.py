@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.errors import Problem
+from hope.sections import Problem
 
 BAD = object()
 GUESS = "did you mean: "
@@ -121,7 +121,7 @@ class Fitter:
             what += f" (command line: {self.given[path]})"
         elif path in self.lines:
             what += f" (line {self.lines[path]})"
-        self.problems.append((path, what, fix))
+        self.problems.append(Problem(path, what, fix))
 
     def _nearest(self, child: str, key: str, section: str, names: list[str]) -> str:
         """Near spellings in the section first, then the same key elsewhere, then near paths."""

@@ -14,13 +14,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from configs.errors import ConfigError, Problem
+from configs.errors import ConfigError
 from configs.launch_section import LaunchConfig
 from configs.merge import BAD, GUESS, Fitter, defaults, describe, leaves, missing_paths
 from configs.source import apply_overrides, plain, read_yaml
 from data_prep.config import DataConfig
 from hope.config import ModelConfig
 from hope.optim.config import OptimConfig
+from hope.sections import Problem
 from hope.train.config import CheckpointConfig, LogConfig, RunConfig, TrainConfig
 from parallel.layout.topology import ParallelConfig
 
@@ -91,7 +92,7 @@ def _unset(merged: DictConfig, known: set[str]) -> Iterator[Problem]:
     """Required values that nobody gave, and `${...}` that lead nowhere or to a value of the wrong type."""
     for path in missing_paths(plain(merged)):
         if not any(path == where or path.startswith(f"{where}.") for where in known):
-            yield path, "required, but not given", f"{path}=VALUE, or in the file"
+            yield Problem(path, "required, but not given", f"{path}=VALUE, or in the file")
     for path, hint, _, _ in leaves(Config):
         section, _, key = path.rpartition(".")
         try:
@@ -101,7 +102,7 @@ def _unset(merged: DictConfig, known: set[str]) -> Iterator[Problem]:
         except MissingMandatoryValue:
             continue
         except (OmegaConfBaseException, ValueError) as error:
-            yield path, str(error).splitlines()[0], describe(hint)
+            yield Problem(path, str(error).splitlines()[0], describe(hint))
 
 
 def _whole_sections(merged: DictConfig, problems: list[Problem]) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def _section_problems(sections: dict[str, Any], world_size: int | None) -> Itera
         yield from data.problems(model.vocab_size, train.seq_len)
     if optim and train and optim.warmup >= train.steps >= 1:
         what = f"{optim.warmup} steps of warm-up leave none of train.steps {train.steps} for the decay"
-        yield "optim.warmup", what, f"at most {train.steps - 1}; usual: {train.steps // 20}"
+        yield Problem("optim.warmup", what, f"at most {train.steps - 1}; usual: {train.steps // 20}")
     if model and train and min(train.global_batch, train.seq_len) >= 1:
         yield from _token_periods(model, train.tokens_per_step)
     if "checkpoint" in sections:
@@ -140,7 +141,7 @@ def _token_periods(model: ModelConfig, step: int) -> Iterator[Problem]:
         if period >= 1 and period % step:
             near = sorted({max(1, period // step) * step, -(-period // step) * step})
             what = f"{period:,} tokens are not a multiple of the {step:,} of a step (train.global_batch x seq_len)"
-            yield f"model.cms.periods[{number}]", what, " or ".join(map(str, near))
+            yield Problem(f"model.cms.periods[{number}]", what, " or ".join(map(str, near)))
 
 
 def _unknown_changes(on_change: dict[str, str]) -> Iterator[Problem]:
@@ -150,7 +151,9 @@ def _unknown_changes(on_change: dict[str, str]) -> Iterator[Problem]:
     for key in on_change:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            yield "checkpoint.on_change", f"{key} is no key or section", f"{GUESS}{near[0]}" if near else "optim.lr"
+            yield Problem(
+                "checkpoint.on_change", f"{key} is no key or section", f"{GUESS}{near[0]}" if near else "optim.lr"
+            )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.errors import Problem
+from hope.sections import Problem
 
 MERGE_KEY = "<<"
 OVERRIDE = re.compile(r"[A-Za-z_]\w*(\[\d+\]|\.[\w-]+)*")
@@ -33,24 +33,28 @@ def read_yaml(path: str, problems: list[Problem]) -> tuple[DictConfig, dict[str,
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        problems.append(("(file)", f"cannot read {path}: {reason}", _nearest_file(path)))
+        problems.append(Problem("(file)", f"cannot read {path}: {reason}", _nearest_file(path)))
         return empty, {}
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
-        problems.append(("(file)", f"not valid YAML: {_one_line(error)}", "check the indentation and quotes there"))
+        problems.append(
+            Problem("(file)", f"not valid YAML: {_one_line(error)}", "check the indentation and quotes there")
+        )
         return empty, {}
     if root is None:
         return empty, {}
     if not isinstance(root, yaml.MappingNode):
-        problems.append(("(file)", "the top level is not a mapping", "sections such as `train:` with keys below"))
+        problems.append(
+            Problem("(file)", "the top level is not a mapping", "sections such as `train:` with keys below")
+        )
         return empty, {}
     lines: dict[str, int] = {}
     problems += _check_nodes(root, "", lines, set())
     try:
         return OmegaConf.create(yaml.serialize(root)), lines
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        problems.append(("(file)", f"not valid YAML: {_one_line(error)}", "check the values there"))
+        problems.append(Problem("(file)", f"not valid YAML: {_one_line(error)}", "check the values there"))
         return empty, lines
 
 
@@ -69,7 +73,7 @@ def _check_nodes(node: yaml.Node, path: str, lines: dict[str, int], seen: set[in
             name, line = str(key.value), key.start_mark.line + 1
             child = f"{path}.{name}" if path else name
             if name != MERGE_KEY and name in firsts:
-                yield child, f"given twice, on lines {firsts[name]} and {line}", "keep one of them"
+                yield Problem(child, f"given twice, on lines {firsts[name]} and {line}", "keep one of them")
                 continue
             firsts[name] = line
             lines[child] = line
@@ -79,7 +83,7 @@ def _check_nodes(node: yaml.Node, path: str, lines: dict[str, int], seen: set[in
     elif isinstance(node, yaml.ScalarNode) and node.style is None:
         for pattern, kind in SURPRISES:
             if pattern.fullmatch(node.value):
-                yield (
+                yield Problem(
                     path,
                     f"YAML reads {node.value} as {kind}",
                     "write a decimal number, or quote it if it is a text",
@@ -96,7 +100,7 @@ def apply_overrides(raw: DictConfig, overrides: list[str], texts: set[str], prob
         key, equals, word = override.partition("=")
         if not equals or not OVERRIDE.fullmatch(key):
             problems.append(
-                ("(command line)", f"`{override}` is not of the form section.key=value", _suggest(override))
+                Problem("(command line)", f"`{override}` is not of the form section.key=value", _suggest(override))
             )
             continue
         quoted = word[:1] in ("'", '"')
@@ -105,7 +109,9 @@ def apply_overrides(raw: DictConfig, overrides: list[str], texts: set[str], prob
             value = word if is_text else _yaml_value(word)
             OmegaConf.update(raw, key, value, force_add=True)
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, IndexError, TypeError) as error:
-            problems.append((key, f"cannot read `{override}` of the command line: {_one_line(error)}", "quote it"))
+            problems.append(
+                Problem(key, f"cannot read `{override}` of the command line: {_one_line(error)}", "quote it")
+            )
             continue
         given[key] = override
     return given

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-Problem = tuple[str, str, str]
+from hope.sections import Problem
 
 
 @dataclass
@@ -79,35 +79,37 @@ class OptimConfig:
 
     def problems(self, path: str = "optim") -> Iterator[Problem]:
         if not 0 < self.lr < math.inf:
-            yield f"{path}.lr", f"{self.lr} is not a positive number", "1.5e-3"
+            yield Problem(f"{path}.lr", f"{self.lr} is not a positive number", "1.5e-3")
         if self.warmup < 0:
-            yield f"{path}.warmup", f"{self.warmup} is negative", "60"
+            yield Problem(f"{path}.warmup", f"{self.warmup} is negative", "60")
         for name in ("beta1", "beta2", "m3_beta3"):
             if not 0 <= getattr(self, name) < 1:
-                yield f"{path}.{name}", f"{getattr(self, name)} is not in [0, 1)", "0.9"
+                yield Problem(f"{path}.{name}", f"{getattr(self, name)} is not in [0, 1)", "0.9")
         if not 0 <= self.final_lr <= 1:
-            yield f"{path}.final_lr", f"{self.final_lr} is not in [0, 1]", "0.1"
+            yield Problem(f"{path}.final_lr", f"{self.final_lr} is not in [0, 1]", "0.1")
         defaults = {item.name: item.default for item in dataclasses.fields(self)}
         for name in ("eps", "output_bound"):
             if not getattr(self, name) > 0:
-                yield f"{path}.{name}", f"{getattr(self, name)} is not positive", str(defaults[name])
+                yield Problem(f"{path}.{name}", f"{getattr(self, name)} is not positive", str(defaults[name]))
         for name in ("weight_decay", "erase", "mlp_lr", "m3_alpha", "matrix_rms"):
             if not getattr(self, name) >= 0:
-                yield f"{path}.{name}", f"{getattr(self, name)} is negative", str(defaults[name])
+                yield Problem(f"{path}.{name}", f"{getattr(self, name)} is negative", str(defaults[name]))
         for name in ("mlp_width", "newton_schulz_steps", "m3_slow_period"):
             if getattr(self, name) < 1:
-                yield f"{path}.{name}", f"{getattr(self, name)} is less than 1", str(defaults[name])
+                yield Problem(f"{path}.{name}", f"{getattr(self, name)} is less than 1", str(defaults[name]))
         if self.mlp_lr > 1:
-            yield f"{path}.mlp_lr", f"{self.mlp_lr} is more than the largest stable step", "0.1"
+            yield Problem(f"{path}.mlp_lr", f"{self.mlp_lr} is more than the largest stable step", "0.1")
         if self.output == "rms_match" and self.memory == "linear":
-            yield f"{path}.output", "rms_match scales an mlp to the linear memory, which is here alone", "identity"
+            yield Problem(
+                f"{path}.output", "rms_match scales an mlp to the linear memory, which is here alone", "identity"
+            )
         if not 0 <= self.mlp_decay < 1:
-            yield f"{path}.mlp_decay", f"{self.mlp_decay} is not in [0, 1)", "0.3"
+            yield Problem(f"{path}.mlp_decay", f"{self.mlp_decay} is not in [0, 1)", "0.3")
         if self.name != "dmgd":
             yield from self._not_adamw(path)
         elif self.erase > 0 and self.objective == "l2" and self.bias_correction:
             what = f"erase {self.erase} changes what the average sums to, and bias_correction divides by 1 - beta1^t"
-            yield f"{path}.erase", what, "optim.bias_correction=false, or optim.erase=0"
+            yield Problem(f"{path}.erase", what, "optim.bias_correction=false, or optim.erase=0")
 
     def _not_adamw(self, path: str) -> Iterator[Problem]:
         """adamw, and the element-wise part of muon and m3, is one setting of dmgd."""
@@ -119,4 +121,4 @@ class OptimConfig:
         if found:
             say = lambda settings: ", ".join(f"{key} {value}" for key, value in settings.items())
             what = f"{self.name} has {say({key: adamw[key] for key in found})}, not {say(found)}"
-            yield f"{path}.name", what, "optim.name=dmgd, or leave these out"
+            yield Problem(f"{path}.name", what, "optim.name=dmgd, or leave these out")
