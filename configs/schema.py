@@ -7,19 +7,24 @@ import dataclasses
 import difflib
 import re
 import sys
-from collections.abc import Iterator
+import typing
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from configs.errors import ConfigError
+from configs.given import Given, gather
 from configs.launch_section import LaunchConfig
-from configs.merge import BAD, GUESS, Fitter, defaults, describe, leaves, missing_paths
-from configs.source import apply_overrides, plain, read_yaml
+from configs.merge import BAD, GUESS, Fitter, defaults, describe, missing_paths, only_named
+from configs.renamed import refuse_old
+from configs.source import plain
+from configs.tree import UNKNOWN, leaves
+from configs.used import recorded, unused_given
 from data_prep.config import DataConfig
-from hope.config import ModelConfig
+from hope.config import ModelConfig, import_modules
 from hope.optim.config import OptimConfig
 from hope.sections import Problem
 from hope.train.config import CheckpointConfig, LogConfig, RunConfig, TrainConfig
@@ -41,26 +46,29 @@ class Config:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
 
-def load(path: str, overrides: list[str], *, world_size: int | None = None, check: bool = True) -> Config:
-    """Read `path`, apply `a.b=c` overrides and check everything that can be checked.
+def load(path: str, words: Sequence[str], *, world_size: int | None = None, check: bool = True) -> Config:
+    """Read `path`, apply `a.b=c` overrides and further YAML files in order, and check everything that can be checked.
 
-    With `world_size` (devices of the run) the `parallel` section is checked too. `check=False` checks only
-    the structure (keys, types, required values), for tools that read the config of a finished run.
-    Raises ConfigError with every problem at once; sections with a wrong key or type are not checked further.
+    With `world_size` (devices of the run) the `parallel` section is checked too. `check=False` checks only the
+    structure (keys, types, required values, keys that nothing uses), for tools that read the config of a finished run.
+
+    Raises:
+        ConfigError: with every problem at once; sections with a wrong key or type are not checked further.
     """
-    problems: list[Problem] = []
-    raw, lines = read_yaml(path, problems)
-    if any(where == "(file)" for where, _, _ in problems):
-        raise ConfigError(path, problems)
-    texts = {key for key, hint, _, _ in leaves(Config) if hint is str}
-    given = apply_overrides(raw, overrides, texts, problems)
-    fitter = Fitter(Config, lines, given)
-    good = fitter.fit(plain(raw), Config, "")
+    problems = list(_import_mixers(path, words))
+    given = gather(path, words, {key.path for key in leaves(Config) if key.hint is str}, problems)
+    if not given.readable:
+        raise ConfigError(path, [problem for problem in problems if problem.path == "(file)"])
+    values = plain(given.values)
+    problems += refuse_old(values, given.place)
+    fitter = Fitter(Config, given.place)
+    good = fitter.fit(values, Config, "")
     problems += fitter.problems
     merged = OmegaConf.merge(defaults(Config), {} if good is BAD else good)
     assert isinstance(merged, DictConfig)
     problems += list(_unset(merged, _touched(problems)))
     sections = _whole_sections(merged, problems)
+    problems += _unused(merged, {} if good is BAD else good, given, _touched(problems))
     if check:
         problems += _section_problems(sections, world_size)
     if problems:
@@ -77,8 +85,48 @@ def validate(config: Config, world_size: int, source: str = "config") -> None:
 
 
 def to_yaml(config: Config) -> str:
-    """The complete configuration as YAML; reading it back gives an equal Config."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """Every key that the configuration uses, as YAML; reading it back gives an equal Config."""
+    return OmegaConf.to_yaml(OmegaConf.create(recorded(config)))
+
+
+def of_record(record: Mapping[str, Any]) -> Config:
+    """The configuration that `recorded` gave, defaults for what is missing.
+
+    Raises:
+        omegaconf.errors.OmegaConfBaseException: a key is unknown, or a value of the wrong type.
+    """
+    merged = OmegaConf.merge(defaults(Config), record)
+    assert isinstance(merged, DictConfig)
+    return Config(**_whole_sections(merged, []))
+
+
+def _import_mixers(path: str, words: Sequence[str]) -> Iterator[Problem]:
+    """Import what registers mixers, before anything asks which there are."""
+    found = OmegaConf.select(gather(path, words, set(), []).values, "model.imports", throw_on_resolution_failure=False)
+    names = [name for name in found if isinstance(name, str)] if isinstance(found, ListConfig) else []
+    for name in names:
+        try:
+            import_modules([name])
+        except Exception as error:  # whatever a user's module raises
+            what = f"cannot import {name}: {type(error).__name__}: {error}"
+            yield Problem("model.imports", what, "a module that is installed or in this folder, without .py")
+
+
+def _unused(merged: DictConfig, good: dict[str, Any], given: Given, known: set[str]) -> Iterator[Problem]:
+    """Keys that were given though no choice uses them. What is known to be wrong is no reason."""
+
+    def value(path: str) -> Any:
+        if any(path == where or where.startswith(f"{path}[") for where in known):
+            return UNKNOWN
+        try:
+            found = OmegaConf.select(merged, path)
+        except (OmegaConfBaseException, ValueError):
+            return UNKNOWN
+        return OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
+
+    for problem in unused_given(Config, good, value, given.place):
+        if problem.path not in known:
+            yield problem
 
 
 def _touched(problems: list[Problem]) -> set[str]:
@@ -93,7 +141,7 @@ def _unset(merged: DictConfig, known: set[str]) -> Iterator[Problem]:
     for path in missing_paths(plain(merged)):
         if not any(path == where or path.startswith(f"{where}.") for where in known):
             yield Problem(path, "required, but not given", f"{path}=VALUE, or in the file")
-    for path, hint, _, _ in leaves(Config):
+    for path, hint, *_ in leaves(Config):
         section, _, key = path.rpartition(".")
         try:
             value = OmegaConf.select(merged, section)[key]
@@ -107,8 +155,12 @@ def _unset(merged: DictConfig, known: set[str]) -> Iterator[Problem]:
 
 def _whole_sections(merged: DictConfig, problems: list[Problem]) -> dict[str, Any]:
     """The sections that nothing is wrong with, as dataclasses."""
+    hints = typing.get_type_hints(Config)
     broken = {re.split(r"[.\[]", where)[0] for where in _touched(problems)}
     names = [item.name for item in dataclasses.fields(Config) if item.name not in broken]
+    for item in dataclasses.fields(Config):
+        if item.name in names:
+            only_named(merged[item.name], hints[item.name])
     return {name: OmegaConf.to_object(merged[name]) for name in names}
 
 
@@ -147,7 +199,7 @@ def _token_periods(model: ModelConfig, step: int) -> Iterator[Problem]:
 def _unknown_changes(on_change: dict[str, str]) -> Iterator[Problem]:
     """Keys of checkpoint.on_change must be those of the configuration, its sections, or `all`."""
     paths = [path for path, *_ in leaves(Config)]
-    known = {"all", *paths, *(path.rsplit(".", n)[0] for path in paths for n in (1, 2))}
+    known = {"all", *paths, *(path.rsplit(".", n)[0] for path in paths for n in range(1, path.count(".") + 1))}
     for key in on_change:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)

@@ -1,4 +1,4 @@
-"""Read a YAML file and `a.b=c` overrides into one plain container, keeping every mistake.
+"""Read a YAML file into a plain container, keeping every mistake.
 
 PyYAML is used for the structure only (duplicate keys, line numbers); values are read by OmegaConf, which
 takes `3e-4` and `60_000` as the numbers they are.
@@ -18,7 +18,6 @@ from omegaconf.errors import OmegaConfBaseException
 from hope.sections import Problem
 
 MERGE_KEY = "<<"
-OVERRIDE = re.compile(r"[A-Za-z_]\w*(\[\d+\]|\.[\w-]+)*")
 # YAML 1.1 reads 012 as the octal 10 and 1:30 as 90: numbers that no one means in a training config.
 SURPRISES = (
     (re.compile(r"[-+]?0\d[\d_]*"), "an octal number"),
@@ -39,7 +38,7 @@ def read_yaml(path: str, problems: list[Problem]) -> tuple[DictConfig, dict[str,
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         problems.append(
-            Problem("(file)", f"not valid YAML: {_one_line(error)}", "check the indentation and quotes there")
+            Problem("(file)", f"not valid YAML: {one_line(error)}", "check the indentation and quotes there")
         )
         return empty, {}
     if root is None:
@@ -54,7 +53,7 @@ def read_yaml(path: str, problems: list[Problem]) -> tuple[DictConfig, dict[str,
     try:
         return OmegaConf.create(yaml.serialize(root)), lines
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        problems.append(Problem("(file)", f"not valid YAML: {_one_line(error)}", "check the values there"))
+        problems.append(Problem("(file)", f"not valid YAML: {one_line(error)}", "check the values there"))
         return empty, lines
 
 
@@ -90,47 +89,6 @@ def _check_nodes(node: yaml.Node, path: str, lines: dict[str, int], seen: set[in
                 )
 
 
-def apply_overrides(raw: DictConfig, overrides: list[str], texts: set[str], problems: list[Problem]) -> dict[str, str]:
-    """Put each `a.b=c` into `raw`, the last one winning; returns {path: override} for messages.
-
-    `texts` are the paths of plain text fields, which take the words as typed (`run.name=007`).
-    """
-    given: dict[str, str] = {}
-    for override in overrides:
-        key, equals, word = override.partition("=")
-        if not equals or not OVERRIDE.fullmatch(key):
-            problems.append(
-                Problem("(command line)", f"`{override}` is not of the form section.key=value", _suggest(override))
-            )
-            continue
-        quoted = word[:1] in ("'", '"')
-        try:
-            is_text = key in texts and not quoted
-            value = word if is_text else _yaml_value(word)
-            OmegaConf.update(raw, key, value, force_add=True)
-        except (OmegaConfBaseException, yaml.YAMLError, ValueError, IndexError, TypeError) as error:
-            problems.append(
-                Problem(key, f"cannot read `{override}` of the command line: {_one_line(error)}", "quote it")
-            )
-            continue
-        given[key] = override
-    return given
-
-
-def _yaml_value(word: str) -> Any:
-    """The value YAML reads in the word, interpolations left as they are; nothing is null."""
-    return plain(OmegaConf.create({"value": None} if not word else f"value: {word}"))["value"]
-
-
-def _suggest(override: str) -> str:
-    """What was probably meant by a malformed override."""
-    bare = override.lstrip("-+ ")
-    key, equals, word = bare.partition("=")
-    if equals and OVERRIDE.fullmatch(key.strip()):
-        return f"{key.strip()}={word.strip()}"
-    return "a key and a value, such as train.steps=100"
-
-
 def _nearest_file(path: str) -> str:
     """Configuration files with a similar name, in the same folder or in configs/."""
     folders = dict.fromkeys([os.path.dirname(path) or ".", "configs"])
@@ -139,7 +97,7 @@ def _nearest_file(path: str) -> str:
     return "did you mean: " + " · ".join(near) if near else "give the path of a YAML file"
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
     if mark is not None:
         where = f"line {mark.line + 1}, column {mark.column + 1}"

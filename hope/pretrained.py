@@ -17,7 +17,7 @@ def load(folder: str | Path) -> Model:
     """The model that `python -m parallel.checkpoint export` wrote to `folder`, on the CPU, in the file's dtype.
 
     Raises:
-        ValueError: the file is not what it says, or does not fit the configuration beside it.
+        ValueError: the file is not what it says, or does not fit the configuration beside it, or that cannot be read.
     """
     described = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     weights = read_safetensors(Path(folder) / "model.safetensors")

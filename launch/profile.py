@@ -11,8 +11,10 @@ from typing import Literal
 from omegaconf import DictConfig, OmegaConf
 
 from configs.errors import ConfigError
-from configs.merge import BAD, Fitter, defaults, leaves
-from configs.source import apply_overrides, plain, read_yaml
+from configs.given import gather
+from configs.merge import BAD, Fitter, defaults
+from configs.source import plain
+from configs.tree import leaves
 from hope.sections import Problem
 from launch.slurm import seconds
 
@@ -155,14 +157,12 @@ def load(name: str, overrides: list[str]) -> Profile:
     """
     path = find(name)
     problems: list[Problem] = []
-    raw, lines = read_yaml(path, problems)
-    if any(where == "(file)" for where, _, _ in problems):
+    given = gather(path, overrides, {key.path for key in leaves(Profile) if key.hint is str}, problems)
+    if not given.readable:
         known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
         raise ConfigError(path, [Problem(where, what, f"a path, or one of: {known}") for where, what, _ in problems])
-    texts = {key for key, hint, _, _ in leaves(Profile) if hint is str}
-    given = apply_overrides(raw, overrides, texts, problems)
-    fitter = Fitter(Profile, lines, given)
-    good = fitter.fit(plain(raw), Profile, "")
+    fitter = Fitter(Profile, given.place)
+    good = fitter.fit(plain(given.values), Profile, "")
     problems += fitter.problems
     merged = OmegaConf.merge(defaults(Profile), {} if good is BAD else good)
     assert isinstance(merged, DictConfig)

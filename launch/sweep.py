@@ -19,10 +19,11 @@ from typing import Any, Literal
 from omegaconf import DictConfig, OmegaConf
 
 from configs.errors import ConfigError
+from configs.given import gather
 from configs.merge import BAD, Fitter, defaults, missing_paths
 from configs.schema import Config
 from configs.schema import load as load_config
-from configs.source import plain, read_yaml
+from configs.source import plain
 from hope.sections import Problem
 from launch import profile, slurm
 from launch.folder import RunFolder, read_json
@@ -80,11 +81,11 @@ class Cell:
 def load(path: str) -> Grid:
     """Read and check a sweep. Raises ConfigError with every problem."""
     problems: list[Problem] = []
-    raw, lines = read_yaml(path, problems)
+    given = gather(path, (), set(), problems)
     if problems:
         raise ConfigError(path, problems)
-    fitter = Fitter(Grid, lines, {})
-    good = fitter.fit(plain(raw), Grid, "")
+    fitter = Fitter(Grid, given.place)
+    good = fitter.fit(plain(given.values), Grid, "")
     problems += fitter.problems
     merged = OmegaConf.merge(defaults(Grid), {} if good is BAD else good)
     assert isinstance(merged, DictConfig)

@@ -49,7 +49,8 @@ class Gates:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Gates":
         """`change` applied to every tensor that is there."""
-        return Gates(*(None if t is None else change(t) for t in (self.eta, self.log_alpha, self.valid, self.erase)))
+        valid, erase = (None if t is None else change(t) for t in (self.valid, self.erase))
+        return Gates(change(self.eta), change(self.log_alpha), valid, erase)
 
     def unsqueeze(self, dim: int) -> "Gates":
         return self.map(lambda t: t.unsqueeze(dim))

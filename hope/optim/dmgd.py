@@ -166,7 +166,8 @@ class Dmgd(ClockedOptimizer):
         squares.mul_(keep).add_(mean[:, :1], alpha=1 - keep)
         if rule.width:
             gradient = mean[:, 2 : 2 + rule.size] / (mean[:, 1:2] + _LEAST_NORM)
-            nets.sub_(config.mlp_lr * gradient + config.mlp_decay * (nets - self._initial(rule, p)))
+            mlp = config.elementwise.mlp
+            nets.sub_(mlp.lr * gradient + mlp.decay * (nets - self._initial(rule, p)))
         if rule.match:
             linear, deep = mean[:, 2 + rule.size], mean[:, 3 + rule.size]
             gain = (linear / deep).sqrt().clamp(max=_LARGEST_GAIN)

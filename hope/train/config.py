@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hope.sections import Problem
+from hope.sections import Problem, only_if
 
 
 def _at_least(section: object, path: str, bounds: dict[str, int]) -> Iterator[Problem]:
@@ -87,7 +87,7 @@ class TrainConfig:
     """Skipped steps (non-finite gradients, spikes) in a row after which the run ends with code 93."""
     spike_sigma: float = 0.0
     """Skip a step whose loss is more than this many standard deviations above the recent mean (try 6); 0: never."""
-    spike_window: int = 64
+    spike_window: int = only_if("spike_sigma", default=64)
     """Accepted losses that mean and deviation are taken over; before there are as many, nothing is a spike."""
 
     @property
@@ -148,7 +148,7 @@ class CheckpointConfig:
     """Failed saves in a row after which the run ends; before that it goes on, with the checkpoints that it has."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest durable checkpoint of the run folder, if any; never: start from step 0."""
-    on_change: dict[str, str] = field(default_factory=dict)
+    on_change: dict[str, str] = only_if("resume", "auto", factory=dict)
     """What a resumed run does about keys that differ from its checkpoint: {optim.lr: override, train: keep, all: keep};
     keep: the checkpoint's value, override: this one. Without a word such a run is refused."""
 

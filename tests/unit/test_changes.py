@@ -40,7 +40,7 @@ def test_layout_name_logging_and_saving_are_free() -> None:
 
 def test_all_that_needs_a_word_is_asked_for_at_once() -> None:
     now = config()
-    now.optim.lr, now.train.steps, now.model.mixers.hope.eta_max = 1e-4, 200, 0.125
+    now.optim.lr, now.train.steps, now.model.mixers["hope"].eta_max = 1e-4, 200, 0.125
     with pytest.raises(ConfigError) as error:
         settle(now, SAVED, 1)
     assert [path for path, _, _ in error.value.problems] == ["model.mixers.hope.eta_max", "optim.lr", "train.steps"]
