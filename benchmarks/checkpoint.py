@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from hope.batch import Batch
 from hope.config import CmsConfig, ModelConfig
 from hope.memory.config import MemoryConfig
 from hope.optim.config import OptimConfig
@@ -30,14 +31,14 @@ from parallel.checkpoint.checkpointer import Checkpointer, SavedCheckpoint
 from parallel.compute.pipeline import mean_loss
 from parallel.compute.replica import Replica, build_replica
 from parallel.layout.topology import ParallelConfig
-from parallel.referee.evidence import TokenBatch, micro_batches
+from parallel.referee.evidence import micro_batches
 from parallel.start import groups
 
 # name: (vocabulary, width, layers, heads, sequence length, sequences per device)
 PRESETS = {"toy": (512, 64, 2, 4, 64, 2), "17m": (8192, 384, 8, 6, 1024, 8), "1b": (32768, 2048, 18, 16, 1024, 8)}
 
 
-def build(preset: str, layout: ParallelConfig, ranks: groups.Ranks) -> tuple[Replica, TokenBatch]:
+def build(preset: str, layout: ParallelConfig, ranks: groups.Ranks) -> tuple[Replica, Batch]:
     """A model with its optimizer, and one global batch."""
     vocabulary, width, layers, heads, length, rows = PRESETS[preset]
     chunk = min(128, length)
@@ -49,10 +50,10 @@ def build(preset: str, layout: ParallelConfig, ranks: groups.Ranks) -> tuple[Rep
     optim = OptimConfig(lr=1e-4, warmup=0)
     replica = build_replica(model, optim, layout, ranks, seq_len=length, precision=precision, seed=1, recompute="block")
     tokens = torch.randint(0, vocabulary, (length + 1, rows * 2), generator=torch.Generator().manual_seed(0))
-    return replica, TokenBatch(tokens[:-1].contiguous(), tokens[1:].contiguous(), None)
+    return replica, Batch(tokens[:-1].contiguous(), tokens[1:].contiguous(), None)
 
 
-def step(replica: Replica, batch: TokenBatch, rows: int) -> float:
+def step(replica: Replica, batch: Batch, rows: int) -> float:
     """One training step; its seconds."""
     began = time.perf_counter()
     replica.run(micro_batches(batch, rows, replica.ranks))
@@ -64,13 +65,13 @@ def step(replica: Replica, batch: TokenBatch, rows: int) -> float:
     return time.perf_counter() - began
 
 
-def loss(replica: Replica, batch: TokenBatch, rows: int) -> float:
+def loss(replica: Replica, batch: Batch, rows: int) -> float:
     reports = replica.run(micro_batches(batch, rows, replica.ranks), forward_only=True)
     return groups.loss_on_all_ranks(mean_loss(reports, replica.ranks.device), replica.ranks).item()
 
 
 def one_round(
-    replica: Replica, keeper: Checkpointer, batch: TokenBatch, rows: int, steps: int, number: int
+    replica: Replica, keeper: Checkpointer, batch: Batch, rows: int, steps: int, number: int
 ) -> dict[str, float]:
     """Steps alone, then a save and the steps until it is durable on every rank."""
     alone = [step(replica, batch, rows) for _ in range(steps)]

@@ -23,12 +23,13 @@ from pathlib import Path
 import torch
 
 from configs.schema import load
+from hope.batch import Batch
 from hope.train.numerics import set_numerics
 from hope.train.throughput import GIB
 from launch.estimate import worst_rank
 from parallel.compute.replica import build_replica
 from parallel.referee import parity
-from parallel.referee.evidence import TokenBatch, micro_batches
+from parallel.referee.evidence import micro_batches
 from parallel.start import groups
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +58,7 @@ def worker(config_path: str, overrides: list[str], steps: int) -> dict:
             recompute=train.recompute,
         )
         tokens = torch.randint(0, config.model.vocab_size, (train.seq_len + 1, batch))
-        mine = micro_batches(TokenBatch(tokens[:-1], tokens[1:], None), train.micro_batch, ranks)
+        mine = micro_batches(Batch(tokens[:-1], tokens[1:], None), train.micro_batch, ranks)
         seconds = []
         for _ in range(steps + 1):
             groups.barrier()

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from hope.optim.build import build_optimizer
+from hope.optim.clocks import ClockedOptimizer
 from hope.optim.config import DmgdConfig, MlpConfig, OptimConfig
-from hope.optim.dmgd import Dmgd
 from hope.optim.segments import Piece, Segments
 
 SETTINGS = {
@@ -48,13 +48,15 @@ def torchs(count: int, shape: int, device: torch.device) -> tuple[Callable[[], o
     return optimizer.step, optimizer
 
 
-def ours(config: OptimConfig, count: int, shape: int, device: torch.device) -> tuple[Callable[[], object], Dmgd]:
+def ours(
+    config: OptimConfig, count: int, shape: int, device: torch.device
+) -> tuple[Callable[[], object], ClockedOptimizer]:
     master = flat(count, shape, device)
     size = shape * shape
     if config.name == "dmgd":
         optimizer = build_optimizer([{"params": [master], "weight_decay": 0.1}], dataclasses.replace(config, lr=1e-5))
-        assert isinstance(optimizer, Dmgd)
-        optimizer.segments[master] = Segments(count, tuple(Piece(i, i * size, size) for i in range(count)))
+        segments = Segments(count, tuple(Piece(i, i * size, size) for i in range(count)))
+        optimizer.attach(lambda parts: parts, {master: segments})
         return optimizer.step, optimizer
     matrices = [torch.nn.Parameter(part.view(shape, shape)) for part in master.detach().split(size)]
     assert master.grad is not None
@@ -62,7 +64,6 @@ def ours(config: OptimConfig, count: int, shape: int, device: torch.device) -> t
         matrix.grad = gradient.view(shape, shape)
     groups = [{"params": matrices, "matrices": True}]
     optimizer = build_optimizer(groups, dataclasses.replace(config, lr=1e-5), precision="bf16")
-    assert isinstance(optimizer, Dmgd)
     return optimizer.step, optimizer
 
 

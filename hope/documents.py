@@ -24,6 +24,11 @@ class Pending:
     slots: int = 0
     count: Tensor | None = None
 
+    def without(self, rows: Tensor) -> "Pending":
+        """Nothing pending where rows [B] is true."""
+        count = torch.full_like(rows, self.slots, dtype=torch.long) if self.count is None else self.count
+        return Pending(self.slots, count.masked_fill(rows, 0))
+
 
 NO_PENDING = Pending()
 

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 from hope.optim import fused
 from hope.optim.config import DmgdConfig, MlpConfig, OptimConfig
-from hope.optim.rules import Rule
+from hope.optim.rules import UpdateRule
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = dict.fromkeys(("p", "s", "v", "g", "networks", "rms", "partial"), "*fp32")
@@ -44,7 +44,7 @@ def main(settings: list[str]) -> None:
     for words in settings:
         chosen = json.loads(words)
         dmgd = DmgdConfig(**{**chosen, "mlp": MlpConfig(**chosen.get("mlp", {}))})
-        rule = Rule.of(OptimConfig(dmgd=dmgd))
+        rule = UpdateRule.of(OptimConfig(dmgd=dmgd))
         choices = {"CLIP": rule.clip, "ERASE": rule.erase, **fused._choices(rule, table, "update")}
         print(compiled(fused._update, choices))
         print(compiled(fused._sums, {"L2": rule.l2, **fused._choices(rule, table, "sums")}))

@@ -61,16 +61,24 @@ def group_makers(source: str) -> set[str]:
 
 
 def folder_edges(root: Path = ROOT) -> set[Edge]:
-    """(folder, folder that one of its modules imports from), for our own packages; "." has pretrain_hope.py."""
+    """(folder, folder that one of its modules imports from), for our own packages; "." has pretrain_hope.py.
+
+    A folder and its sub-folders are one house: what is shared stands at the top, what puts the parts together too.
+    Edges between them are left out.
+    """
     files = {path: path.relative_to(root).parent.as_posix() for path in own_files(root) if path.exists()}
     folders = {_module(path.relative_to(root)): folder for path, folder in files.items()}
     edges = set()
     for path, folder in files.items():
         for name in imports(path.read_text()):
             target = _folder_of(name, folders)
-            if target not in (None, folder):
+            if target not in (None, folder) and not _one_inside_the_other(folder, target):
                 edges.add((folder, target))
     return edges
+
+
+def _one_inside_the_other(folder: str, other: str) -> bool:
+    return other.startswith(f"{folder}/") or folder.startswith(f"{other}/")
 
 
 def _module(path: Path) -> str:
@@ -101,11 +109,6 @@ def circle(edges: Iterable[Edge]) -> list[str] | None:
     except CycleError as error:
         return error.args[1][::-1]
     return None
-
-
-def not_needed(exceptions: set[Edge], edges: set[Edge]) -> set[Edge]:
-    """Exceptions that no longer exist, or without which there is no circle either."""
-    return {edge for edge in exceptions if edge not in edges or circle(edges - (exceptions - {edge})) is None}
 
 
 def lengths_of_functions(source: str) -> dict[str, int]:

@@ -7,7 +7,6 @@ and ranks, is then the mean over the real targets of the global batch, for every
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -17,6 +16,7 @@ import torch
 from data_prep.errors import DataError
 from data_prep.training.index_rows import PAD
 from data_prep.training.stages import split_windows
+from hope.batch import Batch
 
 
 class _Samples(Protocol):
@@ -38,54 +38,22 @@ class _Windows(Protocol):
     def real_targets(self, index: int) -> int: ...
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch.
+def batch_of_windows(windows: Sequence[np.ndarray], documents: str, eos_id: int, real_weight: float = 1.0) -> Batch:
+    """Stack windows (each int64 [T + 1]).
 
-    Attributes:
-        tokens_TB: inputs, int64 [T, B].
-        targets_TB: the token after each input, int64 [T, B].
-        starts_TB: bool [T, B], True where an input is the first of a document or of the window; None
-            if state is carried over document boundaries, or if every row is one document.
-        weights_TB: float32 [T, B], what each target's loss counts; None if all count 1.
+    `documents` is "carry" (no starts), "reset" (starts) or "doc" (weights: `real_weight` at targets, 0 at PAD;
+    PAD itself becomes `eos_id`, an id that every model has a row for).
     """
-
-    tokens_TB: torch.Tensor
-    targets_TB: torch.Tensor
-    starts_TB: torch.Tensor | None
-    weights_TB: torch.Tensor | None = None
-
-    @classmethod
-    def from_windows(
-        cls, windows: Sequence[np.ndarray], documents: str, eos_id: int, real_weight: float = 1.0
-    ) -> "Batch":
-        """Stack windows (each int64 [T + 1]).
-
-        `documents` is "carry" (no starts), "reset" (starts) or "doc" (weights: `real_weight` at targets, 0 at PAD;
-        PAD itself becomes `eos_id`, an id that every model has a row for).
-        """
-        windows_TB = torch.from_numpy(np.stack(windows, axis=1))
-        tokens_TB, targets_TB = windows_TB[:-1].contiguous(), windows_TB[1:].contiguous()
-        starts_TB = weights_TB = None
-        if documents == "reset":
-            starts_TB = torch.ones_like(tokens_TB, dtype=torch.bool)
-            starts_TB[1:] = tokens_TB[:-1] == eos_id
-        elif documents == "doc":
-            weights_TB = (targets_TB != PAD).float() * real_weight
-            tokens_TB, targets_TB = (ids.masked_fill(ids == PAD, eos_id) for ids in (tokens_TB, targets_TB))
-        return cls(tokens_TB, targets_TB, starts_TB, weights_TB)
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on another device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pinned(self) -> "Batch":
-        """The same batch in page-locked memory, from where `to` does not wait for what the GPU is doing."""
-        return self._each(torch.Tensor.pin_memory)
-
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        starts_TB, weights_TB = (None if part is None else change(part) for part in (self.starts_TB, self.weights_TB))
-        return Batch(change(self.tokens_TB), change(self.targets_TB), starts_TB, weights_TB)
+    windows_TB = torch.from_numpy(np.stack(windows, axis=1))
+    tokens_TB, targets_TB = windows_TB[:-1].contiguous(), windows_TB[1:].contiguous()
+    starts_TB = weights_TB = None
+    if documents == "reset":
+        starts_TB = torch.ones_like(tokens_TB, dtype=torch.bool)
+        starts_TB[1:] = tokens_TB[:-1] == eos_id
+    elif documents == "doc":
+        weights_TB = (targets_TB != PAD).float() * real_weight
+        tokens_TB, targets_TB = (ids.masked_fill(ids == PAD, eos_id) for ids in (tokens_TB, targets_TB))
+    return Batch(tokens_TB, targets_TB, starts_TB, weights_TB)
 
 
 def global_batch_slice(consumed: int, global_batch: int, dp_rank: int, dp_size: int) -> range:
@@ -164,7 +132,7 @@ class BatchLoader:
             real_weight = weight_of_real(self._dataset.real_targets, whole_batch, len(windows[0]) - 1)
         step = self._micro_batch
         rows_of = [split_windows(windows[start : start + step], row_tokens) for start in range(0, len(windows), step)]
-        batches = [Batch.from_windows(rows, self._documents, self._dataset.eos_id, real_weight) for rows in rows_of]
+        batches = [batch_of_windows(rows, self._documents, self._dataset.eos_id, real_weight) for rows in rows_of]
         return [batch.pinned() for batch in batches] if self._pin else batches
 
 
@@ -207,4 +175,4 @@ def heldout_batches(
         real_weight = weight_of_real(heldout.real_targets, range(windows), len(heldout.window(0)) - 1)
     for start in range(0, len(numbers), micro_batch):
         chosen = [heldout.window(number) for number in numbers[start : start + micro_batch]]
-        yield Batch.from_windows(chosen, documents, heldout.eos_id, real_weight)
+        yield batch_of_windows(chosen, documents, heldout.eos_id, real_weight)

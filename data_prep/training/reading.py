@@ -6,14 +6,14 @@ from typing import Protocol
 import numpy as np
 
 from data_prep.errors import DataError
-from data_prep.training.batches import Batch, BatchLoader, global_batch_slice, heldout_batches
+from data_prep.training.batches import BatchLoader, global_batch_slice, heldout_batches
 from data_prep.training.index_key import IndexKey, too_short_for
 from data_prep.training.index_rows import DocumentRows, StreamWindows, Windows
 from data_prep.training.index_store import MegatronStore, TokenStore, open_store
 from data_prep.training.order import EpochOrder
 from data_prep.training.window_index import agree, open_windows
 
-__all__ = ["Batch", "BatchLoader", "HeldoutSet", "TrainingSet", "global_batch_slice", "heldout_batches"]
+__all__ = ["BatchLoader", "HeldoutSet", "TrainingSet", "global_batch_slice", "heldout_batches"]
 
 VERIFIED_AT_EVERY_START = 1 << 28  # bytes of held-out tokens: a fraction of a second of hashing
 

@@ -49,8 +49,8 @@ class Gates:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Gates":
         """`change` applied to every tensor that is there."""
-        valid, erase = (None if t is None else change(t) for t in (self.valid, self.erase))
-        return Gates(change(self.eta), change(self.log_alpha), valid, erase)
+        optional = lambda t: None if t is None else change(t)
+        return Gates(change(self.eta), change(self.log_alpha), optional(self.valid), optional(self.erase))
 
     def unsqueeze(self, dim: int) -> "Gates":
         return self.map(lambda t: t.unsqueeze(dim))

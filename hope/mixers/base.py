@@ -157,9 +157,9 @@ class Mixer(nn.Module):
 
 
 class MixerKind(NamedTuple):
-    """A registered mixer: its class, and the dataclass of its section."""
+    """A registered mixer: what makes one from (trunk, section), and the dataclass of its section."""
 
-    build: type[Mixer]
+    build: Callable[[Trunk, Any], Mixer]
     section: type[MixerSection]
 
 
@@ -176,8 +176,8 @@ def mixer(name: str, section: type[MixerSection]) -> Callable[[type[Mixer]], typ
 
     def register(cls: type[Mixer]) -> type[Mixer]:
         known = MIXERS.get(name)
-        if known is not None and known.build.__qualname__ != cls.__qualname__:
-            raise ValueError(f"mixer {name!r} is {known.build.__qualname__}; {cls.__qualname__} needs another name")
+        if known is not None and known.section.__qualname__ != section.__qualname__:
+            raise ValueError(f"a mixer is called {name!r} already; {cls.__qualname__} needs another name")
         cls.name = name
         MIXERS[name] = MixerKind(cls, section)
         return cls

@@ -27,6 +27,7 @@ from hope.documents import NO_PENDING, Documents, Pending, of_open_document, pla
 from hope.flops import Flops
 from hope.layers import CausalConv, Linear, RMSNorm, unit
 from hope.memory.bank import State as FastWeights
+from hope.memory.bank import reset_rows
 from hope.memory.config import MemoryConfig
 from hope.memory.kernels import scan_for
 from hope.memory.matrix import MatrixMemories
@@ -53,6 +54,15 @@ class SelfModifyingState(State):
     pending_x: Tensor
     pending_q: Tensor
     pending: Pending
+
+    def reset(self, rows: Tensor, initial: SelfModifyingState) -> SelfModifyingState:
+        """Where rows [B] is true, a sequence starts anew: initial memories, no history, nothing pending."""
+        bank = lambda now, start: reset_rows(now, start, rows)
+        main = bank(self.main, initial.main)
+        projections = main if self.projections is self.main else bank(self.projections, initial.projections)
+        history = self.history.masked_fill(rows.view(-1, 1, 1), 0.0)
+        pending = self.pending.without(rows)
+        return SelfModifyingState(projections, main, history, self.pending_x, self.pending_q, pending)
 
     def compared(self) -> dict[str, Tensor]:
         """The fast weights of the main memory's bank."""

@@ -5,15 +5,17 @@ moments, the schedule's rate and the DMGD memory move together, or not at all.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hope.optim.config import OptimConfig
+from hope.optim.segments import Segments
 
 Due = list[tuple[dict[str, Any], list[Tensor]]]
+Sums = Callable[[Tensor], Tensor]
 
 
 class ClockedOptimizer(torch.optim.Optimizer):
@@ -22,6 +24,10 @@ class ClockedOptimizer(torch.optim.Optimizer):
     Keys of a group: `period`, its clock in steps; `clock`, steps seen; `updates`, due steps seen; `gathered`, whether
     gradients already arrive summed over the period, at due steps only. The caller may set before `step`: `lr`, and
     `grad_scale`, a factor on this step's gradient (global clipping).
+
+    Attributes:
+        measured: what the last step did to every parameter that it moved, {} if it was not watched: [tensors, 6],
+            float64, the numbers of `hope.optim.rules.measure`.
     """
 
     per_tensor_keys: frozenset[str] = frozenset()
@@ -29,6 +35,7 @@ class ClockedOptimizer(torch.optim.Optimizer):
 
     def __init__(self, groups: Iterable[dict], config: OptimConfig) -> None:
         self.config = config
+        self.measured: dict[Tensor, Tensor] = {}
         self._completed = False
         defaults = {
             "lr": config.lr,
@@ -42,6 +49,18 @@ class ClockedOptimizer(torch.optim.Optimizer):
             "matrices": False,
         }
         super().__init__(groups, defaults)
+
+    def attach(self, sums: Sums, segments: Mapping[Tensor, Segments]) -> None:
+        """Parameters are pieces of tensors; an optimizer that is purely element-wise need not know it.
+
+        Args:
+            sums: adds up a buffer [tensors, numbers], float64, of all parameters of all groups in order, over
+                everything that holds parts of these tensors.
+            segments: which tensors lie where in a parameter. One that is not in here is a whole tensor.
+        """
+
+    def watch(self, on: bool) -> None:
+        """Whether the next step fills `measured`, where the optimizer can."""
 
     def due(self, group: dict[str, Any]) -> bool:
         """Whether the coming step is a due one of this group."""

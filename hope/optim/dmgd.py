@@ -16,17 +16,17 @@ Everything is element-wise but the numbers of a whole tensor, r and the network:
 that cuts across tensors (`segments`), and their sums may have parts on other ranks (`tensor_sums`).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hope.optim import coordinate_memory as memory
-from hope.optim.clocks import ClockedOptimizer, Due
+from hope.optim.clocks import ClockedOptimizer, Due, Sums
 from hope.optim.config import OptimConfig
 from hope.optim.kernels import kernels_for, stretches
-from hope.optim.rules import Rates, Rule, Stretch, Whole, measure
+from hope.optim.rules import Rates, Stretch, UpdateRule, Whole, measure
 from hope.optim.segments import Segments
 
 _LEAST_NORM = 1e-6  # of a network's gradient: one that sees nothing learns nothing
@@ -43,7 +43,6 @@ class Dmgd(ClockedOptimizer):
         tensor_sums: adds up a buffer [tensors, numbers] (float64, all parameters of all groups in order) over
             everything that holds parts of these tensors. Called once per step if anything needs it.
         watching: whether the next step fills `measured`.
-        measured: per parameter [tensors, 6]: what `rules.measure` sums over its elements.
     """
 
     per_tensor_keys = frozenset({"mlp", "mean_square"})
@@ -51,14 +50,20 @@ class Dmgd(ClockedOptimizer):
     def __init__(self, groups: Iterable[dict], config: OptimConfig) -> None:
         super().__init__(groups, config)
         self.segments: dict[Tensor, Segments] = {}
-        self.tensor_sums: Callable[[Tensor], Tensor] = lambda parts: parts
+        self.tensor_sums: Sums = lambda parts: parts
         self.watching = False
-        self.measured: dict[Tensor, Tensor] = {}
         self._start: Tensor | None = None
         self._gains: dict[Tensor, Tensor] = {}
 
-    def rule(self, group: dict[str, Any]) -> Rule:
-        return Rule.of(self.config, vectors=group["vectors"])
+    def attach(self, sums: Sums, segments: Mapping[Tensor, Segments]) -> None:
+        self.tensor_sums = sums
+        self.segments.update(segments)
+
+    def watch(self, on: bool) -> None:
+        self.watching = on
+
+    def rule(self, group: dict[str, Any]) -> UpdateRule:
+        return UpdateRule.of(self.config, vectors=group["vectors"])
 
     def state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("memory", "square") if self.rule(group).adam else ("memory",)
@@ -89,7 +94,7 @@ class Dmgd(ClockedOptimizer):
                     segments = self._layout(p) if rule.whole else Segments.single(p)
                     kernels_for(rule, x).kernels.update(rule, x, segments, rates, whole)
 
-    def _watched_update(self, p: Tensor, rule: Rule, x: Stretch, c: Rates, before: Whole, whole: Whole) -> None:
+    def _watched_update(self, p: Tensor, rule: UpdateRule, x: Stretch, c: Rates, before: Whole, whole: Whole) -> None:
         """In chunks, so that what was before the update need never be copied as a whole."""
         self.measured[p] = torch.zeros(self._layout(p).tensors, 6, dtype=torch.float64, device=p.device)
         for row, part in stretches(x, self._layout(p)):
@@ -105,21 +110,21 @@ class Dmgd(ClockedOptimizer):
     def _rates(self, group: dict[str, Any]) -> Rates:
         return Rates.of(self.config, group, self.gradient_factor(group) * group["grad_scale"])
 
-    def _stretch(self, p: Tensor, rule: Rule) -> Stretch:
+    def _stretch(self, p: Tensor, rule: UpdateRule) -> Stretch:
         """All coordinates of `p`."""
         assert p.grad is not None
         s = self.states([p], "memory")[0].view(-1)
         v = self.states([p], "square")[0].view(-1) if rule.adam else None
         return Stretch(p.view(-1), s, v, p.grad.view(-1))
 
-    def _whole(self, p: Tensor, rule: Rule) -> Whole:
+    def _whole(self, p: Tensor, rule: UpdateRule) -> Whole:
         nets, squares = self._of_tensors(p, rule)
         return Whole(nets, squares[:, 0].sqrt(), self._gains.get(p))
 
     def _layout(self, p: Tensor) -> Segments:
         return self.segments.get(p) or Segments.single(p)
 
-    def _of_tensors(self, p: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    def _of_tensors(self, p: Tensor, rule: UpdateRule) -> tuple[Tensor, Tensor]:
         """(networks [tensors, P], mean square of w [tensors, 1]) of a parameter; created if they are not there."""
         state, rows = self.state[p], self._layout(p).tensors
         if not rule.whole:
@@ -130,7 +135,7 @@ class Dmgd(ClockedOptimizer):
             state["mlp"] = self._initial(rule, p).repeat(rows, 1)
         return state["mlp"] if rule.width else p.new_zeros(rows, 0), state["mean_square"]
 
-    def _initial(self, rule: Rule, p: Tensor) -> Tensor:
+    def _initial(self, rule: UpdateRule, p: Tensor) -> Tensor:
         """Weights of a network that has learned nothing [P]."""
         if self._start is None:
             self._start = memory.initial(rule.features, rule.width, p.device)

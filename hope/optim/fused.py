@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hope.optim import coordinate_memory as memory
-from hope.optim.rules import Rates, Rule, Stretch, Whole
+from hope.optim.rules import Rates, Stretch, UpdateRule, Whole
 from hope.optim.segments import Segments, chunks
 
 # Elements of a program. A network's weights are loaded, and its sums over threads made, once per span; without one,
@@ -49,7 +49,7 @@ class Table(NamedTuple):
     aligned: bool
 
 
-def update(rule: Rule, x: Stretch, segments: Segments, c: Rates, whole: Whole) -> None:
+def update(rule: UpdateRule, x: Stretch, segments: Segments, c: Rates, whole: Whole) -> None:
     """`rules.update` on all pieces of a flat parameter [N]; networks [tensors, P] and r [tensors] of its tensors."""
     table = _table(segments, _SPAN[_kind(rule)], x.p.device)
     if not len(table.starts):
@@ -62,7 +62,7 @@ def update(rule: Rule, x: Stretch, segments: Segments, c: Rates, whole: Whole) -
         )  # fmt: skip
 
 
-def sums(rule: Rule, x: Stretch, segments: Segments, c: Rates, whole: Whole) -> Tensor:
+def sums(rule: UpdateRule, x: Stretch, segments: Segments, c: Rates, whole: Whole) -> Tensor:
     """`rules.sums` of every tensor [tensors, 2 or 3 + P], float64."""
     table = _table(segments, _SPAN[_kind(rule)], x.p.device)
     programs, numbers = len(table.starts), 2 + rule.size if rule.width else 1
@@ -79,7 +79,7 @@ def sums(rule: Rule, x: Stretch, segments: Segments, c: Rates, whole: Whole) -> 
     return torch.cat([table.elements, total], 1)
 
 
-def _kind(rule: Rule) -> str:
+def _kind(rule: UpdateRule) -> str:
     return "network" if rule.width else "linear"
 
 
@@ -89,7 +89,7 @@ def _pointers(x: Stretch, table: Table, whole: Whole) -> tuple[Tensor, ...]:
     return x.p, x.s, v, x.g, table.starts, table.numels, table.tensors, whole.network.contiguous(), whole.r
 
 
-def _choices(rule: Rule, table: Table, kernel: str) -> dict[str, int | bool]:
+def _choices(rule: UpdateRule, table: Table, kernel: str) -> dict[str, int | bool]:
     return {
         "ADAM": rule.adam,
         "AT_VALUE": rule.at_value,

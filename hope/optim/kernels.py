@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hope.optim import rules
 from hope.optim.config import OptimConfig
-from hope.optim.rules import Rates, Rule, Stretch, Whole
+from hope.optim.rules import Rates, Stretch, UpdateRule, Whole
 from hope.optim.segments import CHUNK, Segments, chunks
 
 _SHORT = {torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -22,11 +22,12 @@ _SHORT = {torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 class Kernels(NamedTuple):
     """`rules.update` and `rules.sums` on all pieces of a flat parameter [N].
 
-    `Whole` has the numbers of all its tensors; sums are [tensors, `Rule.numbers`], zeros for a tensor without a piece.
+    `Whole` has the numbers of all its tensors. Sums are [tensors, `UpdateRule.numbers`], zeros for a tensor without a
+    piece.
     """
 
-    update: Callable[[Rule, Stretch, Segments, Rates, Whole], None]
-    sums: Callable[[Rule, Stretch, Segments, Rates, Whole], Tensor]
+    update: Callable[[UpdateRule, Stretch, Segments, Rates, Whole], None]
+    sums: Callable[[UpdateRule, Stretch, Segments, Rates, Whole], Tensor]
 
 
 class Choice(NamedTuple):
@@ -40,7 +41,7 @@ class Choice(NamedTuple):
         return f"{self.name} ({self.reason})" if self.reason else self.name
 
 
-def kernels_for(rule: Rule, x: Stretch) -> Choice:
+def kernels_for(rule: UpdateRule, x: Stretch) -> Choice:
     """Fused in single precision on a GPU, where every operation of its own would read and write all of memory again."""
     tensors = [t for t in x if t is not None]
     device = next((t.device.type for t in tensors if not t.is_cuda), "cuda")
@@ -54,17 +55,17 @@ def kernels_of_run(config: OptimConfig, device: str) -> Choice:
         config: for muon and m3 the answer is about what they leave to DMGD, all tensors that are not matrices.
         device: a type, such as "cuda". Masters are always fp32.
     """
-    return _choice(Rule.of(config), device, torch.float32)
+    return _choice(UpdateRule.of(config), device, torch.float32)
 
 
-def _choice(rule: Rule, device: str, dtype: torch.dtype) -> Choice:
+def _choice(rule: UpdateRule, device: str, dtype: torch.dtype) -> Choice:
     if reason := _against_fused(rule, device, dtype):
         return Choice(Kernels(update, sums), "plain", reason)
     fused = importlib.import_module("hope.optim.fused")
     return Choice(Kernels(fused.update, fused.sums), "fused")
 
 
-def _against_fused(rule: Rule, device: str, dtype: torch.dtype) -> str:
+def _against_fused(rule: UpdateRule, device: str, dtype: torch.dtype) -> str:
     """Why the fused kernels cannot be taken, or nothing."""
     if device != "cuda":
         return device.upper()
@@ -81,12 +82,12 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def update(rule: Rule, x: Stretch, segments: Segments, c: Rates, whole: Whole) -> None:
+def update(rule: UpdateRule, x: Stretch, segments: Segments, c: Rates, whole: Whole) -> None:
     for tensor, part in stretches(x, segments):
         rules.update(rule, part, c, whole.of(tensor))
 
 
-def sums(rule: Rule, x: Stretch, segments: Segments, c: Rates, whole: Whole) -> Tensor:
+def sums(rule: UpdateRule, x: Stretch, segments: Segments, c: Rates, whole: Whole) -> Tensor:
     found = torch.zeros(segments.tensors, rule.numbers, dtype=torch.float64, device=x.p.device)
     for tensor, part in stretches(x, segments):
         found[tensor] += rules.sums(rule, part, c, whole.of(tensor))

@@ -16,23 +16,31 @@ from hope.optim.config import OptimConfig
 
 
 @dataclass(frozen=True)
-class Rule:
-    """The discrete choices. width: hidden units of the network, 0 for a linear memory; match: whether its output is
-    scaled to the linear memory's rms; whole: whether numbers of the whole tensor are needed."""
+class UpdateRule:
+    """The discrete choices of a parameter group's update. They do not change during a run."""
 
     l2: bool
+    """Inner objective: 1/2 |m - w|^2 if true, else -<m, w>."""
     adam: bool
+    """Whether there is a normaliser sqrt(v) + eps."""
     at_value: bool
+    """Whether the normaliser divides what the memory learns (Eq. 47), not what it gives (Eq. 102, 105)."""
     width: int
+    """Hidden units of the network, 0 for a linear memory."""
     gradient_key: bool
+    """Whether the network sees this gradient (Eq. 50), not only the memory before it."""
     clip: float
+    """Bound of every coordinate of the memory's output, in rms of its tensor. 0 means none."""
     match: bool
+    """Whether the memory's output is scaled to the rms that the linear memory alone would have."""
     erase: float
+    """Strength of delta momentum (Eq. 49). 0 means none."""
 
     @staticmethod
-    def of(config: OptimConfig, vectors: bool = False) -> Rule:
+    def of(config: OptimConfig, vectors: bool = False) -> UpdateRule:
+        """The rule of a group. `vectors`: its tensors are one-dimensional and have a linear memory."""
         dmgd = config.elementwise
-        return Rule(
+        return UpdateRule(
             l2=dmgd.objective == "l2",
             adam=dmgd.preconditioner == "adam",
             at_value=dmgd.preconditioner == "adam" and dmgd.normalise == "value",
@@ -45,10 +53,12 @@ class Rule:
 
     @property
     def whole(self) -> bool:
+        """Whether numbers of the whole tensor are needed."""
         return bool(self.width or self.clip or self.erase)
 
     @property
     def features(self) -> int:
+        """How many features of a coordinate the network sees."""
         if self.gradient_key:
             return 4
         return 3 if self.adam and not self.at_value else 2
@@ -60,31 +70,44 @@ class Rule:
 
     @property
     def numbers(self) -> int:
-        """How many `sums` gives."""
+        """How many numbers per tensor `sums` gives."""
         return 3 + self.size + 2 * self.match if self.width else 2
 
 
 class Rates(NamedTuple):
-    """Numbers that change from step to step.
+    """Numbers of one update, which may change from step to step. t counts the updates of the group, this one included.
 
-    correct1, correct2: bias corrections that multiply s and sqrt(v); `_before`: those of the update before.
+    The bias corrections are those of Adam (Kingma and Ba, 2015, Algorithm 1).
     """
 
     scale: float
+    """Multiplies the gradient: u = scale g, for the mean over a period and for global clipping."""
     lr: float
+    """Learning rate of this update."""
     keep: float
+    """Multiplies the weights: 1 - lr x weight_decay."""
     beta1: float
+    """Retention of the linear memory s."""
     gain1: float
+    """Multiplies what s takes in: 1 - beta1 with the l2 objective, 1 with dot."""
     beta2: float
+    """Retention of the average of squares v."""
     gain2: float
+    """Multiplies what v takes in: 1 - beta2."""
     correct1: float
+    """Multiplies s: 1 / (1 - beta1^t) with l2 and bias correction, else 1."""
     correct2: float
+    """Multiplies sqrt(v): 1 / sqrt(1 - beta2^t) with bias correction, else 1."""
     correct1_before: float
+    """`correct1` of the update before, 1 at the first."""
     correct2_before: float
+    """`correct2` of the update before, 1 at the first."""
     eps: float
+    """Added to the corrected sqrt(v)."""
 
     @staticmethod
     def of(config: OptimConfig, group: dict[str, Any], scale: float) -> Rates:
+        """The rates of a parameter group's coming update, from its `lr`, `weight_decay` and `updates`."""
         l2, updates = config.elementwise.objective == "l2", group["updates"]
         corrected = config.elementwise.bias_correction
         first = lambda t: 1 / (1 - config.beta1**t) if l2 and corrected and t else 1.0
@@ -107,34 +130,42 @@ class Rates(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """Coordinates [N]: weights, linear memory, average of squares (or None), gradient."""
+    """N coordinates of a parameter, all tensors of shape [N]."""
 
     p: Tensor
+    """Weights."""
     s: Tensor
+    """Linear memory, in units of the gradient."""
     v: Tensor | None
+    """Moving average of squared gradients, None without a normaliser."""
     g: Tensor
+    """Gradient, summed over the period and not yet scaled."""
 
 
 class Whole(NamedTuple):
-    """Of the tensor that a stretch belongs to: weights of its network [P], the rms of w, a scalar tensor, and what
-    scales the memory's output under `Rule.match`.
+    """Numbers of the tensor that a stretch belongs to.
 
-    Of all tensors of a parameter: [tensors, P], [tensors] and [tensors].
+    They may also stand for all tensors of a parameter, then every shape has a first dimension [tensors].
     """
 
     network: Tensor
+    """Weights of its network [P], as `coordinate_memory` lays them out. P is 0 for a linear memory."""
     r: Tensor
+    """Root mean square over the tensor of what the memory learns (w), []. The mean square is a moving average."""
     gain: Tensor | None = None
+    """What scales the memory's output under `UpdateRule.match`, []. None before the first update, and without it."""
 
     def of(self, tensor: int | slice) -> Whole:
+        """Those of one tensor, or of a slice of tensors, from those of all."""
         return Whole(self.network[tensor], self.r[tensor], None if self.gain is None else self.gain[tensor])
 
     @property
     def inverse(self) -> Tensor:
+        """1 / r, and 0 for a tensor that never had a gradient."""
         return _inverse(self.r)
 
 
-def update(rule: Rule, x: Stretch, c: Rates, whole: Whole) -> None:
+def update(rule: UpdateRule, x: Stretch, c: Rates, whole: Whole) -> None:
     """Write the gradient into the memory, read it, and move the weights. A rule without `whole` looks at none."""
     p, s, v, g = x
     w, root = _value(rule, v, g * c.scale, c)
@@ -161,7 +192,7 @@ def update(rule: Rule, x: Stretch, c: Rates, whole: Whole) -> None:
     p.mul_(c.keep).sub_(found.mul_(c.lr))
 
 
-def sums(rule: Rule, x: Stretch, c: Rates, whole: Whole) -> Tensor:
+def sums(rule: UpdateRule, x: Stretch, c: Rates, whole: Whole) -> Tensor:
     """[3 + P], float64: number of elements, sum of w^2, and `coordinate_memory.read_and_gradient`; 2 without a network.
     With `match` two more: sums of squares, in the network's unit, of the linear memory and of the whole one.
 
@@ -184,7 +215,9 @@ def sums(rule: Rule, x: Stretch, c: Rates, whole: Whole) -> Tensor:
     return torch.cat(found).double()
 
 
-def measure(rule: Rule, before: Stretch, after: Stretch, c: Rates, network_before: Tensor, whole: Whole) -> Tensor:
+def measure(
+    rule: UpdateRule, before: Stretch, after: Stretch, c: Rates, network_before: Tensor, whole: Whole
+) -> Tensor:
     """[6], float64: sums of s^2, update^2, weight^2 and w^2, and the inner loss before and after the write.
 
     The loss is that of m at the key that this gradient was learned with; sum(loss) / sum(w^2) has no unit.
@@ -203,7 +236,7 @@ def measure(rule: Rule, before: Stretch, after: Stretch, c: Rates, network_befor
     return torch.stack([*squares, *losses]).double()
 
 
-def _value(rule: Rule, v: Tensor | None, u: Tensor, c: Rates) -> tuple[Tensor, Tensor | None]:
+def _value(rule: UpdateRule, v: Tensor | None, u: Tensor, c: Rates) -> tuple[Tensor, Tensor | None]:
     """(what the memory learns, sqrt(v) + eps if it divides the memory's output); v is updated in place."""
     if v is None:
         return u, None
@@ -212,7 +245,7 @@ def _value(rule: Rule, v: Tensor | None, u: Tensor, c: Rates) -> tuple[Tensor, T
     return (u / root, None) if rule.at_value else (u, root)
 
 
-def _root_before(rule: Rule, v: Tensor | None, c: Rates) -> Tensor | None:
+def _root_before(rule: UpdateRule, v: Tensor | None, c: Rates) -> Tensor | None:
     """sqrt(v) + eps as the update before left it, where it divides the memory's output."""
     return None if v is None or rule.at_value else v.sqrt().mul_(c.correct2_before).add_(c.eps)
 

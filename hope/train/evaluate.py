@@ -1,14 +1,15 @@
 """Held-out loss, with whoever runs the batches and averages over ranks passed in."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 
+from hope.batch import Batch
+
 
 def heldout_loss(
-    batches: Iterable[Any],
-    forward: Callable[[Any], dict[str, torch.Tensor]],
+    batches: Iterable[Batch],
+    forward: Callable[[Batch], dict[str, torch.Tensor]],
     average: Callable[[torch.Tensor], torch.Tensor],
     stopped: Callable[[], bool] = lambda: False,
 ) -> float | None:

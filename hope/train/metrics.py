@@ -17,7 +17,13 @@ import torch
 from hope.train.console import console_line, event_line, format_event
 from hope.train.throughput import Devices
 
-__all__ = ["MetricsLog", "NoLog", "console_line", "event_line", "open_log"]
+__all__ = ["MetricsLog", "NoLog", "console_line", "event_line", "open_log", "record_of_no_step"]
+
+
+def record_of_no_step() -> dict[str, Any]:
+    """What is known before the first step: the keys that every record has, with None for what was not measured."""
+    keys = ("loss", "grad_norm", "lr", "step_time_s", "data_time_s", "tokens_per_s", "tokens_per_s_per_device")
+    return {"step": 0, "tokens": 0, **dict.fromkeys((*keys, "mfu", "memory_gb"))}
 
 
 class NoLog:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 
+from hope.batch import Batch
 from hope.train.evaluate import heldout_loss
 from parallel.compute.pipeline import mean_loss
 from parallel.compute.replica import Replica
@@ -15,7 +15,7 @@ from parallel.start import groups
 
 def heldout_losses(
     replica: Replica,
-    sets: Iterable[tuple[str, Iterable[Any]]],
+    sets: Iterable[tuple[str, Iterable[Batch]]],
     beat: Callable[[str], None],
     stop_requested: Callable[[], bool],
 ) -> dict[str, float] | None:
@@ -26,7 +26,7 @@ def heldout_losses(
     ranks = replica.ranks
     copies = ranks.pp_size if ranks.vp_size > 1 else 1  # the interleaved schedule wants a multiple of its stages
 
-    def forward(batch: Any) -> dict[str, torch.Tensor]:
+    def forward(batch: Batch) -> dict[str, torch.Tensor]:
         beat("evaluate")
         reports = replica.run([batch.to(ranks.device)] * copies, forward_only=True)
         return {"loss": mean_loss(reports, ranks.device)}

@@ -24,7 +24,8 @@ def combine_over_tensor_ranks(
 
     Args:
         models: this rank's part of the model, one per virtual stage.
-        accumulated: the gradient of a parameter accumulated over the step's micro-batches, changed in place.
+        accumulated: the gradient of a parameter accumulated over the step's micro-batches, changed in place. None if
+            there is nothing to add up: `ShardedOptimizer.accumulated`, or what it has kept of earlier steps.
         sequence: whether trunk tokens are divided over the ranks.
     """
     if dist.get_world_size(group) == 1:

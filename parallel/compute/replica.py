@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hope.batch import Batch
 from hope.config import ModelConfig
 from hope.model import Model
 from hope.optim.build import build_optimizer
@@ -19,30 +20,29 @@ from parallel.compute.pipeline import Report, Stage, forward_backward, stages_of
 from parallel.compute.tensor import shard_model, sharded_loss
 from parallel.layout.stages import split
 from parallel.layout.topology import ParallelConfig
-from parallel.optimizer.matrix_zero import MatrixShardedOptimizer
-from parallel.optimizer.zero import ShardedOptimizer
+from parallel.optimizer.matrix_zero import MatrixZeroOptimizer
+from parallel.optimizer.sharded import ShardedOptimizer
+from parallel.optimizer.zero import ZeroOptimizer
 from parallel.start import groups
-
-Sharded = ShardedOptimizer | MatrixShardedOptimizer
 
 
 @dataclass(frozen=True)
 class Replica:
-    """What a rank computes with. `batch` objects have tokens_TB, targets_TB, and starts_TB and weights_TB (or None)."""
+    """What a rank computes with."""
 
     models: list[Model]
     stages: list[Stage]
-    optimizer: Sharded
+    optimizer: ShardedOptimizer
     ranks: groups.Ranks
     layout: ParallelConfig
 
     def run(
-        self, batches: Sequence[Any], forward_only: bool = False, phase: Callable[[str], object] | None = None
+        self, batches: Sequence[Batch], forward_only: bool = False, phase: Callable[[str], object] | None = None
     ) -> list[Report]:
         """Micro-batches through the schedule; gradients are accumulated. Reports on the last stage, else []."""
         return forward_backward(self.stages, batches, self._stage_step, forward_only, phase)
 
-    def _stage_step(self, model: Model, hidden: Tensor | None, batch: Any) -> Tensor | tuple[Tensor, Report]:
+    def _stage_step(self, model: Model, hidden: Tensor | None, batch: Batch) -> Tensor | tuple[Tensor, Report]:
         inputs = batch.tokens_TB if model.has_embedding else hidden
         outputs, _ = model(inputs, starts=batch.starts_TB, keep_state=False)
         if not model.has_head:
@@ -51,7 +51,11 @@ class Replica:
         return loss, {"loss": loss}
 
     def reduce(self) -> None:
-        """All sums of gradients: over tensor ranks and tied copies as the plan says, then over data-parallel ranks."""
+        """All sums of gradients: over tensor ranks and tied copies as the plan says, then over data-parallel ranks.
+
+        Once per step, after `run`. Collective.
+        """
+        self.optimizer.prepare()
         accumulated = self.optimizer.accumulated
         gradients.combine_over_tensor_ranks(self.models, accumulated, self.layout.sequence, groups.tensor_group())
         gradients.combine_tied_embeddings(self.models, accumulated, groups.embedding_group(self.ranks))
@@ -78,18 +82,30 @@ def build_replica(
         model.set_recompute(recompute)
         models.append(shard_model(model, ranks.tp_rank, ranks.tp_size, layout.sequence).to(ranks.device))
     levels = parameter_groups(models, optim.weight_decay, optim, tokens_per_step)
+    optimizer = _sharded_optimizer(models, levels, optim, layout, ranks, precision)
+    return Replica(models, stages_of(models, precision, layout, config.width), optimizer, ranks, layout)
+
+
+def _sharded_optimizer(
+    models: list[Model],
+    levels: list[dict[str, Any]],
+    optim: OptimConfig,
+    layout: ParallelConfig,
+    ranks: groups.Ranks,
+    precision: str,
+) -> ShardedOptimizer:
+    """Owners of whole matrices where the configured optimizer has matrices, else ZeRO-1 alone."""
+    tied = models[0].config.tie_embeddings and ranks.pp_size > 1
 
     def counts(name: str, parameter: torch.nn.Parameter) -> bool:
-        tied = config.tie_embeddings and ranks.pp_size > 1
         return gradients.counted(name, parameter, tp_rank=ranks.tp_rank, first_stage=ranks.first_stage, tied=tied)
 
-    optimizer: Sharded
+    def combine(sums: gradients.Accumulated) -> None:
+        gradients.combine_over_tensor_ranks(models, sums, layout.sequence, groups.tensor_group())
+
     if any(group["matrices"] for group in levels):
-        optimizer = MatrixShardedOptimizer(models, levels, optim, precision, ranks, layout.zero, counts)
-    else:
-        inner = build_optimizer(levels, optim)
-        optimizer = ShardedOptimizer(models, inner, precision, ranks, layout.zero, counts=counts)
-    optimizer.local.combine = lambda sums: gradients.combine_over_tensor_ranks(
-        models, sums, layout.sequence, groups.tensor_group()
-    )
-    return Replica(models, stages_of(models, precision, layout, config.width), optimizer, ranks, layout)
+        return MatrixZeroOptimizer(
+            models, levels, optim, precision, ranks, zero=layout.zero, counts=counts, combine=combine
+        )
+    inner = build_optimizer(levels, optim)
+    return ZeroOptimizer(models, inner, precision, ranks, zero=layout.zero, counts=counts, combine=combine)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 
 import torch
@@ -12,7 +12,7 @@ from hope.config import ModelConfig
 from hope.flops import Flops
 from hope.model import Model
 from hope.optim.config import OptimConfig
-from hope.optim.kernels import Choice, kernels_of_run
+from hope.optim.kernels import kernels_of_run
 from hope.optim.levels import MATRIX_OPTIMIZERS, parameter_groups
 from parallel.layout.memory import GIB, RankMemory, StepShape, build_part, rank_memory
 from parallel.layout.stages import describe_split, split
@@ -80,14 +80,23 @@ def _gib(memory: RankMemory) -> str:
     return "".join(f"{size / GIB:>{width}.2f}" for size, width in columns)
 
 
-def kernel_facts(choices: Iterable[tuple[str, Choice]]) -> str:
-    """`optimizer: plain (CPU)`, for every part of the program that has a choice of kernels."""
-    return ", ".join(f"{part}: {choice}" for part, choice in choices)
+def kernel_facts(choices: Iterable[tuple[str, str]]) -> str:
+    """`memory: plain (CPU)  optimizer: fused`, for every part of the program that has a choice of kernels."""
+    return "  ".join(f"{part}: {choice}" for part, choice in choices)
 
 
-def _optimizer_kernels(optim: OptimConfig, device: str) -> tuple[str, Choice]:
+def _mixer_kernels(config: ModelConfig, device: str) -> Iterator[tuple[str, str]]:
+    """(mixer's name, what it would run and why) of every mixer that has a choice."""
+    for name in dict.fromkeys(config.mixer_of_layer):
+        with torch.device("meta"):
+            choice = config.build_mixer(name).kernels(torch.device(device))
+        if choice is not None:
+            yield name, choice
+
+
+def _optimizer_kernels(optim: OptimConfig, device: str) -> tuple[str, str]:
     part = f"{optim.name} of all but matrices" if optim.name in MATRIX_OPTIMIZERS else "optimizer"
-    return part, kernels_of_run(optim, device)
+    return part, str(kernels_of_run(optim, device))
 
 
 def describe(
@@ -114,7 +123,7 @@ def describe(
         ("traffic", f"{_traffic(config, dims, shape, optim) / GIB:.3f} GiB of gradients reduced per step and rank "
                     f"(optim.accumulate {optim.accumulate})"),
         ("FLOPs", f"{flops:.3e} per trained token, {writes / flops:.1%} of them memory writes"),
-        ("kernels", kernel_facts([_optimizer_kernels(optim, device)])),
+        ("kernels", kernel_facts([*_mixer_kernels(config, device), _optimizer_kernels(optim, device)])),
     ]  # fmt: skip
     text = [f"{name:<11} {fact}" for name, fact in rows]
     if dims.pipeline > 1:

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import torch
 from torch import Tensor
+
+from hope.optim.clocks import ClockedOptimizer
 
 Scope = Literal["shard", "whole", "tensor"]
 
@@ -48,22 +49,17 @@ class ShardedState(Protocol):
         """The views have been written: take the clocks, and set the parameters from the masters. Collective."""
 
 
-def inner_states(optimizer: torch.optim.Optimizer, flat: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(element-wise states of `flat`'s shape, small states of one row per tensor in it) that a torch optimizer keeps
-    for the flat parameter `flat`, by key.
-
-    The optimizer may have a method `allocate_states()`, which creates as zeros whatever its first steps would create,
-    and a class attribute `per_tensor_keys`: states of shape [tensors, P].
+def inner_states(optimizer: ClockedOptimizer, flat: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What an optimizer keeps for the flat parameter `flat` [N], by key: (element-wise states [N], small states
+    [tensors, P] of the keys in `optimizer.per_tensor_keys`). All of them are allocated on the way.
 
     Raises:
         TypeError: a state is neither, so that a checkpoint would lose it.
     """
-    if hasattr(optimizer, "allocate_states"):
-        optimizer.allocate_states()
-    per_tensor = getattr(optimizer, "per_tensor_keys", ())
+    optimizer.allocate_states()
     elements, tensors = {}, {}
     for key, value in optimizer.state[flat].items():
-        if key in per_tensor:
+        if key in optimizer.per_tensor_keys:
             tensors[key] = value
         elif isinstance(value, Tensor) and value.shape == flat.shape:
             elements[key] = value

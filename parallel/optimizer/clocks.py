@@ -18,14 +18,17 @@ from parallel.optimizer.partitions import Partitions
 from parallel.start.groups import Ranks, data_group
 
 Combine = Callable[[Callable[[nn.Parameter], Tensor | None]], None]
+"""Adds up over tensor ranks the partial gradients among those that a function from parameter to gradient gives."""
 
 
-def due_groups(optimizer: torch.optim.Optimizer) -> list[int]:
-    """Numbers of the groups that move in the coming step; all of them if the optimizer knows no clocks."""
-    groups = list(enumerate(optimizer.param_groups))
-    if not isinstance(optimizer, ClockedOptimizer):
-        return [number for number, _ in groups]
-    return [number for number, group in groups if optimizer.due(group)]
+def due_groups(optimizer: ClockedOptimizer) -> list[int]:
+    """Numbers of the groups that move in the coming step."""
+    return [number for number, group in enumerate(optimizer.param_groups) if optimizer.due(group)]
+
+
+def waits_locally(optimizer: ClockedOptimizer, group: dict[str, Any]) -> bool:
+    """Whether a group's gradients stay on their rank until its due step."""
+    return optimizer.config.accumulate == "local" and group["period"] > 1
 
 
 class LocalSums:
@@ -33,32 +36,36 @@ class LocalSums:
 
     Args:
         parameters: of every group, in the order of its flat buffer.
-        combine: adds up over tensor ranks what the plan says; gets a function from parameter to its sum or None.
+        combine: adds up over tensor ranks what the plan says, for `flush`.
+
+    Raises:
+        ValueError: gradients wait, tensor ranks have parts of them, and `combine` is missing.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, parameters: list[list[nn.Parameter]], partitions: Partitions,
+        self,
+        optimizer: ClockedOptimizer,
+        parameters: list[list[nn.Parameter]],
+        partitions: Partitions,
         ranks: Ranks,
-    ) -> None:  # fmt: skip
+        combine: Combine | None,
+    ) -> None:
         self._optimizer, self._partitions, self._ranks = optimizer, partitions, ranks
-        self.combine: Combine = lambda sums: None
+        self._combine: Combine = combine or (lambda sums: None)
         self._sums: dict[int, Tensor] = {}
         self._views: dict[int, list[Tensor]] = {}
         self._parameters = parameters
-        self._included = self._dirty = False
+        self._dirty = False
         for number, group in enumerate(optimizer.param_groups):
-            group["gathered"] = self._local(group)
+            group["gathered"] = waits_locally(optimizer, group)
             if group["gathered"]:
                 flat = torch.zeros(partitions.masters[number].numel() * ranks.dp_size, device=ranks.device)
                 sizes = [p.numel() for p in parameters[number]]
                 parts = flat[: sum(sizes)].split(sizes)
                 self._sums[number] = flat
                 self._views[number] = [v.view_as(p) for v, p in zip(parts, parameters[number], strict=True)]
-
-    def _local(self, group: dict[str, Any]) -> bool:
-        optimizer = self._optimizer
-        local = isinstance(optimizer, ClockedOptimizer) and optimizer.config.accumulate == "local"
-        return local and group["period"] > 1
+        if self._sums and combine is None and ranks.tp_size > 1:
+            raise ValueError("tensor parallelism with optim.accumulate=local needs `combine`")
 
     def waiting(self) -> list[int]:
         """Groups whose gradients this step does not communicate."""
@@ -66,13 +73,10 @@ class LocalSums:
         return [number for number in self._sums if number not in due]
 
     def include(self) -> None:
-        """Add a due level's sums to what this step has accumulated; the first call of a step does it."""
-        if self._included:
-            return
+        """Add a due level's sums to what this step has accumulated. Once per step."""
         for number in set(self._sums) & set(due_groups(self._optimizer)):
             gradients = self._partitions.unreduced(number)
             torch._foreach_add_(gradients, [v.view_as(g) for v, g in self._pairs(number, gradients)])
-        self._included = True
 
     def keep(self) -> None:
         """This step counts: a waiting level's gradients go into its sums, a due one's sums start anew."""
@@ -86,10 +90,6 @@ class LocalSums:
             else:
                 self._sums[number].zero_()
 
-    def forget(self) -> None:
-        """This step's gradients are gone, the sums before it are not."""
-        self._included = False
-
     def flush(self) -> None:
         """Move the sums into the optimizer's sharded accumulators, for a checkpoint that any layout can read.
 
@@ -99,11 +99,10 @@ class LocalSums:
             return
         self._dirty = False
         known = {p: v for n in self._sums for p, v in zip(self._parameters[n], self._views[n], strict=True)}
-        self.combine(known.get)
+        self._combine(known.get)
         for number, flat in self._sums.items():
             dist.all_reduce(flat, group=data_group())
             own = flat.chunk(self._ranks.dp_size)[self._ranks.dp_rank] / self._ranks.dp_size
-            assert isinstance(self._optimizer, ClockedOptimizer)
             self._optimizer.states([self._partitions.masters[number]], "accumulator")[0].add_(own)
             flat.zero_()
 

@@ -1,7 +1,4 @@
-"""Muon and M3 sharded: whole matrices on their owners, everything else in ZeRO-1's partitions.
-
-The same interface as `zero.ShardedOptimizer`, so that neither the training loop nor the referee asks which one it has.
-"""
+"""Muon and M3 sharded: whole matrices on their owners, everything else in ZeRO-1's partitions."""
 
 from __future__ import annotations
 
@@ -14,20 +11,24 @@ from torch import Tensor, nn
 
 from hope.optim.build import build_optimizer
 from hope.optim.config import OptimConfig
-from hope.optim.matrix import MatrixOptimizer
 from parallel.optimizer.checkpoint_views import StatePiece
-from parallel.optimizer.clocks import LocalSums, due_groups
+from parallel.optimizer.clocks import Combine, due_groups, waits_locally
 from parallel.optimizer.members import Counts, first_name, members_of, union_of_names
 from parallel.optimizer.ownership import OwnedGroup
+from parallel.optimizer.sharded import ShardedOptimizer, StepStage
 from parallel.optimizer.statistics import group_statistics
-from parallel.optimizer.zero import ShardedOptimizer
+from parallel.optimizer.zero import ZeroOptimizer
 from parallel.start.groups import Ranks
 
 
-class MatrixShardedOptimizer:
-    """Args: as `ShardedOptimizer`, but parameter groups and their configuration instead of an optimizer.
+class MatrixZeroOptimizer(ShardedOptimizer):
+    """`ShardedOptimizer` of Muon and M3. What the protocol documents is not repeated at the methods here.
 
-    `groups`: as `hope.optim.levels.parameter_groups` makes them; those with `matrices` true go to owners.
+    A `ZeroOptimizer`, `rest`, has everything that is no matrix, and keeps the order of a step for both.
+
+    Args: as of `ZeroOptimizer`, but for
+        groups: as `hope.optim.levels.parameter_groups` makes them. Those with `matrices` true go to owners.
+        config: which optimizer, and its settings.
     """
 
     def __init__(
@@ -37,40 +38,42 @@ class MatrixShardedOptimizer:
         config: OptimConfig,
         precision: str,
         ranks: Ranks,
+        *,
         zero: int,
         counts: Counts,
+        combine: Combine,
     ) -> None:
-        self.ranks, self.config = ranks, config
+        self.ranks = ranks
         everything = build_optimizer([dict(group) for group in groups], config)
         self.group_names = union_of_names(everything)
         members = members_of(models, everything, counts)
         rest = [group for group in groups if not group["matrices"]]
-        self.rest = ShardedOptimizer(models, build_optimizer(rest, config), precision, ranks, zero, counts)
+        self.rest = ZeroOptimizer(
+            models, build_optimizer(rest, config), precision, ranks, zero=zero, counts=counts, combine=combine
+        )
         pairs = [(group, own) for group, own in zip(groups, members, strict=True) if group["matrices"]]
         self.owned = [OwnedGroup(group["params"], own, ranks) for group, own in pairs]
         own_groups = [
             {**group, "params": owned.masters} for (group, _), owned in zip(pairs, self.owned, strict=True)
         ]  # names in the group are of all matrices, `owned.names` of those on this rank
-        matrices = build_optimizer(own_groups, config, precision)
-        assert isinstance(matrices, MatrixOptimizer)
-        self.matrices = matrices
-        self._local = [config.accumulate == "local" and group["period"] > 1 for group, _ in pairs]
+        self.matrices = build_optimizer(own_groups, config, precision)
         self.reduced_bytes = 0
-        for group, owned, local in zip(self.matrices.param_groups, self.owned, self._local, strict=True):
-            group["gathered"] = local
-            owned.hold(local)
-
-    @property
-    def local(self) -> LocalSums:
-        """Of the element-wise part; matrices have no partial gradients over tensor ranks."""
-        return self.rest.local
+        for group, owned in zip(self.matrices.param_groups, self.owned, strict=True):
+            group["gathered"] = waits_locally(self.matrices, group)
+            owned.hold(group["gathered"])
 
     def _waiting(self) -> list[int]:
         due = due_groups(self.matrices)
-        return [number for number, local in enumerate(self._local) if local and number not in due]
+        groups = enumerate(self.matrices.param_groups)
+        return [number for number, group in groups if group["gathered"] and number not in due]
+
+    def prepare(self) -> None:
+        self.rest.prepare()
+        for number in due_groups(self.matrices):
+            self.owned[number].include()
 
     def accumulated(self, parameter: nn.Parameter) -> Tensor | None:
-        return self.rest.accumulated(parameter)
+        return self.rest.accumulated(parameter)  # None for a matrix: ranks hold no parts of its gradient
 
     def reduce(self) -> None:
         self.rest.reduce()
@@ -82,6 +85,7 @@ class MatrixShardedOptimizer:
         self.matrices.complete()
 
     def grad_norms(self) -> dict[str, float]:
+        self.rest.order.require(StepStage.REDUCED, "grad_norms")
         names = self.group_names
         total = torch.zeros(len(names), dtype=torch.float64, device=self.ranks.device)
         due = due_groups(self.matrices)
@@ -96,6 +100,7 @@ class MatrixShardedOptimizer:
         return first_name(self.rest.nonfinite() + [bad for owned in self.owned for bad in owned.nonfinite()])
 
     def step(self, clip_scale: float = 1.0) -> None:
+        self.rest.order.require(StepStage.REDUCED, "step")
         due = due_groups(self.matrices)
         for group in self.matrices.param_groups:
             group["grad_scale"] = clip_scale
@@ -123,13 +128,13 @@ class MatrixShardedOptimizer:
 
     def watch(self, on: bool) -> None:
         self.rest.watch(on)
-        self.matrices.watching = on
+        self.matrices.watch(on)
 
     def statistics(self) -> dict[str, float]:
         one = torch.ones(1, dtype=torch.float64, device=self.ranks.device)
         counted = {p: one for group in self.matrices.param_groups for p in group["params"]}
         names = [name for name in self.group_names if name not in self.rest.group_names]
-        return self.rest.statistics() | group_statistics([self.matrices], names, counted, self.ranks.device)
+        return self.rest.statistics() | group_statistics(self.matrices, names, counted, self.ranks.device)
 
     def gradient_pieces(self) -> Iterator[tuple[str, int, Tensor]]:
         yield from self.rest.gradient_pieces()
@@ -138,7 +143,6 @@ class MatrixShardedOptimizer:
                 yield from owned.pieces(owned.received)
 
     def master_pieces(self) -> Iterator[tuple[str, int, Tensor]]:
-        """As `ShardedOptimizer.master_pieces`, but collective over tensor ranks."""
         yield from self.rest.master_pieces()
         for owned in self.owned:
             yield from owned.pieces(owned.master_shards())

@@ -6,28 +6,30 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
 from hope.model import Model
+from hope.optim.clocks import ClockedOptimizer
 
 Counts = Callable[[str, nn.Parameter], bool]
+"""Of a parameter's name and itself: whether this rank counts it in sums over the whole model."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """A parameter of an optimizer group.
-
-    index: its position over this rank's chunks. order: sorts all parameters of the whole model, over pipeline ranks.
-    counted: whether this rank counts its elements in sums over the whole model.
-    """
+    """A parameter of an optimizer group."""
 
     index: int
+    """Its position among all parameters of this rank's model chunks."""
     name: str
+    """Its name in the whole model on a single device."""
     numel: int
+    """Elements of this tensor rank's shard."""
     order: tuple[int, int]
+    """Sorts the parameters of the whole model, over pipeline ranks: (first block of its chunk, position in it)."""
     counted: bool
+    """Whether this rank counts its elements in sums over the whole model."""
 
 
 def name_of(group: dict[str, Any], number: int) -> str:
@@ -35,7 +37,7 @@ def name_of(group: dict[str, Any], number: int) -> str:
     return str(group.get("name", f"group{number}"))
 
 
-def union_of_names(optimizer: torch.optim.Optimizer) -> list[str]:
+def union_of_names(optimizer: ClockedOptimizer) -> list[str]:
     """Names of the parameter groups of all ranks, in the same order on every rank. Collective.
 
     Raises:
@@ -50,14 +52,17 @@ def union_of_names(optimizer: torch.optim.Optimizer) -> list[str]:
 
 
 def first_name(own: list[tuple[tuple[int, int], str]]) -> str | None:
-    """The name with the lowest place among all ranks' (place, name), the same on every rank. Collective."""
+    """The name with the lowest place among all ranks' (place, name), the same on every rank. Collective.
+
+    None if no rank has any. A place is `Member.order`.
+    """
     firsts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(firsts, min(own, default=None))
     found = min((first for first in firsts if first is not None), default=None)
     return None if found is None else found[1]
 
 
-def drop_empty_groups(optimizer: torch.optim.Optimizer) -> None:
+def drop_empty_groups(optimizer: ClockedOptimizer) -> None:
     """Remove groups without parameters: DeepSpeed cannot flatten nothing."""
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
@@ -73,8 +78,13 @@ def counts_everything(chunks: Sequence[nn.Module]) -> Counts:
     return lambda name, parameter: parameter not in copies
 
 
-def members_of(chunks: Sequence[nn.Module], optimizer: torch.optim.Optimizer, counts: Counts) -> list[list[Member]]:
-    """The members of every parameter group; checks the groups on the way.
+def members_of(chunks: Sequence[nn.Module], optimizer: ClockedOptimizer, counts: Counts) -> list[list[Member]]:
+    """The members of every parameter group, in the order of its parameters. Checks the groups on the way.
+
+    Args:
+        chunks: this rank's part of the model, one per virtual stage.
+        optimizer: over parameters of them.
+        counts: what `Member.counted` becomes.
 
     Raises:
         ValueError: two chunks share a name, or a group holds a parameter that is frozen or not in the model.

@@ -54,12 +54,18 @@ class OwnedGroup:
         ]
 
     def close(self) -> None:
+        """Remove the hooks from the parameters."""
         for hook in self._hooks:
             hook.remove()
 
     def hold(self, on: bool) -> None:
         """Whether gradients wait on their rank while the group is not due, in sums beside `buffer`."""
         self._sums = torch.zeros_like(self.buffer) if on else None
+
+    def include(self) -> None:
+        """The group is due: add what has waited to the gradients of this step. Once per step."""
+        if self._sums is not None:
+            self.buffer.add_(self._sums)
 
     def keep(self, due: bool) -> None:
         """This step counts: sums of a waiting group take its gradients, those of a due one start anew."""
@@ -113,7 +119,7 @@ class OwnedGroup:
         `received` [tensor, slot] keeps this rank's shards of what its replica owns. Returns the bytes handed to the
         collective over the data ranks.
         """
-        self.received = self._scatter(self.buffer if self._sums is None else self.buffer + self._sums)
+        self.received = self._scatter(self.buffer)
         for master, whole in zip(self.masters, self._joined(self._exchange(self.received)), strict=True):
             master.grad = whole
         return self.buffer.numel() * 4 if self.ranks.dp_size > 1 else 0

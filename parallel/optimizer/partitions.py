@@ -16,22 +16,30 @@ import torch.distributed as dist
 
 
 @dataclass(frozen=True)
-class Slice:
+class PartitionSlice:
     """The piece of one parameter that lies in this rank's flat partition of a parameter group.
 
-    `partition[start : start + numel]` is `parameter.view(-1)[offset : offset + numel]`; `index` is the
-    parameter's position in `model.named_parameters()` and `name` its name there.
+    `partition[start : start + numel]` is `parameter.view(-1)[offset : offset + numel]`.
     """
 
     name: str
+    """The parameter's name in the model."""
     index: int
+    """Its position in `model.named_parameters()`, counted over all chunks of this rank."""
     start: int
+    """Where the piece begins in the partition, in elements."""
     offset: int
+    """Where it begins in the flattened parameter, in elements."""
     numel: int
+    """Its elements."""
 
 
 class Partitions(Protocol):
-    """One flat fp32 tensor per parameter group, masters and gradients alike."""
+    """One flat fp32 tensor per parameter group, masters and gradients alike.
+
+    Attributes:
+        masters: this rank's partition of the master weights of every group, [N] each.
+    """
 
     masters: list[torch.Tensor]
 
@@ -57,7 +65,7 @@ class Partitions(Protocol):
         """Forget every gradient."""
 
 
-class Fp32Partitions:
+class Fp32Partitions(Partitions):
     """Partitions held by `DeepSpeedZeroOptimizer` (runtime/zero/stage_1_and_2.py)."""
 
     def __init__(self, optimizer: Any) -> None:
@@ -116,7 +124,7 @@ class Fp32Partitions:
         self._optimizer.zero_grad(set_to_none=True)
 
 
-class Bf16Partitions:
+class Bf16Partitions(Partitions):
     """Partitions held by `BF16_Optimizer` (runtime/bf16_optimizer.py).
 
     Its hooks add every bf16 gradient to an fp32 buffer at once and free it, so a missing gradient is zero.
@@ -183,13 +191,13 @@ def partitions_of(optimizer: Any) -> Partitions:
     return known[name](optimizer)
 
 
-def slices_of(group: list[tuple[int, str, int]], partition_numel: int, rank: int) -> list[Slice]:
+def slices_of(group: list[tuple[int, str, int]], partition_numel: int, rank: int) -> list[PartitionSlice]:
     """What of a group lies in partition `rank`; `group` holds (index, name, numel) of its parameters in order."""
     first, last = rank * partition_numel, (rank + 1) * partition_numel
     slices, begin = [], 0
     for index, name, numel in group:
         low, high = max(begin, first), min(begin + numel, last)
         if low < high:
-            slices.append(Slice(name, index, low - first, low - begin, high - low))
+            slices.append(PartitionSlice(name, index, low - first, low - begin, high - low))
         begin += numel
     return slices

@@ -15,15 +15,19 @@ from torch import Tensor
 
 from hope.optim.segments import Piece, Segments
 from parallel.optimizer.members import Member
-from parallel.optimizer.partitions import Slice
+from parallel.optimizer.partitions import PartitionSlice
 from parallel.start.groups import Ranks
 
 
 class TensorSums:
-    """Adds up a buffer [this rank's tensors, numbers] over the whole model. Calling it is collective over all ranks.
+    """Adds up a buffer [this rank's tensors, numbers] over the whole model. What `ClockedOptimizer.attach` takes.
 
-    Rows: `groups[0]`'s members, then `groups[1]`'s, ...; all ranks' tensors make one buffer, about 100 KB for a
-    network of 32 weights on each of 300 tensors, in one all-reduce.
+    Rows are the members of `groups[0]`, then those of `groups[1]`, and so on. The buffer of all ranks' tensors has
+    about 100 KB for a network of 32 weights on each of 300 tensors.
+
+    Args:
+        groups: the members of every parameter group on this rank. Making a TensorSums is collective over all ranks.
+        ranks: this process's place.
     """
 
     def __init__(self, groups: Sequence[Sequence[Member]], ranks: Ranks) -> None:
@@ -36,13 +40,17 @@ class TensorSums:
         self._count = len(names)
 
     def __call__(self, parts: Tensor) -> Tensor:
+        """Sums over all ranks that count a tensor, [this rank's tensors, numbers], from their parts of them.
+
+        Collective over all ranks, one all-reduce. `numbers` and the dtype (float64) are the same on all of them.
+        """
         whole = parts.new_zeros(self._count, parts.shape[1])
         whole.index_add_(0, self._rows, parts * self._counted[:, None])
         dist.all_reduce(whole)
         return whole[self._rows]
 
 
-def segments_of(members: Sequence[Member], slices: Sequence[Slice]) -> Segments:
-    """Which of a group's tensors lie where in this rank's partition."""
+def segments_of(members: Sequence[Member], slices: Sequence[PartitionSlice]) -> Segments:
+    """Which of a group's tensors lie where in this rank's partition. Tensors are numbered as in `members`."""
     position = {member.index: number for number, member in enumerate(members)}
     return Segments(len(members), tuple(Piece(position[s.index], s.start, s.numel) for s in slices))

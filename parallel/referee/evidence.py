@@ -16,31 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hope.batch import Batch
 from hope.config import ModelConfig
+from hope.mixers import Mixer
 from hope.model import Model
 from hope.optim.config import OptimConfig
 from parallel.compute.pipeline import mean_loss
 from parallel.compute.replica import Replica
 from parallel.layout.plan import Plan, plan_of_config
 from parallel.start import groups
-
-
-@dataclass(frozen=True)
-class TokenBatch:
-    """Tokens, targets [T, B] and document starts [T, B] (or None); every target counts."""
-
-    tokens_TB: Tensor
-    targets_TB: Tensor
-    starts_TB: Tensor | None
-    weights_TB: None = None
-
-    def sequences(self, first: int, last: int) -> TokenBatch:
-        cut = lambda t: None if t is None else t[:, first:last].contiguous()
-        return TokenBatch(cut(self.tokens_TB), cut(self.targets_TB), cut(self.starts_TB))  # type: ignore[arg-type]
-
-    def to(self, device: torch.device) -> TokenBatch:
-        starts = None if self.starts_TB is None else self.starts_TB.to(device)
-        return TokenBatch(self.tokens_TB.to(device), self.targets_TB.to(device), starts)
 
 
 @dataclass
@@ -65,7 +49,7 @@ class Task:
     precision: str
     grad_clip: float
     seed: int
-    batches: list[TokenBatch]
+    batches: list[Batch]
 
 
 def clip_scale(norm: float, limit: float) -> float:
@@ -91,6 +75,7 @@ def state_squares(models: Sequence[Model]) -> Iterator[dict[str, Tensor]]:
 
     for model in models:
         for name, block in model.blocks.items():
+            assert isinstance(block.mixer, Mixer)
             hooks.append(block.mixer.register_forward_hook(watch(name)))
     try:
         yield total
@@ -127,7 +112,7 @@ def from_layout(task: Task, replica: Replica, micro_batch: int) -> Evidence | No
     return found if ranks.rank == 0 else None
 
 
-def micro_batches(batch: TokenBatch, size: int, ranks: groups.Ranks) -> list[TokenBatch]:
+def micro_batches(batch: Batch, size: int, ranks: groups.Ranks) -> list[Batch]:
     """A data-parallel rank's contiguous share of the sequences, in micro-batches."""
     share = batch.tokens_TB.shape[1] // ranks.dp_size
     first = ranks.dp_rank * share

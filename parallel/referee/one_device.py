@@ -6,10 +6,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hope.batch import Batch
 from hope.model import Model, next_token_loss
 from hope.optim.build import build_optimizer
 from hope.optim.levels import parameter_groups
-from parallel.referee.evidence import Evidence, Task, TokenBatch, clip_scale, state_squares
+from parallel.referee.evidence import Evidence, Task, clip_scale, state_squares
 
 
 def single_device(
@@ -29,7 +30,8 @@ def single_device(
     if draw is not None:
         generator = torch.Generator().manual_seed(draw)
         _nudge(model, generator)
-        batches = [_shuffled(batch, generator) for batch in batches]
+        shuffle = lambda batch: batch.reordered(torch.randperm(batch.tokens_TB.shape[1], generator=generator))
+        batches = [shuffle(batch) for batch in batches]
     model = model.to(device).to(dtype or own)
     wide = torch.promote_types(torch.float32, dtype or own)
     masters = {name: nn.Parameter(p.detach().to(wide).clone()) for name, p in model.named_parameters()}
@@ -62,7 +64,7 @@ def single_device(
     return found
 
 
-def _loss(model: Model, batch: TokenBatch) -> Tensor:
+def _loss(model: Model, batch: Batch) -> Tensor:
     return next_token_loss(model(batch.tokens_TB, starts=batch.starts_TB)[0], batch.targets_TB)
 
 
@@ -71,9 +73,3 @@ def _nudge(model: nn.Module, generator: torch.Generator) -> None:
     for parameter in model.parameters():
         move = torch.rand(parameter.shape, generator=generator, dtype=torch.float64) * 2 - 1
         parameter.copy_(parameter.double() * (1 + torch.finfo(parameter.dtype).eps * move))
-
-
-def _shuffled(batch: TokenBatch, generator: torch.Generator) -> TokenBatch:
-    order = torch.randperm(batch.tokens_TB.shape[1], generator=generator)
-    pick = lambda t: None if t is None else t[:, order]
-    return TokenBatch(pick(batch.tokens_TB), pick(batch.targets_TB), pick(batch.starts_TB))  # type: ignore[arg-type]

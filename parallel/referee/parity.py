@@ -24,8 +24,9 @@ import torch
 
 from configs.errors import ConfigError
 from configs.schema import Config, load, validate
+from hope.batch import Batch
 from parallel.compute.replica import build_replica
-from parallel.referee.evidence import Evidence, Task, TokenBatch, from_layout
+from parallel.referee.evidence import Evidence, Task, from_layout
 from parallel.referee.verdict import judge, table
 from parallel.start import groups, launcher
 from parallel.start.errors import LaunchError
@@ -103,7 +104,7 @@ def make_task(config: Config, steps: int) -> Task:
         if config.data.documents == "reset":
             starts = torch.rand(train.seq_len, train.global_batch, generator=generator) < 4 / train.seq_len
             starts[0] = True
-        batches.append(TokenBatch(tokens[:-1], tokens[1:], starts))
+        batches.append(Batch(tokens[:-1], tokens[1:], starts))
     optim = dataclasses.replace(config.optim, eps=max(config.optim.eps, REFEREE_EPS))
     return Task(model, optim, train.precision, train.grad_clip, config.run.seed, batches)
 

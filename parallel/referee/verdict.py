@@ -9,6 +9,7 @@ as far. A missing sum does not become smaller in a wider type, and is not excuse
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +31,6 @@ WIDER = {"fp32": torch.float64, "bf16": torch.float32}
 DRAWS = 4
 # The worst of 4 draws against a right layout's own draw. docs/parallelism.md has the largest ratio that was seen.
 ROUNDING_FACTOR = 4.0
-# Beyond this multiple of its bound a quantity is wrong, and rounding is not asked.
-HOPELESS = 1000.0
 
 Quantity = tuple[str, str]
 """(kind, name): kind is gradient, weight, loss, norm, state or weights (all of them together)."""
@@ -73,8 +72,8 @@ def errors(reference: Evidence, found: Evidence, names: list[str]) -> dict[Quant
         for step, (a, b) in enumerate(zip(ours, theirs, strict=True), start=1):
             result[kind, f"step {step}"] = relative(torch.tensor(a), torch.tensor(b))
     for name in reference.state_norms.keys() | found.state_norms.keys():
-        ours, theirs = (side.state_norms.get(name, 0.0) for side in (found, reference))
-        result["state", name] = relative(torch.tensor(ours), torch.tensor(theirs))
+        here, there = (torch.tensor(side.state_norms.get(name, 0.0)) for side in (found, reference))
+        result["state", name] = relative(here, there)
     return result
 
 
@@ -132,7 +131,7 @@ def compare(
     shares = {q: found_errors[q] / bound for q, bound in bounds.items()}
     beyond = [q for q, share in shares.items() if share > 1]
     settled: list[Settled] = []
-    if beyond and settle is not None and tolerance is None and max(shares.values()) <= HOPELESS and not missing:
+    if beyond and settle is not None and tolerance is None and math.isfinite(max(shares.values())) and not missing:
         by_rounding = settle()
         settled = [by_rounding(q) for q in beyond]
         shares |= {s.quantity: min(shares[s.quantity], s.error / s.allowed) for s in settled if s.allowed}

@@ -8,7 +8,8 @@ from models import named
 from tiny import token_set
 
 from data_prep.errors import DataError
-from data_prep.training.reading import Batch, BatchLoader, HeldoutSet, TrainingSet, global_batch_slice, heldout_batches
+from data_prep.training.batches import batch_of_windows
+from data_prep.training.reading import BatchLoader, HeldoutSet, TrainingSet, global_batch_slice, heldout_batches
 from hope.memory.config import MemoryConfig
 from hope.model import Model, next_token_loss
 
@@ -101,14 +102,14 @@ def test_an_error_in_the_background_reaches_the_caller():
 def test_starts_mark_first_tokens_of_documents():
     eos = 1
     windows = [np.array([5, 6, eos, 7, eos, eos, 8, 9]), np.array([eos, 5, 6, 7, 8, 9, 10, eos])]
-    batch = Batch.from_windows(windows, "reset", eos)
+    batch = batch_of_windows(windows, "reset", eos)
     assert batch.tokens_TB.T.tolist() == [window[:-1].tolist() for window in windows]
     assert batch.targets_TB.T.tolist() == [window[1:].tolist() for window in windows]
     assert batch.tokens_TB.dtype == batch.targets_TB.dtype == torch.int64
     assert batch.tokens_TB.is_contiguous()
     expected = [[1, 0, 0, 1, 0, 1, 1], [1, 1, 0, 0, 0, 0, 0]]
     assert batch.starts_TB.T.int().tolist() == expected
-    assert Batch.from_windows(windows, "carry", eos).starts_TB is None
+    assert batch_of_windows(windows, "carry", eos).starts_TB is None
 
 
 def test_starts_in_real_data_follow_eos(dataset):
@@ -118,9 +119,9 @@ def test_starts_in_real_data_follow_eos(dataset):
 
 
 def test_to_moves_every_tensor():
-    batch = Batch.from_windows([np.arange(5)], "reset", 1).to("meta")
+    batch = batch_of_windows([np.arange(5)], "reset", 1).to("meta")
     assert {t.device.type for t in (batch.tokens_TB, batch.targets_TB, batch.starts_TB)} == {"meta"}
-    assert Batch.from_windows([np.arange(5)], "carry", 1).to("meta").starts_TB is None
+    assert batch_of_windows([np.arange(5)], "carry", 1).to("meta").starts_TB is None
 
 
 def test_with_gpus_batches_are_pinned_on_the_device_of_the_process(monkeypatch):
@@ -219,7 +220,7 @@ def test_heldout_rows_of_documents_give_the_same_mean_for_every_layout(tmp_path,
 def test_padding_is_never_a_token_or_a_target():
     eos, pad = 1, -1
     windows = [np.array([5, 6, 7, eos, pad, pad]), np.array([5, 6, 7, 8, 9, eos])]
-    batch = Batch.from_windows(windows, "doc", eos, real_weight=1.25)
+    batch = batch_of_windows(windows, "doc", eos, real_weight=1.25)
     assert batch.tokens_TB.T.tolist() == [[5, 6, 7, eos, eos], [5, 6, 7, 8, 9]]
     assert batch.targets_TB.T.tolist() == [[6, 7, eos, eos, eos], [6, 7, 8, 9, eos]]
     assert batch.weights_TB.T.tolist() == [[1.25, 1.25, 1.25, 0, 0], [1.25] * 5]

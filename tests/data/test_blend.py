@@ -9,11 +9,12 @@ from tiny import token_set
 
 from data_prep.config import DataConfig, SourceConfig
 from data_prep.errors import DataError
-from data_prep.training.batches import Batch, BatchLoader
+from data_prep.training.batches import BatchLoader
 from data_prep.training.blend import Blend, open_blend, open_heldout
 from data_prep.training.blend_order import BlendOrder
 from data_prep.training.blend_preview import preview
 from data_prep.training.reading import TrainingSet
+from hope.batch import Batch
 from parallel.layout.topology import ParallelConfig
 from parallel.start import groups
 

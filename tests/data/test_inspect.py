@@ -30,13 +30,13 @@ def test_resets_stand_where_training_resets(tiny):
     """The places that say RESET are those of the batch's own `starts`."""
     import torch  # noqa: F401 (batches needs it)
 
-    from data_prep.training.batches import Batch
-
     encode = tiny.tokenizer.encode
     ids = np.array([*encode("end of one"), 1, *encode("whole"), 1, 1, *encode("begun"), 1, 5])
     shown = show_ids(ids, "reset", tiny.tokenizer)
     marked = [int(line.split()[1].split("..")[0]) for line in shown.splitlines() if "RESET" in line]
-    batch = Batch.from_windows([ids], "reset", 1)
+    from data_prep.training.batches import batch_of_windows
+
+    batch = batch_of_windows([ids], "reset", 1)
     assert marked == batch.starts_TB[:, 0].nonzero().flatten().tolist()
     assert shown.splitlines()[1] == "end of one <EOS>"
     assert "target only" in shown

@@ -11,7 +11,7 @@ import torch
 from models import named
 from multirank import run_ranks
 
-from data_prep.training.reading import Batch
+from hope.batch import Batch
 from hope.config import CmsConfig, ModelConfig
 from hope.memory.config import MemoryConfig
 from hope.model import Model, next_token_loss
@@ -24,7 +24,7 @@ from parallel.compute.tensor import shard_model, sharded_loss
 from parallel.layout.plan import plan_of_config
 from parallel.layout.stages import split
 from parallel.layout.topology import ParallelConfig
-from parallel.optimizer.zero import ShardedOptimizer
+from parallel.optimizer.zero import ZeroOptimizer
 from parallel.start import groups
 
 # In fp32 one process is itself up to 1e-5 away from float64 in the gradient of a gate's bias (a sum that cancels), by
@@ -95,7 +95,7 @@ class LayoutRun:
         place = {"tp_rank": ranks.tp_rank, "first_stage": ranks.first_stage, "tied": tied}
         self.inner = Recording(parameter_groups(self.models, 0.1), OPTIM)
         counts = lambda name, _: gradients.counted(name, **place)
-        self.optimizer = ShardedOptimizer(self.models, self.inner, precision, ranks, counts=counts)
+        self.optimizer = ZeroOptimizer(self.models, self.inner, precision, ranks, counts=counts)
         self.stages = stages_of(self.models, precision, layout, config.width)
 
     def backward(self, step: int, step_fn: Callable = step_fn) -> float:
@@ -103,6 +103,7 @@ class LayoutRun:
         batches = micro_batches(step, self.ranks.dp_rank, self.ranks.dp_size)
         reports = forward_backward(self.stages, batches, step_fn)
         assert bool(reports) == self.ranks.last_stage
+        self.optimizer.prepare()
         gradients.combine_over_tensor_ranks(
             self.models, self.optimizer.accumulated, self.layout.sequence, groups.tensor_group()
         )

@@ -7,10 +7,10 @@ import functools
 import pytest
 import torch
 from multirank import run_ranks
-from toy_run import Momentum, Toy, ToyRun, batch, groups_of, loss_fn
+from toy_run import MOMENTUM, Momentum, Toy, ToyRun, batch, groups_of, loss_fn
 
 from parallel.layout.topology import ParallelConfig
-from parallel.optimizer.zero import ShardedOptimizer
+from parallel.optimizer.zero import ZeroOptimizer
 from parallel.start.groups import start
 
 STEPS = 4
@@ -26,18 +26,20 @@ def train(precision: str, micro: int, clip_scale: float) -> Result:
 
 @functools.lru_cache
 def plain_torch(clip_scale: float = 1.0) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The same training without megatron-core, DeepSpeed or processes: one batch, whole parameters."""
+    """The same training by torch's own SGD without schedule, DeepSpeed or processes: one batch, whole parameters."""
     model = Toy()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer = Momentum(groups_of(model))
+    groups = [{"params": group["params"], "lr": group.get("lr", MOMENTUM.lr)} for group in groups_of(model)]
+    optimizer = torch.optim.SGD(groups, momentum=MOMENTUM.beta1)
     losses = []
     for step in range(STEPS):
         optimizer.zero_grad(set_to_none=False)
         loss, _ = loss_fn(model, batch(step))
         loss.backward()
-        for group in optimizer.param_groups:
-            group["grad_scale"] = clip_scale
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            parameter.grad.mul_(clip_scale)
         optimizer.step()
         losses.append(loss.item())
     return losses, {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -100,7 +102,7 @@ def test_bf16_masters_keep_updates_below_bf16_resolution() -> None:
 def weights_after_start() -> torch.Tensor:
     with start(ParallelConfig(), timeout_s=30) as ranks:
         model = Toy(seed=50 + ranks.rank)
-        ShardedOptimizer(model, Momentum(groups_of(model)), "fp32", ranks)
+        ZeroOptimizer(model, Momentum(groups_of(model)), "fp32", ranks)
         return model.up.weight.detach().clone()
 
 

@@ -14,7 +14,7 @@ from toy_run import Momentum, Toy, ToyRun, batch, groups_of, loss_fn, micro_batc
 
 from parallel.compute.pipeline import Stage, forward_backward
 from parallel.layout.topology import ParallelConfig
-from parallel.optimizer.zero import ShardedOptimizer
+from parallel.optimizer.zero import ZeroOptimizer
 from parallel.start.groups import any_rank, start
 
 
@@ -113,6 +113,7 @@ def used_on_one_rank(precision: str) -> dict[str, float]:
             return (loss + model.unused.sum() if ranks.rank == 1 else loss), report
 
         forward_backward(run.stage, pairs, with_branch)
+        run.optimizer.prepare()
         run.optimizer.reduce()
         return run.optimizer.grad_norms()
 
@@ -128,15 +129,15 @@ def use_and_misuse() -> tuple[list[str], float, bool, bool]:
     with start(ParallelConfig(), timeout_s=30) as ranks:
         run = ToyRun(ranks)
         messages = []
-        for call in (run.optimizer.step, run.optimizer.grad_norms):
+        for call in (run.optimizer.step, run.optimizer.grad_norms, run.optimizer.first_nonfinite):
             with pytest.raises(RuntimeError, match="call reduce"):
                 call()
         stranger = Toy()
         with pytest.raises(ValueError, match="not in the model") as error:
-            ShardedOptimizer(run.model, Momentum(groups_of(stranger)), "fp32", ranks)
+            ZeroOptimizer(run.model, Momentum(groups_of(stranger)), "fp32", ranks)
         messages.append(str(error.value))
         with pytest.raises(ValueError, match="precision is 'fp16'"):
-            ShardedOptimizer(stranger, Momentum(groups_of(stranger)), "fp16", ranks)
+            ZeroOptimizer(stranger, Momentum(groups_of(stranger)), "fp16", ranks)
         evaluation = forward_backward(run.stage, micro_batches(0, ranks, 2), step_fn, forward_only=True)
         untouched = all(p.grad is None for p in run.model.parameters())
         asked = any_rank(ranks.rank == 1)
@@ -175,6 +176,7 @@ def collectives_of_a_step(precision: str) -> list[list[str]]:
         run = ToyRun(ranks, precision)
         phases = []
         forward_backward(run.stage, micro_batches(0, ranks, 1), step_fn)
+        run.optimizer.prepare()
         for phase in (run.optimizer.reduce, run.optimizer.grad_norms, run.optimizer.step):
             seen.clear()
             phase()

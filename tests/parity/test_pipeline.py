@@ -31,7 +31,7 @@ from hope.optim.levels import parameter_groups
 from parallel.compute.pipeline import Stage, forward_backward, mean_loss, stages_of
 from parallel.layout.stages import split
 from parallel.layout.topology import ParallelConfig
-from parallel.optimizer.zero import ShardedOptimizer
+from parallel.optimizer.zero import ZeroOptimizer
 from parallel.start import groups
 
 PP2, PP4 = ParallelConfig(pipeline=2), ParallelConfig(pipeline=4)
@@ -108,9 +108,10 @@ def norms_of_odd_groups(bad: int | None) -> tuple[dict[str, float], str | None, 
         own = [everything.pop("embedding.weight")] if ranks.first_stage else []
         rest = {"name": f"stage{ranks.pp_rank}", "params": list(everything.values())}
         optimizer = Recording([{"name": "embedding", "params": own, "period": 1}, {**rest, "period": 1}], OPTIM)
-        sharded = ShardedOptimizer([model], optimizer, "fp32", ranks)
+        sharded = ZeroOptimizer([model], optimizer, "fp32", ranks)
         stages = stages_of([model], "fp32", PP2, config.width)
         forward_backward(stages, micro_batches(0, 0, 1), step_fn)
+        sharded.prepare()
         if ranks.pp_rank == bad:
             gradient = sharded.accumulated(model.get_parameter(f"blocks.{model.part.first}.norm.weight"))
             assert gradient is not None
@@ -175,7 +176,7 @@ def test_evaluation_and_misuse(layout: ParallelConfig) -> None:
 def tensor_without_counts() -> None:
     with groups.start(ParallelConfig(tensor=2), timeout_s=30) as ranks:
         model = Model(model_config())
-        ShardedOptimizer(model, Recording(parameter_groups(model, 0.0), OPTIM), "fp32", ranks)
+        ZeroOptimizer(model, Recording(parameter_groups(model, 0.0), OPTIM), "fp32", ranks)
 
 
 def test_tensor_parallelism_must_say_what_counts() -> None:
@@ -186,9 +187,12 @@ def test_tensor_parallelism_must_say_what_counts() -> None:
 def accumulates(precision: str) -> list[Any]:
     with groups.start(PP2, timeout_s=30) as ranks:
         run = LayoutRun(ranks, PP2, model_config(), precision)
+        run.optimizer.prepare()
         before = [run.optimizer.accumulated(p) for model in run.models for p in model.parameters()]
         zeros = all(g is not None and not g.any() and g.dtype == torch.float32 for g in before)
+        run.optimizer.discard()
         forward_backward(run.stages, micro_batches(0, 0, 1), step_fn)
+        run.optimizer.prepare()
         filled = [run.optimizer.accumulated(p) for model in run.models for p in model.parameters()]
         shaped = all(
             g is not None and g.any() and g.shape == p.shape

@@ -12,6 +12,7 @@ from tiny import config_file
 
 from configs.errors import ConfigError
 from configs.schema import load
+from hope.batch import Batch
 from hope.config import CmsConfig, ModelConfig
 from hope.model import Model, Slice
 from hope.optim.config import OptimConfig
@@ -21,7 +22,7 @@ from parallel.compute.replica import Replica, build_replica
 from parallel.layout.memory import StepShape
 from parallel.layout.topology import ParallelConfig
 from parallel.layout.traffic import reduced_bytes_per_step
-from parallel.referee.evidence import TokenBatch, micro_batches
+from parallel.referee.evidence import micro_batches
 from parallel.start import groups
 
 MODEL = ModelConfig(["attention"], 64, 32, 2, 4, cms=CmsConfig(periods=[1, 4, 16], hidden=32))
@@ -29,9 +30,9 @@ OPTIM = OptimConfig(lr=3e-3, eps=1e-4)
 SEQ, BATCH = 16, 4
 
 
-def batch(step: int) -> TokenBatch:
+def batch(step: int) -> Batch:
     tokens = torch.randint(0, 64, (SEQ + 1, BATCH), generator=torch.Generator().manual_seed(step))
-    return TokenBatch(tokens[:-1], tokens[1:], None)
+    return Batch(tokens[:-1], tokens[1:], None)
 
 
 class Wire:

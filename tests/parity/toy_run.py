@@ -1,4 +1,4 @@
-"""A tiny model, an element-wise optimizer that honours grad_scale, and a training loop over ranks."""
+"""A tiny model, momentum SGD as the optimizers of this project have it, and a training loop over ranks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from hope.optim.clocks import Due
+from hope.optim.config import DmgdConfig, OptimConfig
+from hope.optim.dmgd import Dmgd
 from parallel.compute.pipeline import Stage, forward_backward
-from parallel.optimizer.zero import ShardedOptimizer
+from parallel.optimizer.zero import ZeroOptimizer
 from parallel.start.groups import Ranks, data_group
 
 VOCAB, DIM = 31, 10
@@ -35,43 +38,44 @@ class Toy(nn.Module):
         return x @ self.emb.weight.T
 
 
-class Momentum(torch.optim.Optimizer):
-    """Momentum SGD with a clock, and an integer state per tensor to see what a checkpoint does to it."""
+MOMENTUM = OptimConfig(lr=0.05, beta1=0.9, dmgd=DmgdConfig(objective="dot", preconditioner="none"))
+ADAMW = OptimConfig(lr=0.05)
 
-    per_tensor_keys = ("odd",)
 
-    def __init__(self, groups: list[dict]) -> None:
-        super().__init__(groups, {"lr": 0.05, "beta": 0.9, "grad_scale": 1.0, "clock": 0, "updates": 0})
+class Momentum(Dmgd):
+    """Dmgd, by default at SGD's setting, with integers per tensor to see what a checkpoint does to them."""
+
+    per_tensor_keys = Dmgd.per_tensor_keys | {"odd"}
+
+    def __init__(self, groups: list[dict], config: OptimConfig = MOMENTUM) -> None:
+        super().__init__(groups, config)
         for group in self.param_groups:
             group["tensors"] = len(group["params"])
         self.calls = 0
 
     def allocate_states(self) -> None:
+        super().allocate_states()
         for group in self.param_groups:
             for p in group["params"]:
-                if not self.state[p]:
-                    odd = torch.zeros(group["tensors"], 5, dtype=torch.int64, device=p.device)
-                    self.state[p].update(m=torch.zeros_like(p), odd=odd)
+                if "odd" not in self.state[p]:
+                    self.state[p]["odd"] = torch.zeros(group["tensors"], 5, dtype=torch.int64, device=p.device)
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def update(self, due: Due) -> None:
         self.calls += 1
         self.allocate_states()
-        for group in self.param_groups:
-            group["clock"] += 1
-            group["updates"] += 2
-            for p in group["params"]:
-                state = self.state[p]
-                state["m"].mul_(group["beta"]).add_(p.grad, alpha=group["grad_scale"])
+        super().update(due)
+        for group, params in due:
+            for p in params:
                 rows = torch.arange(group["tensors"], device=p.device)
-                state["odd"] += (2**40 + group["clock"] * (1 + rows)).unsqueeze(1)  # 2**40 + 1 is not an fp32 number
-                p.add_(state["m"], alpha=-group["lr"])
+                increment = 2**40 + group["clock"] * (1 + rows)  # 2**40 + 1 is not an fp32 number
+                self.state[p]["odd"] += increment.unsqueeze(1)
 
 
 def groups_of(model: Toy) -> list[dict]:
+    """Groups with and without a rate of their own. One has a clock that began earlier than its updates."""
     return [
         {"params": [model.emb.weight, model.up.weight, model.up.bias, model.down.weight], "name": "matrices"},
-        {"params": [model.gain], "name": "gain", "period": 4, "lr": 0.02},
+        {"params": [model.gain], "name": "gain", "lr": 0.02, "clock": 3},
         {"params": [model.down.bias], "name": "bias"},
         {"params": [model.unused], "name": "unused"},
     ]
@@ -104,16 +108,19 @@ def step_fn(model: nn.Module, hidden: None, pair: tuple[torch.Tensor, torch.Tens
 class ToyRun:
     """Model, stage and optimizer of one rank."""
 
-    def __init__(self, ranks: Ranks, precision: str = "fp32", dim: int = DIM, micro: int = 1) -> None:
+    def __init__(
+        self, ranks: Ranks, precision: str = "fp32", dim: int = DIM, micro: int = 1, optim: OptimConfig = MOMENTUM
+    ) -> None:
         self.ranks, self.micro = ranks, micro
         self.model = Toy(dim).to(ranks.device)
         self.stage = Stage(self.model, precision)
-        self.inner = Momentum(groups_of(self.model))
-        self.optimizer = ShardedOptimizer(self.model, self.inner, precision, ranks)
+        self.inner = Momentum(groups_of(self.model), optim)
+        self.optimizer = ZeroOptimizer(self.model, self.inner, precision, ranks)
 
     def backward(self, step: int) -> float:
         """Accumulate and reduce the gradients of `step`; returns the mean loss of the global batch."""
         reports = forward_backward(self.stage, micro_batches(step, self.ranks, self.micro), step_fn)
+        self.optimizer.prepare()
         self.optimizer.reduce()
         local = torch.stack([report["loss"] for report in reports]).mean()
         dist.all_reduce(local, group=data_group())

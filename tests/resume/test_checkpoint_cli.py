@@ -15,7 +15,7 @@ from test_training_run import run, weights
 from tiny import config_file
 
 from configs.schema import load
-from data_prep.training.batches import Batch
+from data_prep.training.batches import batch_of_windows
 from data_prep.training.reading import TrainingSet
 from hope import pretrained
 from hope.model import Model
@@ -85,7 +85,7 @@ def test_exported_weights_give_the_logits_of_the_checkpoint_with_torch_alone(tra
     model = pretrained.load(tmp_path)
     config = load(path, [])
     data = TrainingSet(config.data.train, config.train.seq_len, config.data.seed)
-    tokens = Batch.from_windows([data.sample(i) for i in range(4)], "carry", data.eos_id).tokens_TB
+    tokens = batch_of_windows([data.sample(i) for i in range(4)], "carry", data.eos_id).tokens_TB
     logits = run_ranks(logits_in_training, 1, path, tokens, timeout=60)[0]
     assert torch.equal(model(tokens)[0], logits)
     masters = weights(folder, 4)

@@ -43,10 +43,10 @@ def spiked(path: str, steps: tuple[int, ...], *overrides: str) -> int:
     """A run whose loss is ten times as large at the given steps."""
     original, original_loss = pretrain_hope.Run._one_step, replica.sharded_loss
 
-    def one_step(self, log, last, devices):
+    def one_step(self, log, last):
         factor = 10.0 if self.step + 1 in steps else 1.0
         replica.sharded_loss = lambda *args: original_loss(*args) * factor
-        original(self, log, last, devices)
+        original(self, log, last)
 
     pretrain_hope.Run._one_step = one_step
     return run(path, *overrides)

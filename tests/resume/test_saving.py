@@ -32,10 +32,10 @@ def touching(path: str, file: str, at: int, *overrides: str) -> int:
     """A run in which somebody touches RUN/file in step `at`; rank 0 is the one that sees it."""
     original = pretrain_hope.Run._one_step
 
-    def one_step(self, log, last, devices):
+    def one_step(self, log, last):
         if self.step + 1 == at and self.ranks.rank == 0:
             (self.folder / file).touch()
-        original(self, log, last, devices)
+        original(self, log, last)
 
     pretrain_hope.Run._one_step = one_step
     return run(path, *overrides)
@@ -72,8 +72,8 @@ def watched(path: str, held: tuple[int, ...], *overrides: str) -> int:
             time.sleep(0.01)
         return write_data(self, plan, planner)
 
-    def noted(self, log, last, devices):
-        one_step(self, log, last, devices)
+    def noted(self, log, last):
+        one_step(self, log, last)
         if self.ranks.rank == 0:
             checkpoints = self.folder / "checkpoints"
             found = len(folders.finished(checkpoints))
@@ -158,14 +158,14 @@ def filled(path: str, keep_full: bool, *overrides: str) -> int:
     """A run whose disk is filled up in step 3, and emptied again in step 5 unless `keep_full`."""
     original = pretrain_hope.Run._one_step
 
-    def one_step(self, log, last, devices):
+    def one_step(self, log, last):
         ballast = self.folder / "checkpoints" / "ballast"
         if self.ranks.rank == 0 and self.step == 2:
             room = os.statvfs(ballast.parent)
             ballast.write_bytes(bytes(room.f_bavail * room.f_bsize - 8192))
         if self.ranks.rank == 0 and self.step == 4 and not keep_full:
             ballast.unlink()
-        original(self, log, last, devices)
+        original(self, log, last)
 
     pretrain_hope.Run._one_step = one_step
     return run(path, *overrides)

@@ -12,7 +12,8 @@ from tiny import config_file
 
 import pretrain_hope
 from configs.schema import load
-from data_prep.training.reading import Batch, TrainingSet
+from data_prep.training.batches import batch_of_windows
+from data_prep.training.reading import TrainingSet
 from hope.model import Model, next_token_loss
 from parallel.checkpoint import manifest
 from parallel.checkpoint.folders import step_folder
@@ -141,7 +142,7 @@ def test_every_step_sees_its_own_batch(tmp_path):
     data = TrainingSet(config.data.train, config.train.seq_len, config.data.seed)
     expected = []
     for step in range(4):
-        batch = Batch.from_windows([data.sample(8 * step + i) for i in range(8)], "carry", data.eos_id)
+        batch = batch_of_windows([data.sample(8 * step + i) for i in range(8)], "carry", data.eos_id)
         with torch.no_grad():
             expected.append(next_token_loss(model(batch.tokens_TB)[0], batch.targets_TB).item())
     assert len(set(expected)) == 4
@@ -173,10 +174,10 @@ def poisoned(path: str, steps: tuple[int, ...], *overrides: str) -> int:
     """A run in which rank 1's loss is NaN at the given steps."""
     original, original_loss = pretrain_hope.Run._one_step, replica.sharded_loss
 
-    def one_step(self, log, last, devices):
+    def one_step(self, log, last):
         bad = self.ranks.rank == 1 and self.step + 1 in steps
         replica.sharded_loss = lambda *args: original_loss(*args) * (float("nan") if bad else 1.0)
-        original(self, log, last, devices)
+        original(self, log, last)
 
     pretrain_hope.Run._one_step = one_step
     return run(path, *overrides)
@@ -212,10 +213,10 @@ def interrupted(path: str, number: int) -> int:
     """Rank 0 gets a signal in its third step; rank 1 never sees it."""
     original = pretrain_hope.Run._one_step
 
-    def one_step(self, log, last, devices):
+    def one_step(self, log, last):
         if self.ranks.rank == 0 and self.step == 2:
             os.kill(os.getpid(), number)
-        original(self, log, last, devices)
+        original(self, log, last)
 
     pretrain_hope.Run._one_step = one_step
     return run(path)

@@ -10,7 +10,7 @@ from hope.optim import coordinate_memory as memory
 from hope.optim import kernels, rules
 from hope.optim.config import OptimConfig
 from hope.optim.dmgd import Dmgd
-from hope.optim.rules import Rule
+from hope.optim.rules import UpdateRule
 from hope.optim.segments import Piece, Segments
 
 MLP = with_dmgd(memory="mlp", mlp_lr=0.2, lr=0.02, eps=1e-4)
@@ -246,7 +246,7 @@ def test_no_stretch_is_longer_than_a_chunk(monkeypatch):
 
 def test_settings_that_contradict_each_other_are_refused():
     assert [p[0] for p in with_dmgd(erase=0.1).problems()] == ["optim.dmgd.erase"]
-    assert Rule.of(MLP).features == 3
+    assert UpdateRule.of(MLP).features == 3
 
 
 def test_a_level_with_a_clock_teaches_its_network_only_when_due():

@@ -147,3 +147,51 @@ def test_tiny_alpha_does_not_overflow():
     assert torch.isfinite(end).all()
     assert torch.isfinite(reads).all()
     assert torch.isfinite(log_alpha.grad).all()
+
+
+# (retention, write, erase) of published layers, as rows of one table: see hope.memory.delta.
+FAMILY = {
+    "linear attention": lambda alpha, beta: (1 + 0 * alpha, 1 + 0 * beta, 0 * beta),
+    "retnet": lambda alpha, beta: (0 * alpha + 0.9, 1 + 0 * beta, 0 * beta),
+    "mamba-2, scalar decay": lambda alpha, beta: (alpha, beta, 0 * beta),
+    "deltanet": lambda alpha, beta: (1 + 0 * alpha, beta, beta),
+    "gated deltanet": lambda alpha, beta: (alpha, beta, alpha * beta),
+}
+
+
+@pytest.mark.parametrize("name", list(FAMILY))
+def test_the_linear_family_on_one_chunk_equals_its_token_loop(name):
+    """48 tokens in chunks of 16, float64: reads, end states and gradients."""
+    generator = torch.Generator().manual_seed(4)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    k, q, v = torch.nn.functional.normalize(draw(2, 48, 8), dim=-1), draw(2, 48, 8), draw(2, 48, 6)
+    alpha, beta = torch.sigmoid(draw(2, 48) + 2), torch.sigmoid(draw(2, 48))
+    keep, write, erase = FAMILY[name](alpha, beta)
+    inputs = [t.requires_grad_() for t in (k, q, v)]
+
+    def loop():
+        state, out = torch.zeros(2, 6, 8, dtype=torch.float64), []
+        for t in range(48):
+            kt = k[:, t, None, :]
+            erased = erase[:, t, None, None] * (state @ kt.mT) @ kt
+            state = keep[:, t, None, None] * state - erased + write[:, t, None, None] * v[:, t, :, None] @ kt
+            out.append(state @ q[:, t, :, None])
+        return torch.stack(out, 1).squeeze(-1), state
+
+    def chunks():
+        state, out = torch.zeros(2, 6, 8, dtype=torch.float64), []
+        for first in range(0, 48, 16):
+            cut = slice(first, first + 16)
+            gates = Gates(write[:, cut], keep[:, cut].log(), erase=erase[:, cut])
+            done = DeltaChunk(k[:, cut], gates).write(DeltaState(state), k[:, cut] @ state.mT, -v[:, cut])
+            out.append(done.read(q[:, cut], q[:, cut] @ state.mT))
+            state = done.state.weight
+        return torch.cat(out, 1), state
+
+    (slow, end), (fast, found) = loop(), chunks()
+    assert (fast - slow).abs().max() <= 1e-13 * slow.abs().max()
+    assert (found - end).abs().max() <= 1e-13 * end.abs().max()
+    weights = torch.linspace(-1, 1, slow.numel(), dtype=torch.float64).view_as(slow)
+    expected = torch.autograd.grad((slow * weights).sum(), inputs)
+    for ours, theirs in zip(torch.autograd.grad((fast * weights).sum(), inputs), expected, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-12 * theirs.abs().max()

@@ -8,7 +8,7 @@ from optims import with_dmgd
 
 from hope.optim.config import OptimConfig
 from hope.optim.dmgd import Dmgd
-from hope.optim.rules import Rates, Rule
+from hope.optim.rules import Rates, UpdateRule
 
 
 def problem(seed: int = 0) -> tuple[list[torch.nn.Parameter], list[torch.Tensor]]:
@@ -91,7 +91,7 @@ def test_what_is_not_dmgd_has_the_setting_of_adamw_whatever_the_section_dmgd_say
     other = with_dmgd(objective="dot", memory="mlp", mlp_key="gradient", output="rms_clip", erase=0.1)
     group = {"updates": 3, "lr": 0.1, "weight_decay": 0.1}
     plain, renamed = OptimConfig(), dataclasses.replace(other, name=name)
-    assert Rule.of(renamed) == Rule.of(plain) != Rule.of(other)
+    assert UpdateRule.of(renamed) == UpdateRule.of(plain) != UpdateRule.of(other)
     assert Rates.of(renamed, group, 1.0) == Rates.of(plain, group, 1.0) != Rates.of(other, group, 1.0)
     assert list(renamed.problems()) == []
 

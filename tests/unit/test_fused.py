@@ -10,7 +10,7 @@ from hope.optim import dmgd, fused, kernels
 from hope.optim.config import OptimConfig
 from hope.optim.dmgd import Dmgd
 from hope.optim.kernels import Choice, Kernels
-from hope.optim.rules import Rates, Rule, Stretch, Whole
+from hope.optim.rules import Rates, Stretch, UpdateRule, Whole
 from hope.optim.segments import Piece, Segments
 
 # numpy's, for the branch of a `where` that is not taken
@@ -83,9 +83,9 @@ def short_spans(monkeypatch):
 
 def problem(
     config: OptimConfig, segments: Segments, device: str, numel: int = 733
-) -> tuple[Rule, Stretch, Rates, Whole]:
+) -> tuple[UpdateRule, Stretch, Rates, Whole]:
     """The middle of a training, drawn."""
-    rule, generator = Rule.of(config), torch.Generator().manual_seed(0)
+    rule, generator = UpdateRule.of(config), torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator)
     g = draw(numel) * 1e-3
     g[310], g[320] = 1.0, 0.0  # beyond the features' bounds; a silent coordinate
@@ -132,7 +132,7 @@ def test_large_tensors_in_the_kernels_own_spans_and_blocks(name, factor, monkeyp
     check_sums(*problem(CONFIGS[name], segments, "cuda", 733 * factor), segments)
 
 
-def check_update(rule: Rule, x: Stretch, rates: Rates, whole: Whole, segments: Segments) -> None:
+def check_update(rule: UpdateRule, x: Stretch, rates: Rates, whole: Whole, segments: Segments) -> None:
     start, exact = to(x), to(x, dtype=torch.float64)
     fused.update(rule, x, segments, rates, whole)
     kernels.update(rule, exact, segments, rates, to(whole, dtype=torch.float64))
@@ -148,7 +148,7 @@ def check_update(rule: Rule, x: Stretch, rates: Rates, whole: Whole, segments: S
     assert all(torch.equal(a[padding], b[padding]) for a, b in zip(x, start, strict=True) if a is not None)
 
 
-def check_sums(rule: Rule, x: Stretch, rates: Rates, whole: Whole, segments: Segments) -> None:
+def check_sums(rule: UpdateRule, x: Stretch, rates: Rates, whole: Whole, segments: Segments) -> None:
     start = to(x)
     found = fused.sums(rule, x, segments, rates, whole)
     expected = kernels.sums(rule, to(x, dtype=torch.float64), segments, rates, to(whole, dtype=torch.float64))
@@ -213,7 +213,7 @@ def test_offsets_beyond_two_to_the_31(monkeypatch):
     for t in here:
         t.normal_(std=1e-3)
     here.v.square_()
-    rule = Rule.of(MLP)
+    rule = UpdateRule.of(MLP)
     whole = Whole(torch.randn(1, rule.size, device="cuda"), torch.full((1,), 1e-3, device="cuda"))
     exact, alone = to(here, dtype=torch.float64), Segments.single(here.p)
     expected = kernels.sums(rule, exact, alone, rates, to(whole, dtype=torch.float64))

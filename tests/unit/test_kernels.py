@@ -13,7 +13,7 @@ from optims import with_dmgd
 from hope.config import ModelConfig
 from hope.optim import fused, kernels
 from hope.optim.config import OptimConfig
-from hope.optim.rules import Rule, Stretch
+from hope.optim.rules import Stretch, UpdateRule
 from parallel.layout.memory import StepShape
 from parallel.layout.report import describe, kernel_facts
 from parallel.layout.topology import ParallelDims
@@ -30,7 +30,7 @@ def stretch(dtype: torch.dtype = torch.float32, device: str = "cpu", **others: t
 @pytest.mark.parametrize("config", [OptimConfig(), MLP, MATCH], ids=["linear", "mlp", "rms_match"])
 def test_a_cpu_takes_the_plain_way_even_where_kernels_can_be_interpreted(config):
     with interpreting():
-        choice = kernels.kernels_for(Rule.of(config), stretch())
+        choice = kernels.kernels_for(UpdateRule.of(config), stretch())
     assert choice.kernels == (kernels.update, kernels.sums)
     assert str(choice) == "plain (CPU)"
 
@@ -62,10 +62,10 @@ def test_without_triton(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="no CUDA device")
 def test_single_precision_on_a_gpu_takes_the_kernels():
-    found = lambda x, config=MLP: str(kernels.kernels_for(Rule.of(config), x))
+    found = lambda x, config=MLP: str(kernels.kernels_for(UpdateRule.of(config), x))
     single = stretch(device="cuda")
     assert found(single) == str(kernels.kernels_of_run(MLP, "cuda")) == "fused"
-    assert kernels.kernels_for(Rule.of(MLP), single).kernels == (fused.update, fused.sums)
+    assert kernels.kernels_for(UpdateRule.of(MLP), single).kernels == (fused.update, fused.sums)
     assert found(single, MATCH) == "plain (rms_match)"
     assert found(stretch(torch.float64, "cuda")) == "plain (fp64)"
     assert found(single._replace(g=single.g.bfloat16())) == "plain (bf16)"
@@ -74,23 +74,24 @@ def test_single_precision_on_a_gpu_takes_the_kernels():
 
 @pytest.mark.parametrize(("dtype", "reason"), [(torch.float64, "fp64"), (torch.bfloat16, "bf16"), (torch.int8, "int8")])
 def test_other_precisions_are_named(dtype, reason):
-    assert kernels._against_fused(Rule.of(MLP), "cuda", dtype) == reason
+    assert kernels._against_fused(UpdateRule.of(MLP), "cuda", dtype) == reason
 
 
 def test_parts_are_joined():
-    choice = kernels.kernels_of_run(MLP, "cpu")
-    assert kernel_facts([("memory", choice._replace(name="fused", reason="")), ("optimizer", choice)]) == (
-        "memory: fused, optimizer: plain (CPU)"
-    )
+    assert kernel_facts([("hope", "fused"), ("optimizer", "plain (CPU)")]) == "hope: fused  optimizer: plain (CPU)"
     assert kernel_facts([]) == ""
 
 
 @pytest.mark.parametrize(
     ("optim", "device", "line"),
     [
-        (MLP, "cpu", "kernels     optimizer: plain (CPU)"),
-        (MLP, "cuda", "kernels     optimizer: fused"),
-        (OptimConfig(name="muon"), "cuda", "kernels     muon of all but matrices: fused"),
+        (MLP, "cpu", "kernels     hope: plain (no kernel for matrix memories yet)  optimizer: plain (CPU)"),
+        (MLP, "cuda", "kernels     hope: plain (no kernel for matrix memories yet)  optimizer: fused"),
+        (
+            OptimConfig(name="muon"),
+            "cuda",
+            "kernels     hope: plain (no kernel for matrix memories yet)  muon of all but matrices: fused",
+        ),
     ],
 )
 def test_the_table_at_the_start_has_the_line(optim, device, line):
