@@ -23,7 +23,7 @@ GUESS = "did you mean: "
 def defaults(cls: type) -> DictConfig:
     """A structured config of `cls` in which sections without a default are filled in from theirs. Of sections by name
     all are there, also those that nothing names."""
-    config = OmegaConf.structured(cls)
+    config: DictConfig = OmegaConf.structured(cls)
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if (sections := named_sections(field)) is not None:
@@ -144,7 +144,8 @@ class Fitter:
         prefix = f"{section}." if section else ""
         near = [prefix + name for name in difflib.get_close_matches(key, names, n=1, cutoff=0.6)]
         near = near or self._elsewhere(key)
-        near = near or difflib.get_close_matches(child, [*self.paths, *self.sections], n=1, cutoff=0.6)
+        alike = [path for path in (*self.paths, *self.sections) if _similar(path.rpartition(".")[2], key)]
+        near = near or difflib.get_close_matches(child, alike, n=1, cutoff=0.6)
         if near:
             return GUESS + " or ".join(near[:3])
         return f"{section or 'the top level'} has: " + ", ".join(names)
@@ -153,6 +154,10 @@ class Fitter:
         """The same key in other sections, only the least nested."""
         found = [path for path in self.paths if path.rpartition(".")[2] == key]
         return [path for path in found if path.count(".") == min(other.count(".") for other in found)]
+
+
+def _similar(a: str, b: str) -> bool:
+    return difflib.SequenceMatcher(None, a, b).ratio() > 0.4
 
 
 def _one_field(hint: Any) -> type:

@@ -29,10 +29,8 @@ def unused_given(
 def explain(use: Use, value: Any) -> tuple[str, str]:
     """(why a key is not used while the governor has `value`, what would change that)."""
     if use.listed:
-        return (
-            f"is not used: no layer of {use.governor} is {use.values[0]}",
-            f"leave it out, or name it in {use.governor}",
-        )
+        what = f"is not used: no layer of {use.governor} is {use.values[0]}"
+        return what, f"leave it out, or name {use.values[0]} in {use.governor}"
     other = " or ".join(f"{use.governor}={word(wanted)}" for wanted in use.values) or f"set {use.governor}"
     return f"is not used: {use.governor} is {word(value)}", f"leave it out, or {other}"
 

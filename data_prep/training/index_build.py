@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_prep.config import DataConfig, SourceConfig
@@ -43,9 +43,8 @@ def _override(whole: Any, override: str) -> None:
     key, equals, word = override.partition("=")
     if not equals:
         raise ValueError(f"`{override}` is not of the form section.key=value")
-    value = OmegaConf.create(f"value: {word}" if word else {"value": ""})
-    assert isinstance(value, DictConfig)
-    OmegaConf.update(whole, key, OmegaConf.to_container(value, resolve=False)["value"], force_add=True)
+    value: Any = OmegaConf.to_container(OmegaConf.create(f"value: {word}" if word else {"value": ""}), resolve=False)
+    OmegaConf.update(whole, key, value["value"], force_add=True)
 
 
 def build_indices(data: DataConfig, seq_len: int) -> Iterator[str]:

@@ -47,7 +47,7 @@ class Dmgd(ClockedOptimizer):
 
     per_tensor_keys = frozenset({"mlp", "mean_square"})
 
-    def __init__(self, groups: Iterable[dict], config: OptimConfig) -> None:
+    def __init__(self, groups: Iterable[dict[str, Any]], config: OptimConfig) -> None:
         super().__init__(groups, config)
         self.segments: dict[Tensor, Segments] = {}
         self.tensor_sums: Sums = lambda parts: parts

@@ -28,7 +28,7 @@ class MatrixOptimizer(Dmgd):
     `half`: orthogonalise with bf16 products on a GPU; false for runs in fp32, whose layouts agree to fp32's rounding.
     """
 
-    def __init__(self, groups: Iterable[dict], config: OptimConfig, half: bool = False) -> None:
+    def __init__(self, groups: Iterable[dict[str, Any]], config: OptimConfig, half: bool = False) -> None:
         super().__init__(groups, config)
         self.half = half
 
