@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import difflib
 import re
 import sys
 import typing
@@ -15,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from configs.checks import section_problems
 from configs.errors import ConfigError
 from configs.given import Given, gather
 from configs.launch_section import LaunchConfig
@@ -70,7 +70,7 @@ def load(path: str, words: Sequence[str], *, world_size: int | None = None, chec
     sections = _whole_sections(merged, problems)
     problems += _unused(merged, {} if good is BAD else good, given, _touched(problems))
     if check:
-        problems += _section_problems(sections, world_size)
+        problems += section_problems(sections, world_size, [key.path for key in leaves(Config)])
     if problems:
         raise ConfigError(path, problems)
     return Config(**sections)
@@ -79,7 +79,7 @@ def load(path: str, words: Sequence[str], *, world_size: int | None = None, chec
 def validate(config: Config, world_size: int, source: str = "config") -> None:
     """Check every section for a run on `world_size` devices; raises ConfigError(source) with all problems."""
     sections = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
-    problems = list(_section_problems(sections, world_size))
+    problems = list(section_problems(sections, world_size, [key.path for key in leaves(Config)]))
     if problems:
         raise ConfigError(source, problems)
 
@@ -162,50 +162,6 @@ def _whole_sections(merged: DictConfig, problems: list[Problem]) -> dict[str, An
         if item.name in names:
             only_named(merged[item.name], hints[item.name])
     return {name: OmegaConf.to_object(merged[name]) for name in names}
-
-
-def _section_problems(sections: dict[str, Any], world_size: int | None) -> Iterator[Problem]:
-    """Problems of the sections given; one that needs another is skipped when that one is not there."""
-    for name in ("run", "model", "optim", "train", "checkpoint", "log", "launch"):
-        if name in sections:
-            yield from sections[name].problems()
-    model, data, optim, train = (sections.get(name) for name in ("model", "data", "optim", "train"))
-    if model and data and train and min(model.vocab_size, train.seq_len) >= 1:
-        yield from data.problems(model.vocab_size, train.seq_len)
-    if optim and train and optim.warmup >= train.steps >= 1:
-        what = f"{optim.warmup} steps of warm-up leave none of train.steps {train.steps} for the decay"
-        yield Problem("optim.warmup", what, f"at most {train.steps - 1}; usual: {train.steps // 20}")
-    if model and train and min(train.global_batch, train.seq_len) >= 1:
-        yield from _token_periods(model, train.tokens_per_step)
-    if "checkpoint" in sections:
-        yield from _unknown_changes(sections["checkpoint"].on_change)
-    parallel = sections.get("parallel")
-    if world_size is not None and parallel and train and min(train.global_batch, train.micro_batch) >= 1:
-        whole = model if model and min(model.heads, model.vocab_size, model.layers, model.width) >= 1 else None
-        yield from parallel.problems(world_size, train.global_batch, train.micro_batch, whole, train.seq_len)
-
-
-def _token_periods(model: ModelConfig, step: int) -> Iterator[Problem]:
-    """Levels that are due after a number of tokens which no whole number of optimizer steps sees."""
-    if model.cms.unit == "steps":
-        return
-    for number, period in enumerate(model.cms.periods):
-        if period >= 1 and period % step:
-            near = sorted({max(1, period // step) * step, -(-period // step) * step})
-            what = f"{period:,} tokens are not a multiple of the {step:,} of a step (train.global_batch x seq_len)"
-            yield Problem(f"model.cms.periods[{number}]", what, " or ".join(map(str, near)))
-
-
-def _unknown_changes(on_change: dict[str, str]) -> Iterator[Problem]:
-    """Keys of checkpoint.on_change must be those of the configuration, its sections, or `all`."""
-    paths = [path for path, *_ in leaves(Config)]
-    known = {"all", *paths, *(path.rsplit(".", n)[0] for path in paths for n in range(1, path.count(".") + 1))}
-    for key in on_change:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            yield Problem(
-                "checkpoint.on_change", f"{key} is no key or section", f"{GUESS}{near[0]}" if near else "optim.lr"
-            )
 
 
 if __name__ == "__main__":
