@@ -72,7 +72,12 @@ def _merge_file(given: Given, path: str, problems: list[Problem]) -> None:
     if _unread(found):
         given.readable = False
         return
-    merged = OmegaConf.merge(given.values, values)
+    try:
+        merged = OmegaConf.merge(given.values, values)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:  # a list over a section, for example
+        what = f"{path} cannot be merged: {one_line(error)}"
+        problems.append(Problem("(command line)", what, "sections over sections, and lists over lists"))
+        return
     assert isinstance(merged, DictConfig)
     given.values = merged
     for key, line in lines.items():

@@ -102,9 +102,13 @@ def of_record(record: Mapping[str, Any]) -> Config:
 
 def _import_mixers(path: str, words: Sequence[str]) -> Iterator[Problem]:
     """Import what registers mixers, before anything asks which there are."""
-    found = OmegaConf.select(gather(path, words, set(), []).values, "model.imports", throw_on_resolution_failure=False)
-    names = [name for name in found if isinstance(name, str)] if isinstance(found, ListConfig) else []
-    for name in names:
+    given = gather(path, words, set(), []).values
+    found = OmegaConf.select(given, "model.imports", throw_on_resolution_failure=False)
+    try:
+        names = OmegaConf.to_container(found, resolve=True) if isinstance(found, ListConfig) else []
+    except (OmegaConfBaseException, ValueError):  # told below, as of any key
+        names = []
+    for name in filter(lambda name: isinstance(name, str), typing.cast(list[Any], names)):
         try:
             import_modules([name])
         except Exception as error:  # whatever a user's module raises
@@ -158,9 +162,10 @@ def _whole_sections(merged: DictConfig, problems: list[Problem]) -> dict[str, An
     hints = typing.get_type_hints(Config)
     broken = {re.split(r"[.\[]", where)[0] for where in _touched(problems)}
     names = [item.name for item in dataclasses.fields(Config) if item.name not in broken]
-    for item in dataclasses.fields(Config):
-        if item.name in names:
-            only_named(merged[item.name], hints[item.name])
+    for name in names:
+        OmegaConf.resolve(merged[name])  # before sections that a value may refer to are dropped
+    for name in names:
+        only_named(merged[name], hints[name])
     return {name: OmegaConf.to_object(merged[name]) for name in names}
 
 

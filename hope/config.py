@@ -22,10 +22,10 @@ from hope.sections import MixerSection, Problem, sections_named_by
 
 def import_modules(names: Iterable[str]) -> None:
     """Import `model.imports`, also from the current directory. Whatever a module raises is raised here."""
-    # At the end: a job runs a copy of the program, which a checkout in the current directory must not replace.
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())
     for name in names:
+        # At the end: a job runs a copy of the program, which a checkout in the current directory must not replace.
+        if os.getcwd() not in sys.path and "" not in sys.path:
+            sys.path.append(os.getcwd())
         importlib.import_module(name)
 
 

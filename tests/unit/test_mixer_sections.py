@@ -100,6 +100,10 @@ def test_an_import_that_fails_is_a_problem_of_the_configuration(tmp_path, module
     assert set(found) == {"model.imports", "log.every"}
 
 
+def test_imports_that_lead_nowhere_are_told_like_any_other_key(tmp_path):
+    assert "nowhere" in problems(tmp_path, "", "model.imports=['${nowhere}']")["model.imports"][0]
+
+
 def test_unknown_mixers_are_named_with_the_known_ones(tmp_path):
     known = ", ".join(MIXERS)
     found = problems(tmp_path, "", "model.pattern=[atention, rnn]", "model.mixers.rnn.width=3")
@@ -124,8 +128,10 @@ def test_only_the_sections_of_the_pattern_are_there(tmp_path):
 
 def test_values_may_refer_to_sections_of_mixers(tmp_path):
     words = ["train.eval_every=${model.mixers.hope.main_chunk}", "model.mixers.hope.conv_width=${model.layers}"]
+    words += ["train.grad_clip=${model.mixers.attention.rope_base}"]
     config = read(tmp_path, "", *words)
     assert (config.train.eval_every, config.model.mixers["hope"].conv_width) == (64, 8)
+    assert (config.train.grad_clip, set(config.model.mixers)) == (10000.0, {"hope"})
 
 
 def test_the_program_in_a_job_finds_modules_of_the_folder_it_runs_in(tmp_path):

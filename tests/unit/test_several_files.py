@@ -62,6 +62,9 @@ def test_a_file_that_cannot_be_read(tmp_path):
     [problem] = caught.value.problems
     assert problem.what == "cannot read configs/models/transformr.yaml: No such file or directory"
     assert problem.fix.startswith("did you mean: configs/models/transformer.yaml")
+    [flat] = files(tmp_path, flat="model: {cms: [1]}\n")
+    with pytest.raises(ConfigError, match=r"flat\.yaml cannot be merged: Cannot merge incompatible"):
+        load(path, [flat])
     [bad] = files(tmp_path, bad="model: [a\n")
     with pytest.raises(ConfigError, match=r"not valid YAML.*in .*bad\.yaml"):
         load(path, [bad])
