@@ -8,7 +8,6 @@ please requeue, 93 do not restart.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import os
 import sys
@@ -21,6 +20,7 @@ import torch
 from configs.changes import settle
 from configs.errors import ConfigError
 from configs.schema import Config, load, to_yaml
+from configs.used import recorded
 from data_prep.errors import DataError
 from data_prep.training.feed import Feed
 from hope.train.heartbeat import Heartbeat
@@ -54,7 +54,7 @@ EXPLAINED: dict[type[Exception], str] = {
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="YAML file, see configs/")
-    parser.add_argument("overrides", nargs="*", help="section.key=value")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, or YAML files, the last one winning")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, and stop")
     parser.add_argument("--devices", type=int, metavar="N", help="with --dry-run: as if started on N devices")
     args = parser.parse_intermixed_args(argv)
@@ -251,7 +251,7 @@ class Run:
             "tokens": step * train.tokens_per_step,
             "schedule": {"step": step, "of": train.steps, "lr": rate_at(step, optim, train.steps)},
             "skips": self.skips.state(),
-            "config": dataclasses.asdict(self.config),
+            "config": recorded(self.config),
         }
 
 

@@ -27,15 +27,20 @@ from quality import KINDS, ROOT, run, summarise
 
 OPTIMIZERS = {
     "adamw": ["optim.name=adamw"],
-    "dmgd_linear": ["optim.objective=dot", "optim.normalise=value"],  # Eq. 47
-    "dmgd_mlp": ["optim.memory=mlp"],
-    "dmgd_mlp_match": ["optim.memory=mlp", "optim.output=rms_match"],
-    "dmgd_mlp_gradient": ["optim.memory=mlp", "optim.mlp_key=gradient"],
-    "dmgd_mlp_gradient_match": ["optim.memory=mlp", "optim.mlp_key=gradient", "optim.output=rms_match"],
-    "dmgd_mlp_dot": ["optim.memory=mlp", "optim.mlp_key=gradient", "optim.objective=dot", "optim.normalise=value"],
-    "dmgd_mlp_slow": ["optim.memory=mlp", "optim.mlp_lr=0.01"],
-    "dmgd_mlp_clip": ["optim.memory=mlp", "optim.mlp_key=gradient", "optim.output=rms_clip"],
-    "dmgd_erase": ["optim.erase=0.1", "optim.bias_correction=false"],
+    "dmgd_linear": ["optim.dmgd.objective=dot", "optim.dmgd.normalise=value"],  # Eq. 47
+    "dmgd_mlp": ["optim.dmgd.memory=mlp"],
+    "dmgd_mlp_match": ["optim.dmgd.memory=mlp", "optim.dmgd.output=rms_match"],
+    "dmgd_mlp_gradient": ["optim.dmgd.memory=mlp", "optim.dmgd.mlp.key=gradient"],
+    "dmgd_mlp_gradient_match": ["optim.dmgd.memory=mlp", "optim.dmgd.mlp.key=gradient", "optim.dmgd.output=rms_match"],
+    "dmgd_mlp_dot": [
+        "optim.dmgd.memory=mlp",
+        "optim.dmgd.mlp.key=gradient",
+        "optim.dmgd.objective=dot",
+        "optim.dmgd.normalise=value",
+    ],
+    "dmgd_mlp_slow": ["optim.dmgd.memory=mlp", "optim.dmgd.mlp.lr=0.01"],
+    "dmgd_mlp_clip": ["optim.dmgd.memory=mlp", "optim.dmgd.mlp.key=gradient", "optim.dmgd.output=rms_clip"],
+    "dmgd_erase": ["optim.dmgd.erase=0.1", "optim.dmgd.bias_correction=false"],
     "muon": ["optim.name=muon", "optim.beta1=0.95"],
     "m3": ["optim.name=m3"],
 }

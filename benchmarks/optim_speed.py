@@ -24,14 +24,14 @@ import torch
 
 from hope.optim.build import build_optimizer
 from hope.optim.clocks import ClockedOptimizer
-from hope.optim.config import OptimConfig
+from hope.optim.config import DmgdConfig, MlpConfig, OptimConfig
 from hope.optim.segments import Piece, Segments
 
 SETTINGS = {
     "dmgd linear (AdamW)": OptimConfig(),
-    "dmgd linear, dot, P at the value": OptimConfig(objective="dot", normalise="value"),
-    "dmgd mlp, key memory": OptimConfig(memory="mlp"),
-    "dmgd mlp, key gradient": OptimConfig(memory="mlp", mlp_key="gradient"),
+    "dmgd linear, dot, P at the value": OptimConfig(dmgd=DmgdConfig(objective="dot", normalise="value")),
+    "dmgd mlp, key memory": OptimConfig(dmgd=DmgdConfig(memory="mlp")),
+    "dmgd mlp, key gradient": OptimConfig(dmgd=DmgdConfig(memory="mlp", mlp=MlpConfig(key="gradient"))),
     "muon": OptimConfig(name="muon"),
     "m3, f = 16": OptimConfig(name="m3"),
 }

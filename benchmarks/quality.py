@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 KINDS = {
     "matrix": ["model.mixers.hope.memory=matrix"],
     "mlp": ["model.mixers.hope.memory=mlp"],
-    "hope_attention": ["model.pattern=[attention]"],
-    "transformer": ["model.pattern=[attention]", "model.cms.periods=[1]"],
+    "hope_attention": ["configs/models/hope_attention.yaml"],
+    "transformer": ["configs/models/transformer.yaml"],
 }
 
 

@@ -10,10 +10,12 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from configs.errors import ConfigError, Problem
-from configs.schema import Config, validate
+from configs.errors import ConfigError
+from configs.renamed import current
+from configs.schema import Config, of_record, validate
+from configs.tree import Key, leaves
+from configs.used import put, recorded, without_unused
+from hope.sections import Problem
 
 FREE = (
     "run.name",
@@ -56,48 +58,72 @@ class Change:
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any], on_change: Mapping[str, str]) -> list[Change]:
-    """All keys that differ between two configurations as nested dicts, in this one's order; a list is one value."""
+    """All keys that differ between two configurations as nested dicts, in this one's order; a list is one value.
+
+    A key that only one of them has, because only its choices use it, follows the word for those choices.
+    """
     old, new = dict(_flat(saved)), dict(_flat(now))
     paths = [*new, *(path for path in old if path not in new)]
-    changed = [(path, old.get(path, ABSENT), new.get(path, ABSENT)) for path in paths]
-    return [Change(path, a, b, _rule(path, on_change)) for path, a, b in changed if a != b]
+    changed = {p: (old.get(p, ABSENT), new.get(p, ABSENT)) for p in paths if old.get(p, ABSENT) != new.get(p, ABSENT)}
+    decided = {key.path: _deciding(key, changed) for key in leaves(Config)}
+    return [Change(path, *values, _rule(decided.get(path, path), on_change)) for path, values in changed.items()]
 
 
 def settle(config: Config, saved: Mapping[str, Any], world_size: int) -> tuple[Config, list[str]]:
     """(the configuration that a run resumed from a checkpoint follows, a line per difference).
 
-    `saved`: the checkpoint's, as `dataclasses.asdict` gave it.
+    `saved`: the checkpoint's, as `configs.used.recorded` or an earlier version gave it.
 
     Raises:
         ConfigError: a key differs and may not, nothing says what to do about it, or what is kept does not fit the rest;
             all of them at once.
     """
-    found = differences(saved, dataclasses.asdict(config), config.checkpoint.on_change)
+    now, saved = recorded(config), _of_today(saved)
+    found = differences(saved, now, config.checkpoint.on_change)
     problems = list(_problems(found))
     if problems:
         raise ConfigError("against the checkpoint", problems)
-    kept = {c.path: c.saved for c in found if c.rule == "keep" and ABSENT not in (c.saved, c.now)}
+    known = {key.path for key in leaves(Config)}
+    kept = {c.path: c.saved for c in found if c.rule == "keep" and c.saved != ABSENT and c.path in known}
     if kept:
-        merged = OmegaConf.structured(config)
         for path, value in kept.items():
-            OmegaConf.update(merged, path, value)
-        config = OmegaConf.to_object(merged)  # type: ignore[assignment]
+            put(now, path, value)
+        config = of_record(without_unused(now, Config))
         validate(config, world_size, "with the checkpoint's values")
     return config, [change.row() for change in found]
 
 
+def _of_today(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded configuration under today's names, without the keys that do nothing in it."""
+    try:
+        return without_unused(current(saved), Config)
+    except ValueError as error:
+        raise ConfigError("the checkpoint's configuration", [Problem("model", str(error), "")]) from None
+
+
+def _deciding(key: Key, changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """The path whose rule a changed key has: its own, or, if one side has no such key, the choice's that differs."""
+    if ABSENT not in changed.get(key.path, ()):
+        return key.path
+    return next((use.governor for use in key.uses if use.governor in changed), key.path)
+
+
 def _problems(found: list[Change]) -> Iterator[Problem]:
+    asked = {change.path for change in found if change.rule == "ask"}
+    followed = {key.path for key in leaves(Config) if any(use.governor in asked for use in key.uses)}
     for change in found:
+        if change.path in followed and ABSENT in (change.saved, change.now):
+            continue  # the choice that it follows is asked about
         what = f"checkpoint {change.saved}, now {change.now}"
         if change.rule == "refused":
-            yield (
+            yield Problem(
                 change.path,
                 f"{what}: the order of the data would change, tokens would be repeated or left out",
                 "put it back, or start another run.name",
             )
         elif change.rule == "ask":
             fix = f"checkpoint.on_change={{{change.path}: override}} for {change.now}, keep for {change.saved}"
-            yield change.path, what, fix
+            yield Problem(change.path, what, fix)
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -3,8 +3,7 @@
 import re
 from collections.abc import Sequence
 
-Problem = tuple[str, str, str]
-"""(YAML path, what is wrong, what would work); the last may be empty."""
+from hope.sections import Problem
 
 LINE_WIDTH = 110
 LEAD = re.compile(r"[A-Za-z ]+: ")
@@ -13,7 +12,7 @@ LEAD = re.compile(r"[A-Za-z ]+: ")
 class ConfigError(Exception):
     """A configuration that cannot run.
 
-    `source` is the file (or a word for it), `problems` every (path, what, fix) found, in the order found.
+    `source` is the file (or a word for it), `problems` every problem found, in the order found.
     `str()` is the message for the user, one or two lines per problem. The program exits with code 2.
     """
 

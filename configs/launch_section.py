@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 
-from configs.errors import Problem
+from hope.sections import Problem
 
 
 @dataclass(kw_only=True)
@@ -47,9 +47,9 @@ class LaunchConfig:
         """What no run could start with, by key below `path`."""
         for name, low in (("attempts", 1), ("checkpoint_s", 1), ("margin_s", 0)):
             if getattr(self, name) < low:
-                yield f"{path}.{name}", f"{getattr(self, name)} is less than {low}", f"{low} or more"
+                yield Problem(f"{path}.{name}", f"{getattr(self, name)} is less than {low}", f"{low} or more")
         if self.slow != 0 and self.slow <= 1:
-            yield f"{path}.slow", f"{self.slow} would call the median slow", "1.2, or 0 for never"
+            yield Problem(f"{path}.slow", f"{self.slow} would call the median slow", "1.2, or 0 for never")
         for item in fields(self.limits):
             if (value := getattr(self.limits, item.name)) <= 0:
-                yield f"{path}.limits.{item.name}", f"{value} leaves no time", "600"
+                yield Problem(f"{path}.limits.{item.name}", f"{value} leaves no time", "600")

@@ -6,47 +6,49 @@ OmegaConf stops at the first unknown key or wrong type, so each leaf is tried by
 import dataclasses
 import difflib
 import math
-import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.errors import Problem
+from configs.tree import leaves, named_sections, strip_optional
+from hope.sections import Problem
 
 BAD = object()
 GUESS = "did you mean: "
 
 
-def strip_optional(hint: Any) -> Any:
-    """`X` of `X | None`; any other hint as it is."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        rest = [arm for arm in typing.get_args(hint) if arm is not type(None)]
-        return rest[0] if len(rest) == 1 else hint
-    return hint
+def defaults(cls: type) -> DictConfig:
+    """A structured config of `cls` in which sections without a default are filled in from theirs. Of sections by name
+    all are there, also those that nothing names."""
+    config: DictConfig = OmegaConf.structured(cls)
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if (sections := named_sections(field)) is not None:
+            config[field.name] = {name: defaults(section) for name, section in sections.items()}
+        elif dataclasses.is_dataclass(hints[field.name]):
+            _fill(config, field.name, hints[field.name])
+    return config
 
 
-def leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, type, dataclasses.Field]]:
-    """(dotted path, type hint, owning dataclass, field) of every key, in the order of the fields."""
+def _fill(config: DictConfig, name: str, cls: type) -> None:
+    """Give a section whose fields all have defaults its values, and the sections by name within it theirs."""
+    whole = defaults(cls)
+    config[name] = whole if OmegaConf.is_missing(config, name) else OmegaConf.merge(whole, config[name])
+
+
+def only_named(config: DictConfig, cls: type) -> None:
+    """Drop sections by name that nothing names; `config` is one of `cls`, with every value in it."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         inner = strip_optional(hints[field.name])
-        if dataclasses.is_dataclass(inner):
-            yield from leaves(typing.cast(type, inner), f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", hints[field.name], cls, field
-
-
-def defaults(cls: type) -> DictConfig:
-    """A structured config of `cls` in which sections without a default are filled in from theirs."""
-    config = OmegaConf.structured(cls)
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[field.name]) and OmegaConf.is_missing(config, field.name):
-            config[field.name] = defaults(hints[field.name])
-    return config
+        if named_sections(field) is not None:
+            named = list(config[field.metadata["named_by"]])
+            config[field.name] = {name: part for name, part in config[field.name].items() if name in named}
+        elif dataclasses.is_dataclass(inner) and isinstance(config[field.name], DictConfig):
+            only_named(config[field.name], typing.cast(type, inner))
 
 
 def missing_paths(value: Any, path: str = "") -> Iterator[str]:
@@ -62,12 +64,16 @@ def missing_paths(value: Any, path: str = "") -> Iterator[str]:
 
 
 class Fitter:
-    """Walks a container along the fields of `cls`; `problems` collects what does not fit."""
+    """Walks a container along the fields of `cls`; `problems` collects what does not fit.
 
-    def __init__(self, cls: type, lines: dict[str, int], given: dict[str, str]):
-        self.paths = [path for path, *_ in leaves(cls)]
+    Args:
+        place: gives where a path was given, such as " (line 3)", or nothing.
+    """
+
+    def __init__(self, cls: type, place: Callable[[str], str] = lambda path: "") -> None:
+        self.paths = [key.path for key in leaves(cls)]
         self.sections = {path.rpartition(".")[0] for path in self.paths} - {""}
-        self.lines, self.given = lines, given
+        self.place = place
         self.problems: list[Problem] = []
 
     def fit(self, value: Any, hint: Any, path: str) -> Any:
@@ -86,20 +92,34 @@ class Fitter:
         return BAD if any(part is BAD for part in parts) else parts
 
     def _fit_section(self, value: Any, cls: Any, path: str) -> Any:
+        hints, fields = typing.get_type_hints(cls), dataclasses.fields(cls)
+        sections = {field.name: named_sections(field) for field in fields}
+
+        def fit(part: Any, name: str, child: str) -> Any:
+            by_name = sections[name]
+            return self.fit(part, hints[name], child) if by_name is None else self._fit_named(part, by_name, child)
+
+        return self._fit_keys(value, list(sections), fit, path)
+
+    def _fit_named(self, value: Any, sections: Mapping[str, type], path: str) -> Any:
+        """One section per name."""
+        return self._fit_keys(
+            value, list(sections), lambda part, name, child: self.fit(part, sections[name], child), path
+        )
+
+    def _fit_keys(self, value: Any, names: list[str], fit: Callable[[Any, str, str], Any], path: str) -> Any:
+        """The keys of a section that fit; `fit` takes what stands there, the key's name and its path."""
         if not isinstance(value, dict):
             shown = "empty" if value is None else f"{value!r}"
-            keys = ", ".join(field.name for field in dataclasses.fields(cls))
-            self._add(path, f"is {shown}, not a section", f"a mapping with keys of: {keys}")
+            self._add(path, f"is {shown}, not a section", f"a mapping with keys of: {', '.join(names)}")
             return BAD
-        hints = typing.get_type_hints(cls)
-        names = [field.name for field in dataclasses.fields(cls)]
         fitted = {}
         for key, part in value.items():
             child = f"{path}.{key}" if path else str(key)
             if key not in names:
                 self._add(child, "unknown key", self._nearest(child, str(key), path, names))
                 continue
-            good = self.fit(part, hints[key], child)
+            good = fit(part, key, child)
             if good is not BAD:
                 fitted[key] = good
         return fitted
@@ -117,21 +137,27 @@ class Fitter:
         return value
 
     def _add(self, path: str, what: str, fix: str) -> None:
-        if path in self.given:
-            what += f" (command line: {self.given[path]})"
-        elif path in self.lines:
-            what += f" (line {self.lines[path]})"
-        self.problems.append((path, what, fix))
+        self.problems.append(Problem(path, f"{what}{self.place(path)}", fix))
 
     def _nearest(self, child: str, key: str, section: str, names: list[str]) -> str:
         """Near spellings in the section first, then the same key elsewhere, then near paths."""
         prefix = f"{section}." if section else ""
         near = [prefix + name for name in difflib.get_close_matches(key, names, n=1, cutoff=0.6)]
-        near = near or [path for path in self.paths if path.rpartition(".")[2] == key]
-        near = near or difflib.get_close_matches(child, [*self.paths, *self.sections], n=1, cutoff=0.6)
+        near = near or self._elsewhere(key)
+        alike = [path for path in (*self.paths, *self.sections) if _similar(path.rpartition(".")[2], key)]
+        near = near or difflib.get_close_matches(child, alike, n=1, cutoff=0.6)
         if near:
             return GUESS + " or ".join(near[:3])
         return f"{section or 'the top level'} has: " + ", ".join(names)
+
+    def _elsewhere(self, key: str) -> list[str]:
+        """The same key in other sections, only the least nested."""
+        found = [path for path in self.paths if path.rpartition(".")[2] == key]
+        return [path for path in found if path.count(".") == min(other.count(".") for other in found)]
+
+
+def _similar(a: str, b: str) -> bool:
+    return difflib.SequenceMatcher(None, a, b).ratio() > 0.4
 
 
 def _one_field(hint: Any) -> type:

@@ -8,18 +8,26 @@ import textwrap
 import typing
 from typing import Any
 
-from configs.merge import leaves, strip_optional
+from configs.tree import Use, leaves, strip_optional
+from configs.used import word
 
 
 def key_table(cls: type) -> str:
     """Markdown table of path, type, default and meaning of every key below the dataclass `cls`."""
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     docs: dict[type, dict[str, str]] = {}
-    for path, hint, owner, field in leaves(cls):
+    for path, hint, owner, field, uses in leaves(cls):
         meaning = docs.setdefault(owner, field_docs(owner)).get(field.name, "")
-        cells = (f"`{path}`", type_name(hint), default_text(field), meaning)
+        cells = (f"`{path}`", type_name(hint), default_text(field), meaning + "".join(map(_condition, uses)))
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
+
+
+def _condition(use: Use) -> str:
+    if use.listed:
+        return f" Only with {use.values[0]} in {use.governor}."
+    values = " or ".join(map(word, use.values))
+    return f" Only with {use.governor} {values}." if values else f" Only with {use.governor} set."
 
 
 def field_docs(cls: type) -> dict[str, str]:
@@ -70,7 +78,7 @@ def type_name(hint: Any) -> str:
     return getattr(inner, "__name__", str(inner))
 
 
-def default_text(field: dataclasses.Field) -> str:
+def default_text(field: dataclasses.Field[Any]) -> str:
     """The default as YAML would write it; `required` without one."""
     if field.default is not dataclasses.MISSING:
         value = field.default
@@ -78,5 +86,4 @@ def default_text(field: dataclasses.Field) -> str:
         value = field.default_factory()
     else:
         return "required"
-    words = {None: "null", True: "true", False: "false", "": '""'}
-    return words[value] if isinstance(value, bool | str | None) and value in words else str(value)
+    return word(value)

@@ -4,23 +4,29 @@
 """
 
 import dataclasses
-import difflib
 import re
 import sys
-from collections.abc import Iterator
+import typing
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from configs.errors import ConfigError, Problem
+from configs.checks import section_problems
+from configs.errors import ConfigError
+from configs.given import Given, gather
 from configs.launch_section import LaunchConfig
-from configs.merge import BAD, GUESS, Fitter, defaults, describe, leaves, missing_paths
-from configs.source import apply_overrides, plain, read_yaml
+from configs.merge import BAD, GUESS, Fitter, defaults, describe, missing_paths, only_named
+from configs.renamed import refuse_old
+from configs.source import plain
+from configs.tree import UNKNOWN, leaves
+from configs.used import recorded, unused_given
 from data_prep.config import DataConfig
-from hope.config import ModelConfig
+from hope.config import ModelConfig, import_modules
 from hope.optim.config import OptimConfig
+from hope.sections import Problem
 from hope.train.config import CheckpointConfig, LogConfig, RunConfig, TrainConfig
 from parallel.layout.topology import ParallelConfig
 
@@ -40,28 +46,31 @@ class Config:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
 
-def load(path: str, overrides: list[str], *, world_size: int | None = None, check: bool = True) -> Config:
-    """Read `path`, apply `a.b=c` overrides and check everything that can be checked.
+def load(path: str, words: Sequence[str], *, world_size: int | None = None, check: bool = True) -> Config:
+    """Read `path`, apply `a.b=c` overrides and further YAML files in order, and check everything that can be checked.
 
-    With `world_size` (devices of the run) the `parallel` section is checked too. `check=False` checks only
-    the structure (keys, types, required values), for tools that read the config of a finished run.
-    Raises ConfigError with every problem at once; sections with a wrong key or type are not checked further.
+    With `world_size` (devices of the run) the `parallel` section is checked too. `check=False` checks only the
+    structure (keys, types, required values, keys that nothing uses), for tools that read the config of a finished run.
+
+    Raises:
+        ConfigError: with every problem at once; sections with a wrong key or type are not checked further.
     """
-    problems: list[Problem] = []
-    raw, lines = read_yaml(path, problems)
-    if any(where == "(file)" for where, _, _ in problems):
-        raise ConfigError(path, problems)
-    texts = {key for key, hint, _, _ in leaves(Config) if hint is str}
-    given = apply_overrides(raw, overrides, texts, problems)
-    fitter = Fitter(Config, lines, given)
-    good = fitter.fit(plain(raw), Config, "")
+    problems = list(_import_mixers(path, words))
+    given = gather(path, words, {key.path for key in leaves(Config) if key.hint is str}, problems)
+    if not given.readable:
+        raise ConfigError(path, [problem for problem in problems if problem.path == "(file)"])
+    values = plain(given.values)
+    problems += refuse_old(values, given.place)
+    fitter = Fitter(Config, given.place)
+    good = fitter.fit(values, Config, "")
     problems += fitter.problems
     merged = OmegaConf.merge(defaults(Config), {} if good is BAD else good)
     assert isinstance(merged, DictConfig)
     problems += list(_unset(merged, _touched(problems)))
     sections = _whole_sections(merged, problems)
+    problems += _unused(merged, {} if good is BAD else good, given, _touched(problems))
     if check:
-        problems += _section_problems(sections, world_size)
+        problems += section_problems(sections, world_size, [key.path for key in leaves(Config)])
     if problems:
         raise ConfigError(path, problems)
     return Config(**sections)
@@ -70,14 +79,58 @@ def load(path: str, overrides: list[str], *, world_size: int | None = None, chec
 def validate(config: Config, world_size: int, source: str = "config") -> None:
     """Check every section for a run on `world_size` devices; raises ConfigError(source) with all problems."""
     sections = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
-    problems = list(_section_problems(sections, world_size))
+    problems = list(section_problems(sections, world_size, [key.path for key in leaves(Config)]))
     if problems:
         raise ConfigError(source, problems)
 
 
 def to_yaml(config: Config) -> str:
-    """The complete configuration as YAML; reading it back gives an equal Config."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """Every key that the configuration uses, as YAML; reading it back gives an equal Config."""
+    return OmegaConf.to_yaml(OmegaConf.create(recorded(config)))
+
+
+def of_record(record: Mapping[str, Any]) -> Config:
+    """The configuration that `recorded` gave, defaults for what is missing.
+
+    Raises:
+        omegaconf.errors.OmegaConfBaseException: a key is unknown, or a value of the wrong type.
+    """
+    merged = OmegaConf.merge(defaults(Config), record)
+    assert isinstance(merged, DictConfig)
+    return Config(**_whole_sections(merged, []))
+
+
+def _import_mixers(path: str, words: Sequence[str]) -> Iterator[Problem]:
+    """Import what registers mixers, before anything asks which there are."""
+    given = gather(path, words, set(), []).values
+    found = OmegaConf.select(given, "model.imports", throw_on_resolution_failure=False)
+    try:
+        names = OmegaConf.to_container(found, resolve=True) if isinstance(found, ListConfig) else []
+    except (OmegaConfBaseException, ValueError):  # told below, as of any key
+        names = []
+    for name in filter(lambda name: isinstance(name, str), typing.cast(list[Any], names)):
+        try:
+            import_modules([name])
+        except Exception as error:  # whatever a user's module raises
+            what = f"cannot import {name}: {type(error).__name__}: {error}"
+            yield Problem("model.imports", what, "a module that is installed or in this folder, without .py")
+
+
+def _unused(merged: DictConfig, good: dict[str, Any], given: Given, known: set[str]) -> Iterator[Problem]:
+    """Keys that were given though no choice uses them. What is known to be wrong is no reason."""
+
+    def value(path: str) -> Any:
+        if any(path == where or where.startswith(f"{path}[") for where in known):
+            return UNKNOWN
+        try:
+            found = OmegaConf.select(merged, path)
+        except (OmegaConfBaseException, ValueError):
+            return UNKNOWN
+        return OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
+
+    for problem in unused_given(Config, good, value, given.place):
+        if problem.path not in known:
+            yield problem
 
 
 def _touched(problems: list[Problem]) -> set[str]:
@@ -91,8 +144,8 @@ def _unset(merged: DictConfig, known: set[str]) -> Iterator[Problem]:
     """Required values that nobody gave, and `${...}` that lead nowhere or to a value of the wrong type."""
     for path in missing_paths(plain(merged)):
         if not any(path == where or path.startswith(f"{where}.") for where in known):
-            yield path, "required, but not given", f"{path}=VALUE, or in the file"
-    for path, hint, _, _ in leaves(Config):
+            yield Problem(path, "required, but not given", f"{path}=VALUE, or in the file")
+    for path, hint, *_ in leaves(Config):
         section, _, key = path.rpartition(".")
         try:
             value = OmegaConf.select(merged, section)[key]
@@ -101,56 +154,19 @@ def _unset(merged: DictConfig, known: set[str]) -> Iterator[Problem]:
         except MissingMandatoryValue:
             continue
         except (OmegaConfBaseException, ValueError) as error:
-            yield path, str(error).splitlines()[0], describe(hint)
+            yield Problem(path, str(error).splitlines()[0], describe(hint))
 
 
 def _whole_sections(merged: DictConfig, problems: list[Problem]) -> dict[str, Any]:
     """The sections that nothing is wrong with, as dataclasses."""
+    hints = typing.get_type_hints(Config)
     broken = {re.split(r"[.\[]", where)[0] for where in _touched(problems)}
     names = [item.name for item in dataclasses.fields(Config) if item.name not in broken]
+    for name in names:
+        OmegaConf.resolve(merged[name])  # before sections that a value may refer to are dropped
+    for name in names:
+        only_named(merged[name], hints[name])
     return {name: OmegaConf.to_object(merged[name]) for name in names}
-
-
-def _section_problems(sections: dict[str, Any], world_size: int | None) -> Iterator[Problem]:
-    """Problems of the sections given; one that needs another is skipped when that one is not there."""
-    for name in ("run", "model", "optim", "train", "checkpoint", "log", "launch"):
-        if name in sections:
-            yield from sections[name].problems()
-    model, data, optim, train = (sections.get(name) for name in ("model", "data", "optim", "train"))
-    if model and data and train and min(model.vocab_size, train.seq_len) >= 1:
-        yield from data.problems(model.vocab_size, train.seq_len)
-    if optim and train and optim.warmup >= train.steps >= 1:
-        what = f"{optim.warmup} steps of warm-up leave none of train.steps {train.steps} for the decay"
-        yield "optim.warmup", what, f"at most {train.steps - 1}; usual: {train.steps // 20}"
-    if model and train and min(train.global_batch, train.seq_len) >= 1:
-        yield from _token_periods(model, train.tokens_per_step)
-    if "checkpoint" in sections:
-        yield from _unknown_changes(sections["checkpoint"].on_change)
-    parallel = sections.get("parallel")
-    if world_size is not None and parallel and train and min(train.global_batch, train.micro_batch) >= 1:
-        whole = model if model and min(model.heads, model.vocab_size, model.layers, model.width) >= 1 else None
-        yield from parallel.problems(world_size, train.global_batch, train.micro_batch, whole, train.seq_len)
-
-
-def _token_periods(model: ModelConfig, step: int) -> Iterator[Problem]:
-    """Levels that are due after a number of tokens which no whole number of optimizer steps sees."""
-    if model.cms.unit == "steps":
-        return
-    for number, period in enumerate(model.cms.periods):
-        if period >= 1 and period % step:
-            near = sorted({max(1, period // step) * step, -(-period // step) * step})
-            what = f"{period:,} tokens are not a multiple of the {step:,} of a step (train.global_batch x seq_len)"
-            yield f"model.cms.periods[{number}]", what, " or ".join(map(str, near))
-
-
-def _unknown_changes(on_change: dict[str, str]) -> Iterator[Problem]:
-    """Keys of checkpoint.on_change must be those of the configuration, its sections, or `all`."""
-    paths = [path for path, *_ in leaves(Config)]
-    known = {"all", *paths, *(path.rsplit(".", n)[0] for path in paths for n in (1, 2))}
-    for key in on_change:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            yield "checkpoint.on_change", f"{key} is no key or section", f"{GUESS}{near[0]}" if near else "optim.lr"
 
 
 if __name__ == "__main__":

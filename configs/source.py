@@ -1,4 +1,4 @@
-"""Read a YAML file and `a.b=c` overrides into one plain container, keeping every mistake.
+"""Read a YAML file into a plain container, keeping every mistake.
 
 PyYAML is used for the structure only (duplicate keys, line numbers); values are read by OmegaConf, which
 takes `3e-4` and `60_000` as the numbers they are.
@@ -15,10 +15,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.errors import Problem
+from hope.sections import Problem
 
 MERGE_KEY = "<<"
-OVERRIDE = re.compile(r"[A-Za-z_]\w*(\[\d+\]|\.[\w-]+)*")
 # YAML 1.1 reads 012 as the octal 10 and 1:30 as 90: numbers that no one means in a training config.
 SURPRISES = (
     (re.compile(r"[-+]?0\d[\d_]*"), "an octal number"),
@@ -33,24 +32,28 @@ def read_yaml(path: str, problems: list[Problem]) -> tuple[DictConfig, dict[str,
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        problems.append(("(file)", f"cannot read {path}: {reason}", _nearest_file(path)))
+        problems.append(Problem("(file)", f"cannot read {path}: {reason}", _nearest_file(path)))
         return empty, {}
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
-        problems.append(("(file)", f"not valid YAML: {_one_line(error)}", "check the indentation and quotes there"))
+        problems.append(
+            Problem("(file)", f"not valid YAML: {one_line(error)}", "check the indentation and quotes there")
+        )
         return empty, {}
     if root is None:
         return empty, {}
     if not isinstance(root, yaml.MappingNode):
-        problems.append(("(file)", "the top level is not a mapping", "sections such as `train:` with keys below"))
+        problems.append(
+            Problem("(file)", "the top level is not a mapping", "sections such as `train:` with keys below")
+        )
         return empty, {}
     lines: dict[str, int] = {}
     problems += _check_nodes(root, "", lines, set())
     try:
         return OmegaConf.create(yaml.serialize(root)), lines
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        problems.append(("(file)", f"not valid YAML: {_one_line(error)}", "check the values there"))
+        problems.append(Problem("(file)", f"not valid YAML: {one_line(error)}", "check the values there"))
         return empty, lines
 
 
@@ -69,7 +72,7 @@ def _check_nodes(node: yaml.Node, path: str, lines: dict[str, int], seen: set[in
             name, line = str(key.value), key.start_mark.line + 1
             child = f"{path}.{name}" if path else name
             if name != MERGE_KEY and name in firsts:
-                yield child, f"given twice, on lines {firsts[name]} and {line}", "keep one of them"
+                yield Problem(child, f"given twice, on lines {firsts[name]} and {line}", "keep one of them")
                 continue
             firsts[name] = line
             lines[child] = line
@@ -79,50 +82,11 @@ def _check_nodes(node: yaml.Node, path: str, lines: dict[str, int], seen: set[in
     elif isinstance(node, yaml.ScalarNode) and node.style is None:
         for pattern, kind in SURPRISES:
             if pattern.fullmatch(node.value):
-                yield (
+                yield Problem(
                     path,
                     f"YAML reads {node.value} as {kind}",
                     "write a decimal number, or quote it if it is a text",
                 )
-
-
-def apply_overrides(raw: DictConfig, overrides: list[str], texts: set[str], problems: list[Problem]) -> dict[str, str]:
-    """Put each `a.b=c` into `raw`, the last one winning; returns {path: override} for messages.
-
-    `texts` are the paths of plain text fields, which take the words as typed (`run.name=007`).
-    """
-    given: dict[str, str] = {}
-    for override in overrides:
-        key, equals, word = override.partition("=")
-        if not equals or not OVERRIDE.fullmatch(key):
-            problems.append(
-                ("(command line)", f"`{override}` is not of the form section.key=value", _suggest(override))
-            )
-            continue
-        quoted = word[:1] in ("'", '"')
-        try:
-            is_text = key in texts and not quoted
-            value = word if is_text else _yaml_value(word)
-            OmegaConf.update(raw, key, value, force_add=True)
-        except (OmegaConfBaseException, yaml.YAMLError, ValueError, IndexError, TypeError) as error:
-            problems.append((key, f"cannot read `{override}` of the command line: {_one_line(error)}", "quote it"))
-            continue
-        given[key] = override
-    return given
-
-
-def _yaml_value(word: str) -> Any:
-    """The value YAML reads in the word, interpolations left as they are; nothing is null."""
-    return plain(OmegaConf.create({"value": None} if not word else f"value: {word}"))["value"]
-
-
-def _suggest(override: str) -> str:
-    """What was probably meant by a malformed override."""
-    bare = override.lstrip("-+ ")
-    key, equals, word = bare.partition("=")
-    if equals and OVERRIDE.fullmatch(key.strip()):
-        return f"{key.strip()}={word.strip()}"
-    return "a key and a value, such as train.steps=100"
 
 
 def _nearest_file(path: str) -> str:
@@ -133,7 +97,7 @@ def _nearest_file(path: str) -> str:
     return "did you mean: " + " · ".join(near) if near else "give the path of a YAML file"
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
     if mark is not None:
         where = f"line {mark.line + 1}, column {mark.column + 1}"

@@ -30,12 +30,17 @@ def build_parser(*, training: bool = True) -> argparse.ArgumentParser:
     return parser
 
 
+def _is_override(word: str) -> bool:
+    """`a.b=c`, or a YAML file to merge."""
+    return word[0] != "-" and ("=" in word or word.endswith((".yaml", ".yml")))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit code: 0 done, 2 data error, 130 interrupted, 141 the output has lost its reader."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     # argparse leaves over what follows an option: `blend run.yaml --tokens 1e9 data.seed=3`
-    if rest and not (hasattr(args, "overrides") and all(word[0] != "-" and "=" in word for word in rest)):
+    if rest and not (hasattr(args, "overrides") and all(map(_is_override, rest))):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest

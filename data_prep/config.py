@@ -9,11 +9,10 @@ from typing import Literal
 from data_prep.errors import DataError
 from data_prep.training.index_key import BUILD_INDEX, IndexKey, too_short_for
 from data_prep.training.index_store import TokenStore, open_store
+from hope.sections import Problem
 
 MAKE_QUICKSTART = "`python -m data_prep quickstart --out data/quickstart` makes data/quickstart/train and .../heldout"
 DOCUMENTS = ("carry", "reset", "doc")
-
-Problem = tuple[str, str, str]
 
 
 @dataclass
@@ -68,21 +67,21 @@ class DataConfig:
             seq_len: T, tokens per window.
         """
         if self.documents not in DOCUMENTS:
-            yield "data.documents", f"{self.documents!r} is not a way to treat documents", ", ".join(DOCUMENTS)
+            yield Problem("data.documents", f"{self.documents!r} is not a way to treat documents", ", ".join(DOCUMENTS))
         if self.seed < 0:
-            yield "data.seed", f"{self.seed} is negative", "0 or more"
+            yield Problem("data.seed", f"{self.seed} is negative", "0 or more")
         if self.sources:
             yield from self._blend_problems()
         found: dict[str, TokenStore] = {}
         for path, source in self.entries():
             for key, prefix in (("train", source.train), ("heldout", source.heldout)):
                 if not prefix:
-                    yield f"{path}.{key}", "is not set", f"the prefix of a token set; {MAKE_QUICKSTART}"
+                    yield Problem(f"{path}.{key}", "is not set", f"the prefix of a token set; {MAKE_QUICKSTART}")
                     continue
                 try:
                     found[f"{path}.{key}"] = open_store(prefix, source.eos_id, source.vocab_size)
                 except DataError as error:
-                    yield f"{path}.{key}", str(error), MAKE_QUICKSTART
+                    yield Problem(f"{path}.{key}", str(error), MAKE_QUICKSTART)
         yield from _window_problems(found, seq_len, self.documents)
         yield from _vocabulary_problems(found, vocab_size)
         yield from _together_problems(found)
@@ -92,36 +91,40 @@ class DataConfig:
     def _blend_problems(self) -> Iterator[Problem]:
         for path, value in (("data.train", self.train), ("data.heldout", self.heldout)):
             if value:
-                yield path, "is set beside data.sources, which replaces it", f"{path}= (empty), or no data.sources"
+                yield Problem(
+                    path, "is set beside data.sources, which replaces it", f"{path}= (empty), or no data.sources"
+                )
         names = [source.name for source in self.sources]
         for (path, source), place in zip(self.entries(), range(len(names)), strict=True):
             if not re.fullmatch(r"[\w.-]+", source.name):
-                yield f"{path}.name", f"{source.name!r} is not a name", "letters, digits, _ - and ."
+                yield Problem(f"{path}.name", f"{source.name!r} is not a name", "letters, digits, _ - and .")
             elif source.name in names[:place]:
-                yield f"{path}.name", f"{source.name!r} is taken by an earlier source", "another name"
+                yield Problem(f"{path}.name", f"{source.name!r} is taken by an earlier source", "another name")
             if not (math.isfinite(source.weight) and source.weight > 0):
-                yield f"{path}.weight", f"{source.weight} is not a share", "a positive number, or leave the source out"
+                yield Problem(
+                    f"{path}.weight", f"{source.weight} is not a share", "a positive number, or leave the source out"
+                )
 
     def _index_problems(self, found: dict[str, TokenStore], seq_len: int) -> Iterator[Problem]:
         for path, store in found.items():
             folder = IndexKey(seq_len, self.seed, self.documents).folder(store, self.cache)
             if path.endswith(".train") and folder and not folder.is_dir():
                 what = f"has no index {folder}, and data.index is require"
-                yield path, what, BUILD_INDEX
+                yield Problem(path, what, BUILD_INDEX)
 
 
 def _window_problems(found: dict[str, TokenStore], seq_len: int, documents: str) -> Iterator[Problem]:
     for path, store in found.items():
         too_short = too_short_for(store.tokens, seq_len, documents)
         if too_short:
-            yield path, too_short[0].replace("seq_len", "train.seq_len"), f"more text, or {too_short[1]}"
+            yield Problem(path, too_short[0].replace("seq_len", "train.seq_len"), f"more text, or {too_short[1]}")
 
 
 def _vocabulary_problems(found: dict[str, TokenStore], vocab_size: int) -> Iterator[Problem]:
     needed = max((store.vocab_size for store in found.values()), default=0)
     if needed > vocab_size:
         what = f"{vocab_size} is smaller than the data's vocabulary of {needed}"
-        yield "model.vocab_size", what, f"model.vocab_size={needed} or more"
+        yield Problem("model.vocab_size", what, f"model.vocab_size={needed} or more")
 
 
 def _together_problems(found: dict[str, TokenStore]) -> Iterator[Problem]:
@@ -136,9 +139,9 @@ def _together_problems(found: dict[str, TokenStore]) -> Iterator[Problem]:
                 f"its tokenizer ({store.tokenizer[:12]}) is not that of {first_path} ({first.tokenizer[:12]}),"
                 " so token ids mean different text"
             )
-            yield path, what, "a set made with the same tokenizer.model"
+            yield Problem(path, what, "a set made with the same tokenizer.model")
         elif store.eos_id != first.eos_id:
             what = f"its end of document is token {store.eos_id}, that of {first_path} is {first.eos_id}"
-            yield path, what, f"data that ends documents with {first.eos_id}"
+            yield Problem(path, what, f"data that ends documents with {first.eos_id}")
         if path.endswith(".heldout") and store.fingerprint in trained:
-            yield path, f"holds the same tokens as {trained[store.fingerprint]}", "text that is not trained on"
+            yield Problem(path, f"holds the same tokens as {trained[store.fingerprint]}", "text that is not trained on")

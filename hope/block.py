@@ -68,7 +68,8 @@ class Block(nn.Module):
         """`states`: what the call before returned, or None to start every sequence anew."""
         before = states or (None,) * len(self.sublayers())
         if self.recompute == "block" and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, before, documents, use_reentrant=False)
+            again: tuple[Tensor, BlockState] = checkpoint(self._forward, x, before, documents, use_reentrant=False)
+            return again
         return self._forward(x, before, documents)
 
     def _forward(self, x: Tensor, states: BlockState, documents: Documents | None) -> tuple[Tensor, BlockState]:
@@ -82,11 +83,14 @@ class Block(nn.Module):
     def _run(
         self, sublayer: Sublayer, x: Tensor, state: State | None, documents: Documents | None
     ) -> tuple[Tensor, State | None]:
+        result: tuple[Tensor, State | None]
         if self.recompute == "sublayer" and torch.is_grad_enabled():
-            return checkpoint(sublayer, x, state, documents, use_reentrant=False)
-        if self.recompute == "memory" and sublayer.mixes and torch.is_grad_enabled():
-            return checkpoint(sublayer.body, sublayer.norm(x), state, documents, use_reentrant=False)
-        return sublayer(x, state, documents)
+            result = checkpoint(sublayer, x, state, documents, use_reentrant=False)
+        elif self.recompute == "memory" and sublayer.mixes and torch.is_grad_enabled():
+            result = checkpoint(sublayer.body, sublayer.norm(x), state, documents, use_reentrant=False)
+        else:
+            result = sublayer(x, state, documents)
+        return result
 
     def flops(self, length: int) -> Flops:
         """Per token, forward, at this sequence length."""

@@ -26,7 +26,8 @@ class Level(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, B, D] -> [T, B, D]."""
-        return self.mlp(self.norm(x))
+        y: Tensor = self.mlp(self.norm(x))
+        return y
 
     def flops(self) -> Flops:
         """Per token, forward."""

@@ -3,9 +3,12 @@
 Every mixer owns its section (`model.mixers.NAME`, hope/mixers/). The paper's open choices are fields there and here.
 """
 
+import difflib
 import importlib
+import os
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,7 +16,22 @@ import torch
 
 from hope.mixers import MIXERS, Mixer, Trunk
 from hope.parameters import UndeclaredParameter, declarations
-from hope.sections import MixerSection, Problem
+from hope.renamed import current_model
+from hope.sections import MixerSection, Problem, sections_named_by
+
+
+def import_modules(names: Iterable[str]) -> None:
+    """Import `model.imports`, also from the current directory. Whatever a module raises is raised here."""
+    for name in names:
+        # At the end: a job runs a copy of the program, which a checkout in the current directory must not replace.
+        if os.getcwd() not in sys.path and "" not in sys.path:
+            sys.path.append(os.getcwd())
+        importlib.import_module(name)
+
+
+def mixer_sections() -> dict[str, type[MixerSection]]:
+    """The section of every mixer that is registered now, by name."""
+    return {name: kind.section for name, kind in MIXERS.items()}
 
 
 @dataclass
@@ -55,7 +73,7 @@ class ModelConfig:
     """Heads of the memory or the attention; width / heads is the size of one memory."""
     tie_embeddings: bool = True
     """Share the embedding with the output head."""
-    mixers: dict[str, Any] = field(default_factory=dict)
+    mixers: dict[str, Any] = sections_named_by("pattern", mixer_sections)
     """A section for every mixer that the pattern names, with that mixer's keys."""
     cms: CmsConfig = field(default_factory=CmsConfig)
     """Continuum memory system: the MLPs of every block."""
@@ -65,17 +83,24 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Give every mixer of the pattern its section, and every section its type. What is unknown stays as it is, for
         `problems` to name."""
-        for module in self.imports:
-            importlib.import_module(module)
+        import_modules(self.imports)
         for name in dict.fromkeys((*self.pattern, *self.mixers)):
             section = self.mixers.get(name, {})
             if name in MIXERS and not isinstance(section, MixerSection):
                 self.mixers = {**self.mixers, name: MIXERS[name].section(**(section or {}))}
 
     @classmethod
-    def of(cls, values: dict[str, Any]) -> "ModelConfig":
-        """The section that `dataclasses.asdict` turned into `values`."""
-        return cls(**{**values, "cms": CmsConfig(**values["cms"])})
+    def of(cls, record: Mapping[str, Any]) -> "ModelConfig":
+        """The section that a checkpoint or an export records, which may be that of an earlier version.
+
+        Raises:
+            ValueError: it has a key that this version does not know, or says what this version cannot do.
+        """
+        values = current_model(record)
+        try:
+            return cls(**{**values, "cms": CmsConfig(**values.get("cms", {}))})
+        except TypeError as error:  # an unknown key
+            raise ValueError(f"the recorded model section cannot be read: {error}") from None
 
     @property
     def head_dim(self) -> int:
@@ -89,7 +114,8 @@ class ModelConfig:
 
     def build_mixer(self, name: str) -> Mixer:
         """A new mixer of this kind, parameters not yet filled."""
-        return MIXERS[name].build(Trunk(self.width, self.heads, self.layers), self.mixers[name])
+        build: Callable[[Trunk, Any], Mixer] = MIXERS[name].build
+        return build(Trunk(self.width, self.heads, self.layers), self.mixers[name])
 
     @property
     def periods(self) -> list[int]:
@@ -127,7 +153,9 @@ class ModelConfig:
             yield Problem(f"{path}.pattern", what, fix)
         for name in dict.fromkeys(self.pattern):
             if name not in MIXERS:
-                yield Problem(f"{path}.pattern", f"no mixer is called {name}", f"known: {known}; or model.imports")
+                near = difflib.get_close_matches(name, MIXERS, n=1)
+                fix = f"did you mean: {near[0]}" if near else f"known: {known}; or model.imports"
+                yield Problem(f"{path}.pattern", f"no mixer is called {name}", fix)
             elif self._shaped:
                 own = list(self.mixers[name].problems(f"{path}.mixers.{name}", self.head_dim))
                 yield from own

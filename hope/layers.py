@@ -65,7 +65,8 @@ class SwiGlu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.enter(x)
-        return self.leave(self.down(F.silu(self.gate(x)) * self.up(x)))
+        y: Tensor = self.leave(self.down(F.silu(self.gate(x)) * self.up(x)))
+        return y
 
     def flops(self) -> Flops:
         return self.gate.flops() + self.up.flops() + self.down.flops()

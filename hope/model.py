@@ -50,7 +50,8 @@ class Embedding(nn.Module):
         local = tokens_TB - self.first_row
         elsewhere = (local < 0) | (local >= rows)
         found = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return self.leave(found.masked_fill(elsewhere.unsqueeze(-1), 0.0))
+        whole: Tensor = self.leave(found.masked_fill(elsewhere.unsqueeze(-1), 0.0))
+        return whole
 
     def logits(self, x_TBD: Tensor) -> Tensor:
         """[T, B, D] -> scores of this rank's rows [T, B, V]."""

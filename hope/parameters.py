@@ -78,7 +78,7 @@ def declaration_of(parameter: Tensor, name: str = "a parameter") -> Declaration:
     Raises:
         UndeclaredParameter: it was not made by `new_parameter`.
     """
-    found = getattr(parameter, "declaration", None)
+    found: Declaration | None = getattr(parameter, "declaration", None)
     if found is None:
         raise UndeclaredParameter(f"{name} declares nothing; create it with hope.parameters.new_parameter")
     return found

@@ -17,7 +17,8 @@ def load(folder: str | Path) -> Model:
     """The model that `python -m parallel.checkpoint export` wrote to `folder`, on the CPU, in the file's dtype.
 
     Raises:
-        ValueError: the file is not what it says, or does not fit the configuration beside it.
+        ImportError: a module of the exported `model.imports` is not here.
+        ValueError: the file is not what it says, or does not fit the configuration beside it, or that cannot be read.
     """
     described = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     weights = read_safetensors(Path(folder) / "model.safetensors")

@@ -1,6 +1,6 @@
 """What every section of the configuration is made of: problems with a path, and keys that only some choices use."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field
 from typing import Any, NamedTuple
 
@@ -28,10 +28,29 @@ class MixerSection:
         return []
 
 
-def only_if(key: str, *values: Any, default: Any = None, factory: Callable[[], Any] | None = None) -> Any:
-    """A dataclass field that is used only while the field `key` of the same section has one of `values`.
+class Condition(NamedTuple):
+    """When a field is used, in its metadata under `used_if`."""
 
-    Whoever sets it otherwise is told so: a key that does nothing makes a sweep compare equal runs.
+    key: str
+    """Another field of the same section, or `section.key` below it."""
+    values: tuple[Any, ...]
+    """What that field must be, one of these. Empty: anything but false, 0, null and what is empty."""
+
+
+def only_if(key: str, *values: Any, default: Any = None, factory: Callable[[], Any] | None = None) -> Any:
+    """A dataclass field that is used only while `key` has one of `values`, or without them, while it is set at all.
+
+    A condition on a key that is itself not used does not count. Whoever gives an unused key is told so: a key that does
+    nothing makes a sweep compare equal runs.
     """
-    metadata = {"used_if": (key, values)}
+    metadata = {"used_if": Condition(key, values)}
     return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
+
+
+def sections_named_by(key: str, sections: Callable[[], Mapping[str, type]]) -> Any:
+    """A dataclass field {name: section} that holds a section for every name in the list `key` of the same section.
+
+    Args:
+        sections: gives the dataclass of every name that there is. Asked anew each time, since names can be added.
+    """
+    return field(default_factory=dict, metadata={"named_by": key, "sections": sections})

@@ -47,7 +47,11 @@ def _command(acts: Commands, name: str, text: str, act: Callable[[argparse.Names
 
 def _configured(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file, see configs/")
-    parser.add_argument("overrides", nargs="*", help="section.key=value for the run, site.key=value for the profile")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        help="section.key=value for the run, YAML files to merge, site.key=value for the profile",
+    )
 
 
 def _submit(acts: Commands) -> None:

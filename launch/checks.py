@@ -7,8 +7,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from configs.errors import ConfigError, Problem
+from configs.errors import ConfigError
 from configs.schema import Config, validate
+from hope.sections import Problem
 from launch import slurm
 from launch.folder import RunFolder
 from launch.placement import Job
@@ -47,7 +48,7 @@ def notes(config: Config, job: Job) -> Iterator[str]:
 def _configuration(config: Config, job: Job) -> Iterator[Problem]:
     """Do the sections and the layout fit each other and the job's devices?"""
     if job.nodes < 1:
-        yield "--nodes", f"{job.nodes} is less than 1", "1"
+        yield Problem("--nodes", f"{job.nodes} is less than 1", "1")
     try:
         validate(config, max(job.world, job.site.ranks_per_node))
     except ConfigError as error:
@@ -61,16 +62,18 @@ def _folder(job: Job) -> Iterator[Problem]:
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK):
         fix = "a folder on a file system that all nodes share"
-        yield "run.dir", f"{there} is not a folder that you can write to", fix
+        yield Problem("run.dir", f"{there} is not a folder that you can write to", fix)
         return
     free, floor = shutil.disk_usage(there).free / 1e9, job.site.preflight.free_gb
     if free < floor:
-        yield "run.dir", f"{there} has {free:.1f} GB free, less than {floor:g}", "another file system"
+        yield Problem("run.dir", f"{there} has {free:.1f} GB free, less than {floor:g}", "another file system")
     kind = _file_system(there)
     listed = any(job.run.root.is_relative_to(folder) for folder in job.site.shared)
     if job.nodes > 1 and not listed and kind not in NETWORK and not kind.startswith("fuse"):
         what = f"{there} is on {kind}, which the {job.nodes} nodes do not share"
-        yield "run.dir", what, f"a folder on a network file system; or say so in the profile: shared: [{there}]"
+        yield Problem(
+            "run.dir", what, f"a folder on a network file system; or say so in the profile: shared: [{there}]"
+        )
 
 
 def _file_system(path: Path) -> str:
@@ -91,7 +94,7 @@ def _time(config: Config, job: Job, *, countable: bool) -> Iterator[Problem]:
         what = (
             f"{site.time} is not longer than launch.checkpoint_s {launch.checkpoint_s} + margin_s {launch.margin_s} s"
         )
-        yield "site.time", what, f"more than {job.warning_s // 60 + 1} minutes"
+        yield Problem("site.time", what, f"more than {job.warning_s // 60 + 1} minutes")
         return
     step_s = measured_step_s(job.run.root) or (_estimated_step_s(config, job) if countable else None)
     every = config.checkpoint.every
@@ -103,7 +106,7 @@ def _time(config: Config, job: Job, *, countable: bool) -> Iterator[Problem]:
                 f"({interval:.0f} s) + {job.warning_s} s for saving and leaving")  # fmt: skip
         fits = max(1, int((site.seconds - job.warning_s) / step_s))
         hours = (interval + job.warning_s) / 3600
-        yield "checkpoint.every", what, f"at most {fits}; or site.time of {hours:.1f} hours"
+        yield Problem("checkpoint.every", what, f"at most {fits}; or site.time of {hours:.1f} hours")
 
 
 def _estimated_step_s(config: Config, job: Job) -> float | None:
@@ -125,10 +128,12 @@ def _memory(config: Config, job: Job) -> Iterator[Problem]:
         if fitting
         else "more nodes, a smaller train.micro_batch, or train.recompute=block"
     )
-    yield "parallel", estimate.excess(worst, job.site), fix
+    yield Problem("parallel", estimate.excess(worst, job.site), fix)
 
 
 def _queue(run: RunFolder) -> Iterator[Problem]:
     """Two jobs in one run folder would overwrite each other."""
     if (number := slurm.newest_live(run.job_ids())) is not None:
-        yield "run.name", f"job {number} of this run waits or runs", f"another run.name, or `cancel {run.root}` first"
+        yield Problem(
+            "run.name", f"job {number} of this run waits or runs", f"another run.name, or `cancel {run.root}` first"
+        )

@@ -10,9 +10,12 @@ from typing import Literal
 
 from omegaconf import DictConfig, OmegaConf
 
-from configs.errors import ConfigError, Problem
-from configs.merge import BAD, Fitter, defaults, leaves
-from configs.source import apply_overrides, plain, read_yaml
+from configs.errors import ConfigError
+from configs.given import gather
+from configs.merge import BAD, Fitter, defaults
+from configs.source import plain
+from configs.tree import leaves
+from hope.sections import Problem
 from launch.slurm import seconds
 
 FOLDER = Path(__file__).parent / "profiles"
@@ -118,24 +121,26 @@ class Profile:
     def problems(self, path: str = "site") -> Iterator[Problem]:
         """What no job could run with, by key below `path`."""
         if seconds(self.time) is None:
-            yield f"{path}.time", f"{self.time!r} is not a time limit", '"24:00:00" or "2-00:00:00", in quotes'
+            yield Problem(f"{path}.time", f"{self.time!r} is not a time limit", '"24:00:00" or "2-00:00:00", in quotes')
         if self.gpus_per_node < 0 or self.tasks_per_node < 0 or self.ranks_per_node < 1:
             what = f"gpus_per_node {self.gpus_per_node} and tasks_per_node {self.tasks_per_node} start no rank"
-            yield f"{path}.gpus_per_node", what, "8; or gpus_per_node 0 with tasks_per_node 2 for CPUs"
+            yield Problem(f"{path}.gpus_per_node", what, "8; or gpus_per_node 0 with tasks_per_node 2 for CPUs")
         elif self.gpus_per_node and self.ranks_per_node != self.gpus_per_node:
             what = f"{self.tasks_per_node} ranks on {self.gpus_per_node} GPUs; a rank drives exactly one"
-            yield f"{path}.tasks_per_node", what, "0 for one per GPU"
+            yield Problem(f"{path}.tasks_per_node", what, "0 for one per GPU")
         if self.cpus_per_task < 1:
-            yield f"{path}.cpus_per_task", f"{self.cpus_per_task} is less than 1", "8"
+            yield Problem(f"{path}.cpus_per_task", f"{self.cpus_per_task} is less than 1", "8")
         if self.container.kind != "none" and not self.container.image:
-            yield f"{path}.container.image", f"{self.container.kind} needs an image", "/images/hope.sqsh"
+            yield Problem(f"{path}.container.image", f"{self.container.kind} needs an image", "/images/hope.sqsh")
         if self.requeue == "array" and self.chain < 2:
-            yield f"{path}.chain", f"{self.chain} elements are no chain", "20"
+            yield Problem(f"{path}.chain", f"{self.chain} elements are no chain", "20")
         for name in self.env:
             if not re.fullmatch(r"[A-Za-z_]\w*", name):
-                yield f"{path}.env", f"{name!r} is not the name of a variable", "NCCL_SOCKET_IFNAME"
+                yield Problem(f"{path}.env", f"{name!r} is not the name of a variable", "NCCL_SOCKET_IFNAME")
             elif re.search(r"TOKEN|SECRET|PASSWORD|API_?KEY", name):
-                yield f"{path}.env", f"{name} looks like a secret; the script keeps it readable", "a file of your own"
+                yield Problem(
+                    f"{path}.env", f"{name} looks like a secret; the script keeps it readable", "a file of your own"
+                )
 
 
 def find(name: str) -> str:
@@ -152,14 +157,12 @@ def load(name: str, overrides: list[str]) -> Profile:
     """
     path = find(name)
     problems: list[Problem] = []
-    raw, lines = read_yaml(path, problems)
-    if any(where == "(file)" for where, _, _ in problems):
+    given = gather(path, overrides, {key.path for key in leaves(Profile) if key.hint is str}, problems)
+    if not given.readable:
         known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
-        raise ConfigError(path, [(where, what, f"a path, or one of: {known}") for where, what, _ in problems])
-    texts = {key for key, hint, _, _ in leaves(Profile) if hint is str}
-    given = apply_overrides(raw, overrides, texts, problems)
-    fitter = Fitter(Profile, lines, given)
-    good = fitter.fit(plain(raw), Profile, "")
+        raise ConfigError(path, [Problem(where, what, f"a path, or one of: {known}") for where, what, _ in problems])
+    fitter = Fitter(Profile, given.place)
+    good = fitter.fit(plain(given.values), Profile, "")
     problems += fitter.problems
     merged = OmegaConf.merge(defaults(Profile), {} if good is BAD else good)
     assert isinstance(merged, DictConfig)

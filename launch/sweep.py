@@ -18,11 +18,13 @@ from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
-from configs.errors import ConfigError, Problem
+from configs.errors import ConfigError
+from configs.given import gather
 from configs.merge import BAD, Fitter, defaults, missing_paths
 from configs.schema import Config
 from configs.schema import load as load_config
-from configs.source import plain, read_yaml
+from configs.source import plain
+from hope.sections import Problem
 from launch import profile, slurm
 from launch.folder import RunFolder, read_json
 from launch.local import local_request, run_here
@@ -79,15 +81,15 @@ class Cell:
 def load(path: str) -> Grid:
     """Read and check a sweep. Raises ConfigError with every problem."""
     problems: list[Problem] = []
-    raw, lines = read_yaml(path, problems)
+    given = gather(path, (), set(), problems)
     if problems:
         raise ConfigError(path, problems)
-    fitter = Fitter(Grid, lines, {})
-    good = fitter.fit(plain(raw), Grid, "")
+    fitter = Fitter(Grid, given.place)
+    good = fitter.fit(plain(given.values), Grid, "")
     problems += fitter.problems
     merged = OmegaConf.merge(defaults(Grid), {} if good is BAD else good)
     assert isinstance(merged, DictConfig)
-    problems += [(key, "required, but not given", "") for key in missing_paths(plain(merged))]
+    problems += [Problem(key, "required, but not given", "") for key in missing_paths(plain(merged))]
     if problems:
         raise ConfigError(path, problems)
     grid = OmegaConf.to_object(merged)
@@ -101,22 +103,22 @@ def load(path: str) -> Grid:
 
 def _problems(grid: Grid) -> Iterator[Problem]:
     if not grid.nodes or min(grid.nodes) < 1:
-        yield "nodes", f"{grid.nodes}: need at least one number of nodes", "[1, 2, 4]"
+        yield Problem("nodes", f"{grid.nodes}: need at least one number of nodes", "[1, 2, 4]")
     elif grid.scaling == "weak" and any(n % min(grid.nodes) for n in grid.nodes):
-        yield "nodes", f"{grid.nodes}: weak scaling multiplies the batch of the smallest", "[1, 2, 4]"
+        yield Problem("nodes", f"{grid.nodes}: weak scaling multiplies the batch of the smallest", "[1, 2, 4]")
     if not grid.layouts:
-        yield "layouts", "is empty", "[{tensor: 1}]; or leave it out"
+        yield Problem("layouts", "is empty", "[{tensor: 1}]; or leave it out")
     for number, layout in enumerate(grid.layouts):
         for key in layout:
             if key not in ("tensor", "pipeline", "virtual_pipeline", "context"):
-                yield f"layouts[{number}].{key}", "is no degree", "tensor, pipeline, virtual_pipeline"
+                yield Problem(f"layouts[{number}].{key}", "is no degree", "tensor, pipeline, virtual_pipeline")
     for key, values in grid.grid.items():
         if not isinstance(values, list) or not values:
-            yield f"grid.{key}", f"{values!r} is not a list of values", "[1e-3, 3e-3]"
+            yield Problem(f"grid.{key}", f"{values!r} is not a list of values", "[1e-3, 3e-3]")
     if grid.throttle < 1:
-        yield "throttle", f"{grid.throttle} is less than 1", "2"
+        yield Problem("throttle", f"{grid.throttle} is less than 1", "2")
     if not re.fullmatch(r"[\w.-]+", grid.name):
-        yield "name", f"{grid.name!r} is not the name of one folder", "letters, digits, - and _"
+        yield Problem("name", f"{grid.name!r} is not the name of one folder", "letters, digits, - and _")
 
 
 def cells(grid: Grid) -> list[Cell]:
@@ -230,7 +232,7 @@ def _plan_all(grid: Grid, todo: list[Cell]) -> dict[str, PlannedRun]:
         try:
             runs[cell.name] = planned(grid, cell)
         except ConfigError as error:
-            problems += [(f"{cell.name}: {path}", what, fix) for path, what, fix in error.problems]
+            problems += [Problem(f"{cell.name}: {path}", what, fix) for path, what, fix in error.problems]
     if problems:
         raise ConfigError(grid.file, problems)
     return runs

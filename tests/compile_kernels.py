@@ -1,7 +1,8 @@
 """`python tests/compile_kernels.py '{"memory": "mlp"}' ...`: compile the fused optimizer kernels ahead of time.
 
-For a GPU of compute capability 9.0, with triton's own ptxas: no GPU is needed. One argument per `OptimConfig`, its
-settings as JSON. Prints per kernel its name, the bytes of machine code and the PTX target.
+For a GPU of compute capability 9.0, with triton's own ptxas: no GPU is needed. One argument per `DmgdConfig`, its
+settings as JSON, those of its mlp in a mapping. Prints per kernel its name, the bytes of machine code and the PTX
+target.
 """
 
 import json
@@ -17,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hope.optim import fused
-from hope.optim.config import OptimConfig
+from hope.optim.config import DmgdConfig, MlpConfig, OptimConfig
 from hope.optim.rules import UpdateRule
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -41,7 +42,9 @@ def main(settings: list[str]) -> None:
     nothing = torch.empty(0)
     table = fused.Table(nothing, nothing, nothing, nothing, nothing, aligned=True)
     for words in settings:
-        rule = UpdateRule.of(OptimConfig(**json.loads(words)))
+        chosen = json.loads(words)
+        dmgd = DmgdConfig(**{**chosen, "mlp": MlpConfig(**chosen.get("mlp", {}))})
+        rule = UpdateRule.of(OptimConfig(dmgd=dmgd))
         choices = {"CLIP": rule.clip, "ERASE": rule.erase, **fused._choices(rule, table, "update")}
         print(compiled(fused._update, choices))
         print(compiled(fused._sums, {"L2": rule.l2, **fused._choices(rule, table, "sums")}))

@@ -18,7 +18,7 @@ model:
   width: 16
   layers: 2
   heads: 2
-  mixers: {hope: {memory: MEMORY, projection_chunk: 4, main_chunk: 8}}
+  MIXER
   cms: {periods: [1, 3]}
 data: {train: DATA/train, heldout: DATA/heldout}
 optim: {lr: 1e-2, warmup: 2}
@@ -61,11 +61,17 @@ def token_set(prefix: Path, documents: int, seed: int, vocab_size: int = VOCAB) 
     ).save(prefix)
 
 
+def config_text(folder: Path, memory: str = "matrix") -> str:
+    """The config with its runs and data in `folder`. memory: of the mixer hope, or "attention" for that mixer."""
+    mixer = f"mixers: {{hope: {{memory: {memory}, projection_chunk: 4, main_chunk: 8}}}}"
+    mixer = "pattern: [attention]" if memory == "attention" else mixer
+    return CONFIG.replace("RUNS", str(folder / "runs")).replace("DATA", str(folder)).replace("MIXER", mixer)
+
+
 def config_file(folder: Path, memory: str = "matrix", documents: tuple[int, int] = (60, 20)) -> str:
     """Token sets, of `documents` to train on and held out, and a config in `folder`; returns the config's path."""
     token_set(folder / "train", documents[0], 0)
     token_set(folder / "heldout", documents[1], 1)
     path = folder / "tiny.yaml"
-    text = CONFIG.replace("RUNS", str(folder / "runs")).replace("DATA", str(folder)).replace("MEMORY", memory)
-    path.write_text(text)
+    path.write_text(config_text(folder, memory))
     return str(path)

@@ -13,7 +13,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     index = commands.add_parser("index", help="check the data and build the indices that training maps into memory")
     for parser in (blend, index):
         parser.add_argument("config", help="the run's YAML file")
-        parser.add_argument("overrides", nargs="*", help="the run's section.key=value")
+        parser.add_argument("overrides", nargs="*", help="the run's section.key=value, and YAML files to merge")
     blend.add_argument("--tokens", type=_count, required=True, help="training tokens, such as 3e9")
     blend.set_defaults(run=_blend)
     index.set_defaults(run=_index)

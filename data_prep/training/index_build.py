@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_prep.config import DataConfig, SourceConfig
@@ -17,12 +18,17 @@ from data_prep.training.reading import HeldoutSet, TrainingSet
 def read_config(path: str, overrides: Sequence[str]) -> tuple[DataConfig, int]:
     """The data section and train.seq_len of a run's configuration; other sections are not looked at.
 
+    `overrides`: `a.b=c`, and paths of YAML files that are merged over what stands before them.
+
     Raises DataError naming the file if it cannot be read or does not fit.
     """
     try:
-        whole = OmegaConf.load(path)
-        for override in overrides:
-            _override(whole, override)
+        whole: Any = OmegaConf.load(path)
+        for word in overrides:
+            if word.endswith((".yaml", ".yml")) and "=" not in word:
+                whole = OmegaConf.merge(whole, OmegaConf.load(word))
+            else:
+                _override(whole, word)
         data = OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.select(whole, "data") or {})
         seq_len = OmegaConf.select(whole, "train.seq_len")
         section = OmegaConf.to_object(data)
@@ -33,13 +39,12 @@ def read_config(path: str, overrides: Sequence[str]) -> tuple[DataConfig, int]:
     return section, seq_len
 
 
-def _override(whole: DictConfig | ListConfig, override: str) -> None:
+def _override(whole: Any, override: str) -> None:
     key, equals, word = override.partition("=")
     if not equals:
         raise ValueError(f"`{override}` is not of the form section.key=value")
-    value = OmegaConf.create(f"value: {word}" if word else {"value": ""})
-    assert isinstance(value, DictConfig)
-    OmegaConf.update(whole, key, OmegaConf.to_container(value, resolve=False)["value"], force_add=True)  # type: ignore
+    value: Any = OmegaConf.to_container(OmegaConf.create(f"value: {word}" if word else {"value": ""}), resolve=False)
+    OmegaConf.update(whole, key, value["value"], force_add=True)
 
 
 def build_indices(data: DataConfig, seq_len: int) -> Iterator[str]:

@@ -120,7 +120,8 @@ class DeltaChunk:
 
     def _solve(self, right: Tensor) -> Tensor:
         assert self.system is not None
-        return torch.linalg.solve_triangular(self.system, right, upper=False, unitriangular=True)
+        solved: Tensor = torch.linalg.solve_triangular(self.system, right, upper=False, unitriangular=True)
+        return solved
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,8 @@ class MatrixBank:
         width = inputs.shape[-1]
         through_p, through_r = (inputs @ state[0].weight.mT).split(width, -1)
         boxes = (through_p @ self.stack.mT).unflatten(-1, (-1, width))
-        return (boxes + through_r.unsqueeze(-2)).transpose(-2, -3)
+        reads: Tensor = boxes + through_r.unsqueeze(-2)
+        return reads.transpose(-2, -3)
 
     def write(self, state: State, keys: Tensor, values: Tensor, gates: Gates) -> tuple[State, "MatrixReads"]:
         rule = self.config.erase

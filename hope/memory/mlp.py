@@ -58,8 +58,8 @@ class MlpBank:
 
     def _hidden(self, state: State, inputs: Tensor) -> Tensor:
         """W2 z of every memory: [B, H, C, K] -> [B, H, N, C, F]."""
-        rows = inputs @ state[1].weight.mT
-        return rows.unflatten(-1, (self.outer.shape[1], -1)).transpose(-2, -3)
+        rows: Tensor = (inputs @ state[1].weight.mT).unflatten(-1, (self.outer.shape[1], -1))
+        return rows.transpose(-2, -3)
 
     def read(self, state: State, inputs: Tensor) -> Tensor:
         reads = self.outer.shape[1] - int(self.has_main)

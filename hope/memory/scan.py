@@ -178,7 +178,8 @@ class _Chunk(NamedTuple):
 
 def _cut(x: Tensor, size: int) -> tuple[Tensor, ...]:
     """[B, H, L, ...] -> L / size tensors [B, H, size, ...]."""
-    return x.unflatten(2, (-1, size)).unbind(2)
+    parts: tuple[Tensor, ...] = x.unflatten(2, (-1, size)).unbind(2)
+    return parts
 
 
 def join_gates(gates: list[Gates]) -> Gates:

@@ -147,7 +147,8 @@ class SelfModifyingTitans(Mixer):
         return F.rms_norm(y, (y.shape[-1],), self.norm.weight.to(y.dtype), eps=1e-6)
 
     def _heads(self, x_TBD: Tensor) -> Tensor:
-        return x_TBD.unflatten(-1, (-1, self.head_dim)).permute(1, 2, 0, 3)
+        heads: Tensor = x_TBD.unflatten(-1, (-1, self.head_dim))
+        return heads.permute(1, 2, 0, 3)
 
     def _sequences(self, x: Tensor, q: Tensor) -> Sequences:
         """What the loop needs of the whole sequence at once: static paths and static parts of the gates."""

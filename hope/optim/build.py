@@ -1,6 +1,7 @@
 """The optimizer that a configuration names."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from hope.optim.clocks import ClockedOptimizer
 from hope.optim.config import OptimConfig
@@ -9,7 +10,7 @@ from hope.optim.levels import MATRIX_OPTIMIZERS
 from hope.optim.matrix import MatrixOptimizer
 
 
-def build_optimizer(groups: Iterable[dict], config: OptimConfig, precision: str = "fp32") -> ClockedOptimizer:
+def build_optimizer(groups: Iterable[dict[str, Any]], config: OptimConfig, precision: str = "fp32") -> ClockedOptimizer:
     """`groups`: from `hope.optim.levels.parameter_groups`, with the same `config`; `precision`: train.precision."""
     if config.name in MATRIX_OPTIMIZERS:
         return MatrixOptimizer(groups, config, half=precision == "bf16")

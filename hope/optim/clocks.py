@@ -33,7 +33,7 @@ class ClockedOptimizer(torch.optim.Optimizer):
     per_tensor_keys: frozenset[str] = frozenset()
     """States that belong to a tensor as a whole: [tensors of the group, numbers], everything else is element-wise."""
 
-    def __init__(self, groups: Iterable[dict], config: OptimConfig) -> None:
+    def __init__(self, groups: Iterable[dict[str, Any]], config: OptimConfig) -> None:
         self.config = config
         self.measured: dict[Tensor, Tensor] = {}
         self._completed = False
@@ -64,7 +64,7 @@ class ClockedOptimizer(torch.optim.Optimizer):
 
     def due(self, group: dict[str, Any]) -> bool:
         """Whether the coming step is a due one of this group."""
-        return (group["clock"] + 1) % group["period"] == 0
+        return bool((group["clock"] + 1) % group["period"] == 0)
 
     def gradient_factor(self, group: dict[str, Any]) -> float:
         """What makes a period's summed gradient the one that the update sees, clipping apart."""

@@ -1,62 +1,150 @@
-"""Optimizer section of the configuration."""
+"""Optimizer section of the configuration: shared keys, and a section of its own for each kind that has choices."""
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-Problem = tuple[str, str, str]
+from hope.sections import Problem, only_if
+
+
+@dataclass
+class MlpConfig:
+    """The network of a deep memory of gradients, one per tensor, shared by its coordinates and trained online."""
+
+    key: Literal["memory", "gradient"] = "memory"
+    """What it sees: the linear memory before this gradient, to predict it; or the gradient itself (Eq. 50)."""
+    width: int = 8
+    """Hidden width."""
+    lr: float = 0.1
+    """Learning rate of its weights, a fraction of the largest stable step; 0 leaves the memory linear."""
+    decay: float = 0.3
+    """Decay of its weights towards their initial values, per update. With 1e-3, runs of more than a few hundred steps
+    ended worse than with a linear memory (docs/results.md)."""
+
+    def problems(self, path: str) -> Iterator[Problem]:
+        """What cannot work, by key below `path`."""
+        if self.width < 1:
+            yield Problem(f"{path}.width", f"{self.width} is less than 1", "8")
+        if not self.lr >= 0:
+            yield Problem(f"{path}.lr", f"{self.lr} is negative", "0.1")
+        elif self.lr > 1:
+            yield Problem(f"{path}.lr", f"{self.lr} is more than the largest stable step", "0.1")
+        if not 0 <= self.decay < 1:
+            yield Problem(f"{path}.decay", f"{self.decay} is not in [0, 1)", "0.3")
+
+
+@dataclass
+class DmgdConfig:
+    """Deep momentum gradient descent (Nested Learning, Section 4; docs/optim.md). The defaults are AdamW's setting."""
+
+    memory: Literal["linear", "mlp"] = "linear"
+    """Memory of gradients: linear, one number per weight; mlp: plus one small network per tensor, trained on what the
+    linear part leaves (tensors of two or more dimensions)."""
+    objective: Literal["dot", "l2"] = "l2"
+    """Inner objective of the memory: dot gives s = beta1 s + g (SGD momentum), l2 the moving average."""
+    preconditioner: Literal["none", "adam"] = "adam"
+    """Normaliser: nothing, or Adam's root mean square."""
+    normalise: Literal["output", "value"] = only_if("preconditioner", "adam", default="output")
+    """Where the preconditioner acts: on what the memory gives (Eq. 102, 105), or on what it learns (Eq. 47)."""
+    output: Literal["identity", "rms_clip", "rms_match"] = "identity"
+    """rms_clip: every coordinate that the memory gives is bounded by output_bound x its tensor's gradient rms.
+    rms_match: what an mlp gives is scaled, tensor by tensor, to the rms that the linear memory alone would have."""
+    output_bound: float = only_if("output", "rms_clip", default=3.0)
+    """Bound of rms_clip."""
+    erase: float = 0.0
+    """Delta momentum (Eq. 49) element by element: s also forgets x / (1 + x), x = erase (g / rms)^2."""
+    bias_correction: bool = True
+    """Divide both averages by 1 - beta^t (of s with the l2 objective only)."""
+    mlp: MlpConfig = only_if("memory", "mlp", factory=MlpConfig)
+    """The network of memory mlp."""
+
+    def problems(self, path: str) -> Iterator[Problem]:
+        """What cannot work, by key below `path`."""
+        if not self.output_bound > 0:
+            yield Problem(f"{path}.output_bound", f"{self.output_bound} is not positive", "3.0")
+        if self.output == "rms_match" and self.memory == "linear":
+            what = "rms_match scales an mlp to the linear memory, which is here alone"
+            yield Problem(f"{path}.output", what, "identity")
+        if not self.erase >= 0:
+            yield Problem(f"{path}.erase", f"{self.erase} is negative", "0.0")
+        elif self.erase > 0 and self.objective == "l2" and self.bias_correction:
+            what = f"erase {self.erase} changes what the average sums to, and bias_correction divides by 1 - beta1^t"
+            yield Problem(f"{path}.erase", what, f"{path}.bias_correction=false, or {path}.erase=0")
+        if self.memory == "mlp":
+            yield from self.mlp.problems(f"{path}.mlp")
+
+
+@dataclass
+class MuonConfig:
+    """Orthogonalised momentum of whole matrices (Eq. 42, 52); everything else has AdamW's setting."""
+
+    newton_schulz_steps: int = 5
+    """Iterations of the orthogonalisation."""
+    matrix_rms: float = 0.2
+    """Root mean square of a matrix's update at learning rate 1, like AdamW's; 0: as it is."""
+
+    def problems(self, path: str) -> Iterator[Problem]:
+        """What cannot work, by key below `path`."""
+        yield from _matrix_problems(self, path)
+
+
+@dataclass
+class M3Config:
+    """Two orthogonalised momenta of whole matrices (Algorithm 1); everything else has AdamW's setting."""
+
+    newton_schulz_steps: int = 5
+    """Iterations of the orthogonalisation."""
+    reading: Literal["ema", "literal"] = "ema"
+    """literal: Algorithm 1 as printed, sums that never decay; ema: moving averages and an update of matrix_rms."""
+    matrix_rms: float = only_if("reading", "ema", default=0.2)
+    """Root mean square of a matrix's update at learning rate 1, like AdamW's; 0: as it is."""
+    slow_period: int = 16
+    """Updates between two orthogonalisations of the slow memory (f)."""
+    alpha: float = 1.0
+    """Weight of the slow memory's direction."""
+    beta3: float = 0.9
+    """Retention of the slow memory (ema) or its factor (literal)."""
+
+    def problems(self, path: str) -> Iterator[Problem]:
+        """What cannot work, by key below `path`."""
+        yield from _matrix_problems(self, path)
+        if self.slow_period < 1:
+            yield Problem(f"{path}.slow_period", f"{self.slow_period} is less than 1", "16")
+        if not self.alpha >= 0:
+            yield Problem(f"{path}.alpha", f"{self.alpha} is negative", "1.0")
+        if not 0 <= self.beta3 < 1:
+            yield Problem(f"{path}.beta3", f"{self.beta3} is not in [0, 1)", "0.9")
+
+
+def _matrix_problems(config: MuonConfig | M3Config, path: str) -> Iterator[Problem]:
+    if config.newton_schulz_steps < 1:
+        yield Problem(f"{path}.newton_schulz_steps", f"{config.newton_schulz_steps} is less than 1", "5")
+    if not config.matrix_rms >= 0:
+        yield Problem(f"{path}.matrix_rms", f"{config.matrix_rms} is negative", "0.2")
 
 
 @dataclass
 class OptimConfig:
-    """Deep momentum gradient descent (Nested Learning, Section 4; docs/optim.md), its relatives, and the schedule."""
+    """The optimizer by name, the keys that all of them share, and the schedule."""
 
     name: Literal["dmgd", "adamw", "muon", "m3"] = "dmgd"
-    """dmgd: the choices below, element by element; adamw: the same code at AdamW's setting; muon (Eq. 42, 52) and m3
-    (Algorithm 1): orthogonalised updates of whole matrices, and AdamW's setting for everything else."""
+    """dmgd: the choices of optim.dmgd, element by element; adamw: the same code at AdamW's setting; muon and m3:
+    orthogonalised updates of whole matrices, and AdamW's setting for everything else."""
     lr: float = 1.5e-3
     """Peak learning rate."""
     warmup: int = 60
     """Steps of linear warm-up."""
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the schedule after the warm-up, down to final_lr x lr at train.steps."""
-    final_lr: float = 0.1
+    final_lr: float = only_if("decay", "cosine", "linear", default=0.1)
     """Learning rate at train.steps as a fraction of lr."""
-    memory: Literal["linear", "mlp"] = "linear"
-    """Memory of gradients: linear, one number per weight; mlp: plus one small network per tensor, shared by all its
-    coordinates and trained online on what the linear part leaves (tensors of two or more dimensions)."""
-    objective: Literal["dot", "l2"] = "l2"
-    """Inner objective of the memory: dot gives s = beta1 s + g (SGD momentum), l2 the moving average."""
-    preconditioner: Literal["none", "adam"] = "adam"
-    """Normaliser: nothing, or Adam's root mean square."""
-    normalise: Literal["output", "value"] = "output"
-    """Where the preconditioner acts: on what the memory gives (Eq. 102, 105), or on what it learns (Eq. 47)."""
-    output: Literal["identity", "rms_clip", "rms_match"] = "identity"
-    """rms_clip: every coordinate that the memory gives is bounded by output_bound x its tensor's gradient rms.
-    rms_match: what an mlp gives is scaled, tensor by tensor, to the rms that the linear memory alone would have."""
-    output_bound: float = 3.0
-    """Bound of rms_clip."""
-    erase: float = 0.0
-    """Delta momentum (Eq. 49) element by element: s also forgets x / (1 + x), x = erase (g / rms)^2."""
-    mlp_key: Literal["memory", "gradient"] = "memory"
-    """What the mlp sees: the linear memory before this gradient, to predict it; or the gradient itself (Eq. 50)."""
-    mlp_width: int = 8
-    """Hidden width of the mlp."""
-    mlp_lr: float = 0.1
-    """Learning rate of the mlp's own weights, a fraction of the largest stable step; 0 leaves the memory linear."""
-    mlp_decay: float = 0.3
-    """Decay of the mlp's weights towards their initial values, per update. With 1e-3, runs of more than a few
-    hundred steps ended worse than with a linear memory (docs/results.md)."""
     beta1: float = 0.9
     """Retention of the momentum memory."""
-    beta2: float = 0.95
+    beta2: float = only_if("dmgd.preconditioner", "adam", default=0.95)
     """Retention of the squared-gradient average."""
-    eps: float = 1e-8
+    eps: float = only_if("dmgd.preconditioner", "adam", default=1e-8)
     """Added to the root mean square."""
-    bias_correction: bool = True
-    """Divide both averages by 1 - beta^t (l2 objective)."""
     weight_decay: float = 0.1
     """Decoupled decay of tensors with two or more dimensions; applied only when their level is due."""
     period_gradient: Literal["mean", "sum"] = "mean"
@@ -64,59 +152,39 @@ class OptimConfig:
     accumulate: Literal["sharded", "local"] = "sharded"
     """Gradients of a level that is not due: reduced every step into 1/dp of an accumulator, or kept on their device
     (4 bytes per weight of the level) and communicated once per period."""
-    newton_schulz_steps: int = 5
-    """Iterations of the orthogonalisation (muon, m3)."""
-    matrix_rms: float = 0.2
-    """Root mean square of a matrix's update at learning rate 1 (muon, m3's ema reading), like AdamW's; 0: as it is."""
-    m3_reading: Literal["ema", "literal"] = "ema"
-    """literal: Algorithm 1 as printed, sums that never decay; ema: moving averages and an update of matrix_rms."""
-    m3_slow_period: int = 16
-    """Updates between two orthogonalisations of the slow memory (f)."""
-    m3_alpha: float = 1.0
-    """Weight of the slow memory's direction."""
-    m3_beta3: float = 0.9
-    """Retention of the slow memory (ema) or its factor (literal)."""
+    dmgd: DmgdConfig = only_if("name", "dmgd", factory=DmgdConfig)
+    """The choices of dmgd."""
+    muon: MuonConfig = only_if("name", "muon", factory=MuonConfig)
+    """The choices of muon."""
+    m3: M3Config = only_if("name", "m3", factory=M3Config)
+    """The choices of m3."""
+
+    @property
+    def elementwise(self) -> DmgdConfig:
+        """What is done element by element: dmgd's choices, or AdamW's setting, which is dmgd's default."""
+        return self.dmgd if self.name == "dmgd" else DmgdConfig()
+
+    @property
+    def matrices(self) -> MuonConfig | M3Config:
+        """The choices for whole matrices, of muon or m3."""
+        return self.m3 if self.name == "m3" else self.muon
 
     def problems(self, path: str = "optim") -> Iterator[Problem]:
+        """What cannot work, by key below `path`; of the kinds' sections only the chosen one counts."""
         if not 0 < self.lr < math.inf:
-            yield f"{path}.lr", f"{self.lr} is not a positive number", "1.5e-3"
+            yield Problem(f"{path}.lr", f"{self.lr} is not a positive number", "1.5e-3")
         if self.warmup < 0:
-            yield f"{path}.warmup", f"{self.warmup} is negative", "60"
-        for name in ("beta1", "beta2", "m3_beta3"):
+            yield Problem(f"{path}.warmup", f"{self.warmup} is negative", "60")
+        for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                yield f"{path}.{name}", f"{getattr(self, name)} is not in [0, 1)", "0.9"
+                yield Problem(f"{path}.{name}", f"{getattr(self, name)} is not in [0, 1)", "0.9")
         if not 0 <= self.final_lr <= 1:
-            yield f"{path}.final_lr", f"{self.final_lr} is not in [0, 1]", "0.1"
-        defaults = {item.name: item.default for item in dataclasses.fields(self)}
-        for name in ("eps", "output_bound"):
-            if not getattr(self, name) > 0:
-                yield f"{path}.{name}", f"{getattr(self, name)} is not positive", str(defaults[name])
-        for name in ("weight_decay", "erase", "mlp_lr", "m3_alpha", "matrix_rms"):
-            if not getattr(self, name) >= 0:
-                yield f"{path}.{name}", f"{getattr(self, name)} is negative", str(defaults[name])
-        for name in ("mlp_width", "newton_schulz_steps", "m3_slow_period"):
-            if getattr(self, name) < 1:
-                yield f"{path}.{name}", f"{getattr(self, name)} is less than 1", str(defaults[name])
-        if self.mlp_lr > 1:
-            yield f"{path}.mlp_lr", f"{self.mlp_lr} is more than the largest stable step", "0.1"
-        if self.output == "rms_match" and self.memory == "linear":
-            yield f"{path}.output", "rms_match scales an mlp to the linear memory, which is here alone", "identity"
-        if not 0 <= self.mlp_decay < 1:
-            yield f"{path}.mlp_decay", f"{self.mlp_decay} is not in [0, 1)", "0.3"
-        if self.name != "dmgd":
-            yield from self._not_adamw(path)
-        elif self.erase > 0 and self.objective == "l2" and self.bias_correction:
-            what = f"erase {self.erase} changes what the average sums to, and bias_correction divides by 1 - beta1^t"
-            yield f"{path}.erase", what, "optim.bias_correction=false, or optim.erase=0"
-
-    def _not_adamw(self, path: str) -> Iterator[Problem]:
-        """adamw, and the element-wise part of muon and m3, is one setting of dmgd."""
-        adamw = {
-            "memory": "linear", "objective": "l2", "preconditioner": "adam", "normalise": "output",
-            "output": "identity", "erase": 0.0, "bias_correction": True,
-        }  # fmt: skip
-        found = {key: getattr(self, key) for key, value in adamw.items() if getattr(self, key) != value}
-        if found:
-            say = lambda settings: ", ".join(f"{key} {value}" for key, value in settings.items())
-            what = f"{self.name} has {say({key: adamw[key] for key in found})}, not {say(found)}"
-            yield f"{path}.name", what, "optim.name=dmgd, or leave these out"
+            yield Problem(f"{path}.final_lr", f"{self.final_lr} is not in [0, 1]", "0.1")
+        if not self.eps > 0:
+            yield Problem(f"{path}.eps", f"{self.eps} is not positive", "1e-08")
+        if not self.weight_decay >= 0:
+            yield Problem(f"{path}.weight_decay", f"{self.weight_decay} is negative", "0.1")
+        if self.name == "dmgd":
+            yield from self.dmgd.problems(f"{path}.dmgd")
+        elif self.name != "adamw":
+            yield from self.matrices.problems(f"{path}.{self.name}")

@@ -47,7 +47,7 @@ class Dmgd(ClockedOptimizer):
 
     per_tensor_keys = frozenset({"mlp", "mean_square"})
 
-    def __init__(self, groups: Iterable[dict], config: OptimConfig) -> None:
+    def __init__(self, groups: Iterable[dict[str, Any]], config: OptimConfig) -> None:
         super().__init__(groups, config)
         self.segments: dict[Tensor, Segments] = {}
         self.tensor_sums: Sums = lambda parts: parts
@@ -171,7 +171,8 @@ class Dmgd(ClockedOptimizer):
         squares.mul_(keep).add_(mean[:, :1], alpha=1 - keep)
         if rule.width:
             gradient = mean[:, 2 : 2 + rule.size] / (mean[:, 1:2] + _LEAST_NORM)
-            nets.sub_(config.mlp_lr * gradient + config.mlp_decay * (nets - self._initial(rule, p)))
+            mlp = config.elementwise.mlp
+            nets.sub_(mlp.lr * gradient + mlp.decay * (nets - self._initial(rule, p)))
         if rule.match:
             linear, deep = mean[:, 2 + rule.size], mean[:, 3 + rule.size]
             gain = (linear / deep).sqrt().clamp(max=_LARGEST_GAIN)

@@ -6,6 +6,7 @@ optimizer, what declares to be a matrix, or one per head, is "<level>.matrices" 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -43,7 +44,7 @@ def parameter_groups(
     weight_decay: float,
     optim: OptimConfig | None = None,
     tokens_per_step: int | None = None,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Groups with keys name, period, weight_decay, vectors, matrices, params, names; every parameter in exactly one.
 
     `models`: the model, or several slices of it. Order and membership are a pure function of them, so that every
@@ -51,7 +52,7 @@ def parameter_groups(
     """
     parts = [models] if isinstance(models, Model) else list(models)
     apart = optim is not None and optim.name in MATRIX_OPTIMIZERS
-    groups: dict[str, dict] = {}
+    groups: dict[str, dict[str, Any]] = {}
     level_of = {parameter: level for model in parts for parameter, level in levels_of(model).items()}
     for model, name, parameter, declared in ((m, *found) for m in parts for found in declarations(m)):
         found = level_of.get(parameter)

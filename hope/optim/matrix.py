@@ -5,7 +5,7 @@ Muon is DMGD whose output nonlinearity is an orthogonalisation. M3 adds a second
     every f updates:  M2 <- M2 + beta3 sum of the last f gradients;  O2 <- NS(M2)
     every update:     M1 <- M1 + beta1 g;  V <- V + beta2 g^2;  W <- W - lr (NS(M1) + alpha O2) / (sqrt(V) + eps)
 
-as printed, which only ever adds (`m3_reading: literal`); in the `ema` reading M1, V and M2 are moving averages (M2 of
+as printed, which only ever adds (`reading: literal`); in the `ema` reading M1, V and M2 are moving averages (M2 of
 the chunks' mean gradients). Dividing an orthogonal matrix by sqrt(V) leaves a step whose size is one over the
 gradient's: the ema reading scales it to a root mean square of `matrix_rms`, so that it takes AdamW's learning rates.
 """
@@ -28,7 +28,7 @@ class MatrixOptimizer(Dmgd):
     `half`: orthogonalise with bf16 products on a GPU; false for runs in fp32, whose layouts agree to fp32's rounding.
     """
 
-    def __init__(self, groups: Iterable[dict], config: OptimConfig, half: bool = False) -> None:
+    def __init__(self, groups: Iterable[dict[str, Any]], config: OptimConfig, half: bool = False) -> None:
         super().__init__(groups, config)
         self.half = half
 
@@ -61,16 +61,16 @@ class MatrixOptimizer(Dmgd):
         torch._foreach_lerp_(memories, gradients, 1 - config.beta1)
         ahead = torch._foreach_lerp(gradients, memories, config.beta1)
         found = self._orthogonal(list(ahead))
-        if config.matrix_rms:
-            torch._foreach_mul_(found, [config.matrix_rms * max(p.shape[-2:]) ** 0.5 for p in params])
+        if rms := config.muon.matrix_rms:
+            torch._foreach_mul_(found, [rms * max(p.shape[-2:]) ** 0.5 for p in params])
         return found
 
     def _m3(self, group: dict[str, Any], params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-        config, ema = self.config, self.config.m3_reading == "ema"
+        config, m3, ema = self.config, self.config.m3, self.config.m3.reading == "ema"
         memories, squares, sums, slow, direction = (self.states(params, key) for key in self.state_keys(group))
-        if (group["updates"] - 1) % config.m3_slow_period == 0:  # the chunk before this update has ended
-            torch._foreach_mul_(slow, config.m3_beta3 if ema else 1.0)
-            factor = (1 - config.m3_beta3) / config.m3_slow_period if ema else config.m3_beta3
+        if (group["updates"] - 1) % m3.slow_period == 0:  # the chunk before this update has ended
+            torch._foreach_mul_(slow, m3.beta3 if ema else 1.0)
+            factor = (1 - m3.beta3) / m3.slow_period if ema else m3.beta3
             torch._foreach_add_(slow, sums, alpha=factor)
             torch._foreach_zero_(sums)
             torch._foreach_copy_(direction, self._orthogonal(slow))
@@ -80,16 +80,16 @@ class MatrixOptimizer(Dmgd):
         torch._foreach_mul_(squares, config.beta2 if ema else 1.0)
         torch._foreach_addcmul_(squares, gradients, gradients, value=1 - config.beta2 if ema else config.beta2)
         found = self._orthogonal(memories)
-        torch._foreach_add_(found, direction, alpha=config.m3_alpha)
+        torch._foreach_add_(found, direction, alpha=m3.alpha)
         for out, square in zip(found, squares, strict=True):
             out.div_(square.sqrt().add_(config.eps))
-            if ema and config.matrix_rms:
-                out.mul_(config.matrix_rms / (out.square().mean((-2, -1), keepdim=True).sqrt() + 1e-30))
+            if ema and m3.matrix_rms:
+                out.mul_(m3.matrix_rms / (out.square().mean((-2, -1), keepdim=True).sqrt() + 1e-30))
         return found
 
     def _orthogonal(self, matrices: list[Tensor]) -> list[Tensor]:
         half = self.half and matrices[0].is_cuda  # a CPU gains nothing
-        return newton_schulz.orthogonalise_all(matrices, self.config.newton_schulz_steps, half)
+        return newton_schulz.orthogonalise_all(matrices, self.config.matrices.newton_schulz_steps, half)
 
     def _measure_matrix(self, p: Tensor, gradient: Tensor, before: Tensor, moved: Tensor) -> None:
         after = self.state[p]["memory"]

@@ -23,7 +23,8 @@ def orthogonalise(matrices: Tensor, steps: int, half: bool = False) -> Tensor:
     for _ in range(steps):
         gram = x @ x.mT
         x = _A * x + (_B * gram + _C * (gram @ gram)) @ x
-    return (x.mT if tall else x).to(matrices.dtype)
+    whole: Tensor = x.mT if tall else x
+    return whole.to(matrices.dtype)
 
 
 def orthogonalise_all(matrices: list[Tensor], steps: int, half: bool = False) -> list[Tensor]:

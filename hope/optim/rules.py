@@ -39,15 +39,16 @@ class UpdateRule:
     @staticmethod
     def of(config: OptimConfig, vectors: bool = False) -> UpdateRule:
         """The rule of a group. `vectors`: its tensors are one-dimensional and have a linear memory."""
+        dmgd = config.elementwise
         return UpdateRule(
-            l2=config.objective == "l2",
-            adam=config.preconditioner == "adam",
-            at_value=config.preconditioner == "adam" and config.normalise == "value",
-            width=config.mlp_width if config.memory == "mlp" and not vectors else 0,
-            gradient_key=config.mlp_key == "gradient",
-            clip=config.output_bound if config.output == "rms_clip" else 0.0,
-            match=config.output == "rms_match" and config.memory == "mlp" and not vectors,
-            erase=config.erase,
+            l2=dmgd.objective == "l2",
+            adam=dmgd.preconditioner == "adam",
+            at_value=dmgd.preconditioner == "adam" and dmgd.normalise == "value",
+            width=dmgd.mlp.width if dmgd.memory == "mlp" and not vectors else 0,
+            gradient_key=dmgd.mlp.key == "gradient",
+            clip=dmgd.output_bound if dmgd.output == "rms_clip" else 0.0,
+            match=dmgd.output == "rms_match" and dmgd.memory == "mlp" and not vectors,
+            erase=dmgd.erase,
         )
 
     @property
@@ -107,8 +108,8 @@ class Rates(NamedTuple):
     @staticmethod
     def of(config: OptimConfig, group: dict[str, Any], scale: float) -> Rates:
         """The rates of a parameter group's coming update, from its `lr`, `weight_decay` and `updates`."""
-        l2, updates = config.objective == "l2", group["updates"]
-        corrected = config.bias_correction
+        l2, updates = config.elementwise.objective == "l2", group["updates"]
+        corrected = config.elementwise.bias_correction
         first = lambda t: 1 / (1 - config.beta1**t) if l2 and corrected and t else 1.0
         second = lambda t: (1 - config.beta2**t) ** -0.5 if corrected and t else 1.0
         numbers = (

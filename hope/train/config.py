@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-Problem = tuple[str, str, str]
+from hope.sections import Problem, only_if
 
 
 def _at_least(section: object, path: str, bounds: dict[str, int]) -> Iterator[Problem]:
@@ -13,7 +13,7 @@ def _at_least(section: object, path: str, bounds: dict[str, int]) -> Iterator[Pr
     for name, low in bounds.items():
         value = getattr(section, name)
         if value < low:
-            yield f"{path}.{name}", f"{value} is less than {low}", f"{low} or more"
+            yield Problem(f"{path}.{name}", f"{value} is less than {low}", f"{low} or more")
 
 
 def _near_divisors(value: int, wanted: int) -> str:
@@ -36,11 +36,11 @@ class RunConfig:
 
     def problems(self, path: str = "run") -> Iterator[Problem]:
         if self.name in ("", ".", "..") or set(self.name) & set("/\\\0\n"):
-            yield f"{path}.name", f"{self.name!r} is not the name of one folder", "letters, digits, - and _"
+            yield Problem(f"{path}.name", f"{self.name!r} is not the name of one folder", "letters, digits, - and _")
         if not self.dir:
-            yield f"{path}.dir", "is empty", "runs"
+            yield Problem(f"{path}.dir", "is empty", "runs")
         if not 0 <= self.seed < 2**63:
-            yield f"{path}.seed", f"{self.seed} is not in [0, 2^63)", "1"
+            yield Problem(f"{path}.seed", f"{self.seed} is not in [0, 2^63)", "1")
 
 
 @dataclass(kw_only=True)
@@ -87,7 +87,7 @@ class TrainConfig:
     """Skipped steps (non-finite gradients, spikes) in a row after which the run ends with code 93."""
     spike_sigma: float = 0.0
     """Skip a step whose loss is more than this many standard deviations above the recent mean (try 6); 0: never."""
-    spike_window: int = 64
+    spike_window: int = only_if("spike_sigma", default=64)
     """Accepted losses that mean and deviation are taken over; before there are as many, nothing is a spike."""
 
     @property
@@ -104,27 +104,31 @@ class TrainConfig:
         yield from _at_least(self, path, ones | dict.fromkeys(("stop_after", "eval_every", "eval_windows"), 0))
         if 1 <= self.steps < self.stop_after:
             what = f"{self.stop_after} is after the last step, train.steps {self.steps}"
-            yield f"{path}.stop_after", what, f"1 to {self.steps}, or 0 for none"
+            yield Problem(f"{path}.stop_after", what, f"1 to {self.steps}, or 0 for none")
         if not (math.isfinite(self.grad_clip) and self.grad_clip >= 0):
-            yield f"{path}.grad_clip", f"{self.grad_clip} is not a norm", "1.0, or 0 to never clip"
+            yield Problem(f"{path}.grad_clip", f"{self.grad_clip} is not a norm", "1.0, or 0 to never clip")
         if not (math.isfinite(self.spike_sigma) and self.spike_sigma >= 0):
-            yield f"{path}.spike_sigma", f"{self.spike_sigma} is not a number of deviations", "6, or 0 for never"
+            yield Problem(
+                f"{path}.spike_sigma", f"{self.spike_sigma} is not a number of deviations", "6, or 0 for never"
+            )
         if self.spike_window < 2:
-            yield f"{path}.spike_window", f"{self.spike_window} losses have no deviation", "64"
+            yield Problem(f"{path}.spike_window", f"{self.spike_window} losses have no deviation", "64")
         yield from self._stage_problems(f"{path}.seq_len_stages")
 
     def _stage_problems(self, path: str) -> Iterator[Problem]:
         before = 0
         for number, stage in enumerate(self.seq_len_stages):
             if number == 0 and stage.from_step != 1:
-                yield f"{path}[0].from_step", f"{stage.from_step} leaves the steps before it without a length", "1"
+                yield Problem(
+                    f"{path}[0].from_step", f"{stage.from_step} leaves the steps before it without a length", "1"
+                )
             elif stage.from_step <= before:
                 what = f"{stage.from_step} is not after the stage before it, which begins at step {before}"
-                yield f"{path}[{number}].from_step", what, f"{before + 1} or more"
+                yield Problem(f"{path}[{number}].from_step", what, f"{before + 1} or more")
             before = stage.from_step
             if stage.seq_len < 1 or self.seq_len % stage.seq_len:
                 what = f"{stage.seq_len} does not divide train.seq_len {self.seq_len}, the window of the data"
-                yield f"{path}[{number}].seq_len", what, _near_divisors(self.seq_len, stage.seq_len)
+                yield Problem(f"{path}[{number}].seq_len", what, _near_divisors(self.seq_len, stage.seq_len))
 
 
 @dataclass(kw_only=True)
@@ -144,7 +148,7 @@ class CheckpointConfig:
     """Failed saves in a row after which the run ends; before that it goes on, with the checkpoints that it has."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest durable checkpoint of the run folder, if any; never: start from step 0."""
-    on_change: dict[str, str] = field(default_factory=dict)
+    on_change: dict[str, str] = only_if("resume", "auto", factory=dict)
     """What a resumed run does about keys that differ from its checkpoint: {optim.lr: override, train: keep, all: keep};
     keep: the checkpoint's value, override: this one. Without a word such a run is refused."""
 
@@ -152,7 +156,7 @@ class CheckpointConfig:
         yield from _at_least(self, path, {"every": 0, "keep": 1, "keep_every": 0, "max_failures": 1})
         for key, word in self.on_change.items():
             if word not in ("keep", "override"):
-                yield f"{path}.on_change", f"{key}: {word!r} says neither", "keep, or override"
+                yield Problem(f"{path}.on_change", f"{key}: {word!r} says neither", "keep, or override")
 
 
 @dataclass(kw_only=True)
@@ -170,4 +174,4 @@ class LogConfig:
         yield from _at_least(self, path, {"every": 1, "histograms": 0})
         if self.histograms > 0 and not self.tensorboard:
             what = f"histograms every {self.histograms} steps need TensorBoard, which is off"
-            yield f"{path}.histograms", what, "log.tensorboard=true, or log.histograms=0"
+            yield Problem(f"{path}.histograms", what, "log.tensorboard=true, or log.histograms=0")

@@ -62,7 +62,7 @@ class MetricsLog(NoLog):
 
     def __init__(
         self,
-        folder: str | os.PathLike,
+        folder: str | os.PathLike[str],
         *,
         steps: int,
         devices: Devices,
@@ -127,7 +127,7 @@ class MetricsLog(NoLog):
 
 def open_log(
     keeps: bool,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     *,
     steps: int,
     devices: Devices,
@@ -175,7 +175,7 @@ def _move_aside(path: Path) -> None:
         path.rename(aside)
 
 
-def _keep_lines(path: Path, keep: Callable[[dict], bool]) -> int:
+def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
     """Rewrite a .jsonl file with the whole lines that `keep` accepts; returns the last step in it, or -1."""
     if not path.exists():
         return -1
@@ -193,7 +193,7 @@ def _keep_lines(path: Path, keep: Callable[[dict], bool]) -> int:
     return max((entry.get("step", -1) for _, entry in kept), default=-1)
 
 
-def _parse(line: str) -> dict | None:
+def _parse(line: str) -> dict[str, Any] | None:
     try:
         entry = json.loads(line)
     except ValueError:

@@ -58,7 +58,10 @@ def reshard_plan(content: Manifest, layout: ParallelConfig, data: int) -> str:
     config = content.extra.get("config")
     if config is None:
         raise CheckpointError("the checkpoint records no configuration, so which stage holds what is unknown")
-    model, train = ModelConfig.of(config["model"]), config["train"]
+    try:
+        model, train = ModelConfig.of(config["model"]), config["train"]
+    except (ValueError, ImportError) as error:  # an import: of model.imports
+        raise CheckpointError(str(error)) from None
     world = layout.tensor * layout.pipeline * data
     problems = list(layout.problems(world, train["global_batch"], 1, model, train["seq_len"]))
     if problems:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from hope.renamed import current_model
 from parallel.checkpoint import manifest
 from parallel.checkpoint.errors import CheckpointError
 from parallel.checkpoint.storage import read_tensor
@@ -22,11 +23,15 @@ def export(path: Path, out: Path, dtype: str = "float32") -> str:
     `hope.pretrained.load(out)` makes a model of them with torch alone.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or records no model section.
+        CheckpointError: the checkpoint is damaged, or records no model section that this version can read.
     """
     content = manifest.read(path)
     if "config" not in content.extra:
         raise CheckpointError(f"{path} records no configuration; only checkpoints of pretrain_hope.py can be exported")
+    try:
+        model = current_model(content.extra["config"]["model"])
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     manifest.check_sizes(path, content)
     manifest.check_hashes(path, content, content.files)
     kind: torch.dtype = getattr(torch, dtype)
@@ -38,7 +43,7 @@ def export(path: Path, out: Path, dtype: str = "float32") -> str:
     # mapped files are private: what is written here cannot reach the checkpoint
     save_file(weights, out / f"{WEIGHTS}.tmp", metadata={"format": "pt", "step": str(content.step)})
     os.replace(out / f"{WEIGHTS}.tmp", out / WEIGHTS)
-    described = {"model": content.extra["config"]["model"], "step": content.step, "dtype": dtype}
+    described = {"model": model, "step": content.step, "dtype": dtype}
     manifest.write_durably(out / CONFIG, json.dumps(described, indent=1) + "\n")
     elements = sum(tensor.numel() for tensor in weights.values())
     return (

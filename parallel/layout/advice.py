@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-Problem = tuple[str, str, str]
+from hope.sections import Problem
 
 
 class ModelSizes(Protocol):
@@ -65,7 +65,7 @@ def _fits(model: ModelSizes, tensor: int, pipeline: int, virtual: int) -> bool:
 def batch_problems(dp: int, global_batch: int, micro_batch: int, multiple: int = 1) -> Iterator[Problem]:
     """Check that every one of `dp` model replicas gets whole micro-batches, a multiple of `multiple` of them."""
     if micro_batch < 1:
-        yield ("train.micro_batch", f"is {micro_batch}, but a forward pass needs a sequence", "1 or more")
+        yield Problem("train.micro_batch", f"is {micro_batch}, but a forward pass needs a sequence", "1 or more")
         return
     unit = micro_batch * dp * multiple
     if global_batch >= unit and global_batch % unit == 0:
@@ -75,7 +75,7 @@ def batch_problems(dp: int, global_batch: int, micro_batch: int, multiple: int =
         product += f" × pipeline {multiple} (the interleaved schedule takes micro-batches in rounds of {multiple})"
     wrong = f"global {global_batch} sequences is not a positive multiple of {product} = {unit}"
     other = _other_micro(global_batch, micro_batch, dp * multiple)
-    yield ("train.global_batch", wrong, f"nearest: {near_multiples(global_batch, unit)}{other}")
+    yield Problem("train.global_batch", wrong, f"nearest: {near_multiples(global_batch, unit)}{other}")
 
 
 def _other_micro(global_batch: int, micro_batch: int, parts: int) -> str:

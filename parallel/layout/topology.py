@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from parallel.layout.advice import ModelSizes, Problem, batch_problems, divisors, layouts_that_fit, near, near_multiples
+from hope.sections import Problem
+from parallel.layout.advice import ModelSizes, batch_problems, divisors, layouts_that_fit, near, near_multiples
 
-__all__ = ["ModelSizes", "ParallelConfig", "ParallelDims", "Problem"]
+__all__ = ["ModelSizes", "ParallelConfig", "ParallelDims"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class ParallelConfig:
         yield from self._unsupported()
         below_one = [key for key in ("tensor", "pipeline", "virtual_pipeline") if getattr(self, key) < 1]
         for key in below_one:
-            yield f"parallel.{key}", f"is {getattr(self, key)}, less than 1", "1"
+            yield Problem(f"parallel.{key}", f"is {getattr(self, key)}, less than 1", "1")
         if below_one:
             return
         if model is not None:
@@ -95,7 +96,9 @@ class ParallelConfig:
             what = f"tensor {self.tensor} × pipeline {self.pipeline} × context 1 = {shared}"
             virtual = self.virtual_pipeline
             fits = layouts_that_fit(world_size, (self.tensor, self.pipeline), model, virtual)
-            yield "parallel", f"{what} does not divide {world_size} device{'s' * (world_size != 1)}", f"fits: {fits}"
+            yield Problem(
+                "parallel", f"{what} does not divide {world_size} device{'s' * (world_size != 1)}", f"fits: {fits}"
+            )
             return
         multiple = self.pipeline if self.virtual_pipeline > 1 else 1
         yield from batch_problems(world_size // shared, global_batch, micro_batch, multiple)
@@ -103,12 +106,16 @@ class ParallelConfig:
     def _unsupported(self) -> Iterator[Problem]:
         if self.context != 1:
             what = f"is {self.context}; context parallelism is not in this version"
-            yield "parallel.context", what, "1; to fit long sequences: parallel.tensor with parallel.sequence true"
+            yield Problem(
+                "parallel.context", what, "1; to fit long sequences: parallel.tensor with parallel.sequence true"
+            )
         if self.zero != 1:
             why = "is not in this version"
             if self.zero in (2, 3):
                 why = "reduces gradients inside each backward pass, which failed under megatron-core's schedule"
-            yield "parallel.zero", f"is {self.zero}; stage {self.zero} {why}", "1, which every layout here supports"
+            yield Problem(
+                "parallel.zero", f"is {self.zero}; stage {self.zero} {why}", "1, which every layout here supports"
+            )
 
     def _sizes(self, model: ModelSizes) -> Iterator[Problem]:
         """What the tensor ranks must divide evenly, and whether every stage gets a block."""
@@ -121,25 +128,27 @@ class ParallelConfig:
             if size >= 1 and size % self.tensor:
                 fits = [d for d in divisors(size) if d <= 2 * self.tensor]
                 advice = f"tensor {near(fits, self.tensor, 3)}; or {key} {near_multiples(size, self.tensor)}"
-                yield "parallel.tensor", f"{name} {size} is not a multiple of tensor {self.tensor}", advice
+                yield Problem("parallel.tensor", f"{name} {size} is not a multiple of tensor {self.tensor}", advice)
         chunks = self.pipeline * self.virtual_pipeline
         if 1 <= model.layers < chunks:
             virtual = f" × virtual {self.virtual_pipeline}" if self.virtual_pipeline > 1 else ""
             what = f"pipeline {self.pipeline}{virtual} = {chunks} stages, but the model has {model.layers} layers"
             stages = model.layers // self.virtual_pipeline
             fewer = f"pipeline {stages}" if stages >= 2 or virtual == "" else "virtual_pipeline 1"
-            yield "parallel.pipeline", what, f"{fewer}; or model.layers {chunks}"
+            yield Problem("parallel.pipeline", what, f"{fewer}; or model.layers {chunks}")
 
     def _sequence(self, seq_len: int | None) -> Iterator[Problem]:
         if not self.sequence:
             return
         if self.tensor == 1:
-            yield "parallel.sequence", "divides tokens over the tensor ranks, but tensor is 1", "false; or tensor 2"
+            yield Problem(
+                "parallel.sequence", "divides tokens over the tensor ranks, but tensor is 1", "false; or tensor 2"
+            )
         elif seq_len is not None and seq_len % self.tensor:
             what = f"train.seq_len {seq_len} is not a multiple of tensor {self.tensor}"
-            yield "parallel.sequence", what, f"train.seq_len {near_multiples(seq_len, self.tensor)}; or false"
+            yield Problem("parallel.sequence", what, f"train.seq_len {near_multiples(seq_len, self.tensor)}; or false")
 
     def _virtual(self) -> Iterator[Problem]:
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             what = f"is {self.virtual_pipeline}, but pipeline is 1: there are no stages to interleave"
-            yield "parallel.virtual_pipeline", what, "1; or parallel.pipeline 2"
+            yield Problem("parallel.virtual_pipeline", what, "1; or parallel.pipeline 2")

@@ -39,7 +39,7 @@ REFEREE_EPS = 1e-4
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, or YAML files")
     parser.add_argument("--data", type=int, default=1, help="data-parallel degree, without a launcher")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--tolerance", type=float, default=None)

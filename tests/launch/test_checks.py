@@ -12,8 +12,12 @@ from configs.schema import load
 from launch import profile
 from launch.__main__ import main
 from launch.checks import problems
+from launch.local import local_request
 from launch.placement import Request, place
+from launch.plan import plan
+from launch.prepare import prepare
 from launch.profile import Profile
+from launch.script import render
 from launch.slurm import seconds
 
 SITE = {"gpus_per_node": 0, "tasks_per_node": 2, "cpus_per_task": 1, "time": "01:00:00"}
@@ -136,3 +140,14 @@ def test_the_launch_section_is_checked():
     with pytest.raises(ConfigError) as caught:
         load("configs/quickstart.yaml", ["launch.slow=0.5", "launch.limits.data=0"])
     assert {"launch.slow", "launch.limits.data"} <= {p for p, _, _ in caught.value.problems}
+
+
+def test_a_file_among_the_overrides_reaches_the_job(tmp_path):
+    """As the resolved configuration of the run folder: the job knows neither the files nor the words."""
+    path = config_file(tmp_path, "attention")
+    (tmp_path / "short.yaml").write_text("train: {steps: 5}\nmodel: {cms: {periods: [1]}}\n")
+    planned = plan(local_request(path, [str(tmp_path / "short.yaml"), "optim.lr=2e-2"], 1), ask_slurm=False)
+    prepare(planned, render(planned.job))
+    config = load(str(planned.job.run.config), [])
+    assert config == planned.config
+    assert (config.train.steps, config.model.cms.periods, config.optim.lr) == (5, [1], 2e-2)

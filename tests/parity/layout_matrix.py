@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from hope_run import SEQ, micro_batches, model_config
 from multirank import run_ranks
+from optims import with_dmgd
 
-from hope.optim.config import OptimConfig
+from hope.optim.config import M3Config, OptimConfig
 from parallel.checkpoint.checkpointer import Checkpointer
 from parallel.compute.pipeline import mean_loss
 from parallel.compute.replica import Replica, build_replica
@@ -21,10 +22,10 @@ from parallel.start.groups import loss_on_all_ranks, start
 # As in hope_run: with Adam's usual eps, elements whose gradient is rounding noise move by a whole learning rate.
 OPTIMIZERS = {
     "linear": OptimConfig(lr=3e-3, warmup=0, eps=1e-3),
-    "mlp": OptimConfig(lr=3e-3, warmup=0, eps=1e-3, memory="mlp", mlp_lr=0.5),
-    "mlp-local": OptimConfig(lr=3e-3, warmup=0, eps=1e-3, memory="mlp", mlp_lr=0.5, accumulate="local"),
+    "mlp": with_dmgd(lr=3e-3, warmup=0, eps=1e-3, memory="mlp", mlp_lr=0.5),
+    "mlp-local": with_dmgd(lr=3e-3, warmup=0, eps=1e-3, memory="mlp", mlp_lr=0.5, accumulate="local"),
     "muon": OptimConfig(lr=3e-3, warmup=0, eps=1e-3, name="muon"),
-    "m3": OptimConfig(lr=3e-3, warmup=0, eps=1e-3, name="m3", m3_slow_period=2),
+    "m3": OptimConfig(lr=3e-3, warmup=0, eps=1e-3, name="m3", m3=M3Config(slow_period=2)),
 }
 LAYOUTS = {
     "1": (1, ParallelConfig()),

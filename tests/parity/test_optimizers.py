@@ -7,16 +7,16 @@ from parallel.optimizer.tensor_sums import TensorSums
 from parallel.referee import verdict as verdicts
 
 # 3 layers: with 4, data-parallel partitions meet exactly at boundaries of tensors, and no deep memory is cut
-DEEP = ["optim.memory=mlp", "optim.mlp_lr=0.5", "model.pattern=[attention]", "model.layers=3"]
+DEEP = ["optim.dmgd.memory=mlp", "optim.dmgd.mlp.lr=0.5", "model.pattern=[attention]", "model.layers=3"]
 SETTINGS = {
     "mlp": DEEP,
-    "mlp-all": [*DEEP, "optim.mlp_key=gradient", "optim.output=rms_clip", "optim.erase=0.3",
-                "optim.bias_correction=false", "optim.normalise=value"],
-    "mlp-match": [*DEEP, "optim.output=rms_match"],
+    "mlp-all": [*DEEP, "optim.dmgd.mlp.key=gradient", "optim.dmgd.output=rms_clip", "optim.dmgd.erase=0.3",
+                "optim.dmgd.bias_correction=false", "optim.dmgd.normalise=value"],
+    "mlp-match": [*DEEP, "optim.dmgd.output=rms_match"],
     "adamw": ["optim.name=adamw", "train.grad_clip=0.1"],
     "local": ["optim.accumulate=local", "train.grad_clip=0.1", "parallel.sequence=true"],
     "muon": ["optim.name=muon"],
-    "m3": ["optim.name=m3", "optim.m3_slow_period=2"],
+    "m3": ["optim.name=m3", "optim.m3.slow_period=2"],
 }  # fmt: skip
 # Training with it makes 2e-4 to 5e-4 in a weight of noise of 1e-6 in the gradients, within four steps: fp32 cannot tell
 # that from a bug.
@@ -57,7 +57,7 @@ def test_every_option_of_the_deep_memory_in_float64(tmp_path, layout):
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name != "local"])
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_all_layouts(tmp_path, layout, name, kind):
-    left_out = ("model.kind=", "model.layers=") if layout in FOUR_STAGES else ("model.kind=",)
+    left_out = ("model.pattern=", "model.layers=") if layout in FOUR_STAGES else ("model.pattern=",)
     more = [flag for flag in SETTINGS[name] if not flag.startswith(left_out)]
     check(verdict(tmp_path, layout, kind, *more, double=name == IN_FLOAT64))
 
@@ -80,7 +80,7 @@ def not_added_up(numbers: slice):
 
 OF_THE_RMS, OF_THE_NETWORK, OF_THE_GAIN = slice(0, 2), slice(2, None), slice(-2, None)
 BROKEN = {
-    "network": (OF_THE_NETWORK, [*DEEP, "optim.mlp_key=gradient"], False),
+    "network": (OF_THE_NETWORK, [*DEEP, "optim.dmgd.mlp.key=gradient"], False),
     "network in float64": (OF_THE_NETWORK, SETTINGS[IN_FLOAT64], True),
     "rms in float64": (OF_THE_RMS, SETTINGS[IN_FLOAT64], True),
     "gain": (OF_THE_GAIN, SETTINGS["mlp-match"], False),

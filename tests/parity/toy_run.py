@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hope.optim.clocks import Due
-from hope.optim.config import OptimConfig
+from hope.optim.config import DmgdConfig, OptimConfig
 from hope.optim.dmgd import Dmgd
 from parallel.compute.pipeline import Stage, forward_backward
 from parallel.optimizer.zero import ZeroOptimizer
@@ -38,7 +38,7 @@ class Toy(nn.Module):
         return x @ self.emb.weight.T
 
 
-MOMENTUM = OptimConfig(lr=0.05, beta1=0.9, objective="dot", preconditioner="none")
+MOMENTUM = OptimConfig(lr=0.05, beta1=0.9, dmgd=DmgdConfig(objective="dot", preconditioner="none"))
 ADAMW = OptimConfig(lr=0.05)
 
 

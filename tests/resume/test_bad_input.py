@@ -25,7 +25,7 @@ def refuse(capsys, path: str, *overrides: str) -> str:
 CASES = [
     (["model.layerz=3"], r"model\.layerz .*unknown key.*did you mean: model\.layers"),
     (["train.steps=two"], r"train\.steps .*'two' is not a whole number"),
-    (["model.mixers.hope.memory=tensor"], r"model\.memory\.kind .*one of matrix, mlp"),
+    (["model.mixers.hope.memory=tensor"], r"model\.mixers\.hope\.memory .*one of matrix, mlp"),
     (["train.global_batch=9", "train.micro_batch=2"], r"global 9 .*micro 2 × dp 1 = 2.*nearest: 8, 10"),
     (["data.train=/nowhere/train"], r"data\.train .*/nowhere/train\.idx: no such file"),
     (["model.vocab_size=32"], r"model\.vocab_size .*32 is smaller .*64.*model\.vocab_size=64"),
@@ -33,7 +33,9 @@ CASES = [
     (["model.mixers.hope.main_chunk=6"], r"main_chunk 6 and projection_chunk 4: one must divide the other"),
     (["train.seq_len=100000"], r"data\.train .*fewer than one window of train\.seq_len 100000"),
     (["parallel.tensor=2"], r"parallel .*tensor 2 × pipeline 1 × context 1 = 2 does not divide 1 device"),
-    (["optim.name=adamw", "optim.objective=dot"], r"optim\.name .*adamw has objective l2"),
+    (["optim.name=adamw", "optim.dmgd.objective=dot"], r"optim\.dmgd\.objective .*is not used: optim\.name is adamw"),
+    (["model.pattern=[attention]"], r"model\.mixers\.hope\.memory .*no layer of model\.pattern is hope \(line 8\)"),
+    (["optim.mlp_width=4"], r"optim\.mlp_width .*was renamed \(command line: .*use: optim\.dmgd\.mlp\.width=4"),
     (["model.cms.periods=[4,1]"], r"model\.cms\.periods .*fastest first.*\[1, 4\]"),
 ]
 

@@ -9,8 +9,13 @@ import pretrain_hope
 from parallel.compute import replica
 
 SETTINGS = {
-    "mlp-local": ["optim.memory=mlp", "optim.accumulate=local", "model.cms.unit=tokens", "model.cms.periods=[128,384]"],
-    "m3": ["optim.name=m3", "optim.m3_slow_period=2"],
+    "mlp-local": [
+        "optim.dmgd.memory=mlp",
+        "optim.accumulate=local",
+        "model.cms.unit=tokens",
+        "model.cms.periods=[128,384]",
+    ],
+    "m3": ["optim.name=m3", "optim.m3.slow_period=2"],
     "muon-local": ["optim.name=muon", "optim.accumulate=local"],
 }
 

@@ -153,7 +153,7 @@ def test_every_step_sees_its_own_batch(tmp_path):
 def test_gradients_are_clipped_to_the_global_norm(tmp_path, ranks):
     """Plain gradient descent (no memory, no normaliser, no decay) moves the weights by exactly lr x clip."""
     path = config_file(tmp_path)
-    plain = ["optim.objective=dot", "optim.preconditioner=none", "optim.beta1=0", "optim.weight_decay=0"]
+    plain = ["optim.dmgd.objective=dot", "optim.dmgd.preconditioner=none", "optim.beta1=0", "optim.weight_decay=0"]
     more = ["optim.lr=0.5", "optim.warmup=0", "optim.decay=constant", "train.grad_clip=0.01", "model.cms.periods=[1,1]"]
     assert set(run_ranks(run, ranks, path, *plain, *more, "train.stop_after=1", timeout=60)) == {0}
     assert metrics(tmp_path)[1]["grad_norm"] > 0.5

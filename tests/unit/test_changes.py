@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 
 from configs.changes import differences, settle
 from configs.errors import ConfigError
-from configs.schema import Config
+from configs.renamed import current
+from configs.schema import Config, of_record
+from configs.used import lookup, recorded, without_unused
+from hope.config import CmsConfig, ModelConfig
+from hope.memory.config import MemoryConfig
+from hope.mixers.attention import AttentionConfig
+from hope.optim.config import OptimConfig
 from hope.train.config import RunConfig, TrainConfig
 
 
@@ -20,7 +27,7 @@ def config(**on_change: str) -> Config:
     return found
 
 
-SAVED = dataclasses.asdict(config())
+SAVED = recorded(config())
 
 
 def test_the_same_configuration_has_no_differences() -> None:
@@ -40,7 +47,7 @@ def test_layout_name_logging_and_saving_are_free() -> None:
 
 def test_all_that_needs_a_word_is_asked_for_at_once() -> None:
     now = config()
-    now.optim.lr, now.train.steps, now.model.mixers.hope.eta_max = 1e-4, 200, 0.125
+    now.optim.lr, now.train.steps, now.model.mixers["hope"].eta_max = 1e-4, 200, 0.125
     with pytest.raises(ConfigError) as error:
         settle(now, SAVED, 1)
     assert [path for path, _, _ in error.value.problems] == ["model.mixers.hope.eta_max", "optim.lr", "train.steps"]
@@ -87,8 +94,84 @@ def test_keys_that_one_side_does_not_know() -> None:
     saved = copy.deepcopy(SAVED)
     del saved["optim"]["eps"]
     saved["optim"]["nesterov"] = True
-    now = dataclasses.asdict(config())
+    now = recorded(config())
     assert [(c.path, c.saved, c.now) for c in differences(saved, now, {})] == [
         ("optim.eps", "(absent)", 1e-8),
         ("optim.nesterov", True, "(absent)"),
     ]
+
+
+def test_a_choice_is_asked_about_once_and_its_keys_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("configs.changes.validate", lambda *args: None)  # there is no data to find
+    now = config()
+    now.optim.name, now.optim.m3.alpha = "m3", 2.0
+    with pytest.raises(ConfigError) as error:
+        settle(now, SAVED, 1)
+    assert [path for path, _, _ in error.value.problems] == ["optim.name"]
+    now.checkpoint.on_change = {"optim.name": "override"}
+    settled, rows = settle(now, SAVED, 1)
+    assert settled == now
+    assert "optim.m3.alpha: checkpoint (absent), config 2.0, effective 2.0 (override)" in rows
+    now.checkpoint.on_change = {"optim": "keep"}
+    settled, rows = settle(now, SAVED, 1)
+    assert settled.optim == config().optim
+    assert "optim.dmgd.erase: checkpoint 0.0, config (absent), effective 0.0 (keep)" in rows
+
+
+def test_a_mixer_that_is_kept_keeps_its_section(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("configs.changes.validate", lambda *args: None)
+    saved = copy.deepcopy(SAVED)
+    saved["model"]["mixers"]["hope"]["eta_max"] = 0.125
+    now = config(model="keep")
+    now.model = ModelConfig(["attention"])
+    settled, _ = settle(now, saved, 1)
+    assert settled.model.pattern == ["hope"]
+    assert settled.model.mixers == {"hope": MemoryConfig(eta_max=0.125)}
+    now.checkpoint.on_change = {"model": "override"}
+    assert settle(now, saved, 1)[0] == now
+
+
+# Written by the version before mixers had sections, for a tiny model of each kind.
+OLD = json.loads((Path(__file__).parents[1] / "golden/old_config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("kind", "mixer", "section", "periods"),
+    [
+        ("hope", "hope", MemoryConfig(projection_chunk=4, main_chunk=8), [1, 3]),
+        ("transformer", "attention", AttentionConfig(), [1]),
+    ],
+)
+def test_a_record_of_an_earlier_version_says_what_it_said(kind, mixer, section, periods) -> None:
+    record = without_unused(current(OLD[kind]), Config)
+    settled = of_record(record)
+    model = ModelConfig([mixer], 64, 16, 2, 2, mixers={mixer: section}, cms=CmsConfig(periods=periods))
+    assert settled.model == model
+    assert (settled.optim.lr, settled.optim.name, settled.optim.dmgd) == (0.01, "dmgd", OptimConfig().dmgd)
+    assert recorded(settled) == record
+    assert settle(settled, OLD[kind], 1) == (settled, [])
+
+
+@pytest.mark.parametrize(
+    ("old", "values"),
+    [
+        ({"name": "m3", "m3_alpha": 2.0, "matrix_rms": 0.5}, {"optim.m3.alpha": 2.0, "optim.m3.matrix_rms": 0.5}),
+        ({"name": "muon", "matrix_rms": 0.5}, {"optim.muon.matrix_rms": 0.5}),
+        ({"memory": "mlp", "mlp_width": 3}, {"optim.dmgd.memory": "mlp", "optim.dmgd.mlp.width": 3}),
+    ],
+)
+def test_flat_optimizer_sections_of_records(old: dict, values: dict) -> None:
+    saved = copy.deepcopy(OLD["hope"])
+    saved["optim"] |= old
+    found = without_unused(current(saved), Config)
+    assert {path: lookup(found, path) for path in values} == values
+    assert found["optim"].keys() & {"dmgd", "muon", "m3"} == {saved["optim"]["name"]}
+    assert not found["optim"].keys() & {"memory", "erase", "mlp_width", "matrix_rms", "m3_alpha"}
+    recorded(of_record(found))  # knows every key
+
+
+def test_a_record_that_says_what_nothing_says_today_is_refused() -> None:
+    saved = copy.deepcopy(OLD["hope"])
+    saved["model"]["kind"] = "mamba"
+    with pytest.raises(ConfigError, match=r"model\.kind 'mamba' is none of hope, hope_attention, transformer"):
+        settle(config(), saved, 1)

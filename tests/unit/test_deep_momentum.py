@@ -1,10 +1,10 @@
 """The deep memory of DMGD, its options and its limits (hope-math invariants 15-17 and 20)."""
 
-import dataclasses
 from itertools import pairwise
 
 import pytest
 import torch
+from optims import with_dmgd
 
 from hope.optim import coordinate_memory as memory
 from hope.optim import kernels, rules
@@ -13,15 +13,15 @@ from hope.optim.dmgd import Dmgd
 from hope.optim.rules import UpdateRule
 from hope.optim.segments import Piece, Segments
 
-MLP = OptimConfig(memory="mlp", mlp_lr=0.2, lr=0.02, eps=1e-4)
+MLP = with_dmgd(memory="mlp", mlp_lr=0.2, lr=0.02, eps=1e-4)
 OPTIONS = [
     MLP,
-    dataclasses.replace(MLP, mlp_key="gradient"),
-    dataclasses.replace(MLP, objective="dot", preconditioner="none", output="rms_clip"),
-    dataclasses.replace(MLP, normalise="value", erase=0.5, bias_correction=False),
-    dataclasses.replace(MLP, memory="linear", output="rms_clip", output_bound=1.0),
-    dataclasses.replace(MLP, output="rms_match"),
-    dataclasses.replace(MLP, output="rms_match", mlp_key="gradient", objective="dot", preconditioner="none"),
+    with_dmgd(MLP, mlp_key="gradient"),
+    with_dmgd(MLP, objective="dot", preconditioner="none", output="rms_clip"),
+    with_dmgd(MLP, normalise="value", erase=0.5, bias_correction=False),
+    with_dmgd(MLP, memory="linear", output="rms_clip", output_bound=1.0),
+    with_dmgd(MLP, output="rms_match"),
+    with_dmgd(MLP, output="rms_match", mlp_key="gradient", objective="dot", preconditioner="none"),
 ]
 
 
@@ -123,7 +123,7 @@ def test_partitions_agree_in_single_precision(ranks):
 def test_a_network_that_does_not_learn_is_no_network():
     """mlp_lr 0: the last layer stays zero, and the result is AdamW's, bit for bit."""
     plain, _ = follow(OptimConfig(lr=0.02, eps=1e-4))
-    deep, _ = follow(dataclasses.replace(MLP, mlp_lr=0.0))
+    deep, _ = follow(with_dmgd(MLP, mlp_lr=0.0))
     assert all(torch.equal(a, b) for a, b in zip(plain, deep, strict=True))
 
 
@@ -153,7 +153,7 @@ def test_the_network_learns_what_the_linear_memory_leaves():
     """A gradient that flips its sign every step: the moving average cannot follow, a memory keyed by it can."""
     p = torch.nn.Parameter(torch.zeros(64, 8, dtype=torch.float64))
     base = torch.randn(64, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    optimizer = Dmgd([{"params": [p]}], dataclasses.replace(MLP, mlp_lr=0.5, lr=0.0))
+    optimizer = Dmgd([{"params": [p]}], with_dmgd(MLP, mlp_lr=0.5, lr=0.0))
     optimizer.watching = True
     relative = []
     for step in range(200):
@@ -168,7 +168,7 @@ def test_the_network_learns_what_the_linear_memory_leaves():
 
 def test_the_output_is_bounded_by_the_gradients_rms():
     p = torch.nn.Parameter(torch.zeros(100, 10))
-    config = OptimConfig(objective="dot", preconditioner="none", output="rms_clip", output_bound=2.0, lr=1.0)
+    config = with_dmgd(objective="dot", preconditioner="none", output="rms_clip", output_bound=2.0, lr=1.0)
     optimizer = Dmgd([{"params": [p]}], config)
     p.grad = torch.randn(100, 10, generator=torch.Generator().manual_seed(0))
     p.grad[0, 0] = 1000.0
@@ -179,8 +179,8 @@ def test_the_output_is_bounded_by_the_gradients_rms():
 
 def test_zero_erase_rate_is_preconditioned_momentum():
     """Invariant 20; and with a rate, a coordinate forgets the more, the larger its gradient is."""
-    config = OptimConfig(normalise="value", bias_correction=False, lr=0.02)
-    zero, _ = follow(dataclasses.replace(config, erase=0.0))
+    config = with_dmgd(normalise="value", bias_correction=False, lr=0.02)
+    zero, _ = follow(with_dmgd(config, erase=0.0))
     p = [t.detach().clone() for t in problem()[0]]
     m, v = [torch.zeros_like(t) for t in p], [torch.zeros_like(t) for t in p]
     generator = torch.Generator().manual_seed(1)
@@ -193,7 +193,7 @@ def test_zero_erase_rate_is_preconditioned_momentum():
     for a, b in zip(zero, p, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
     q = torch.nn.Parameter(torch.zeros(1, 2, dtype=torch.float64))
-    eraser = Dmgd([{"params": [q]}], OptimConfig(objective="dot", preconditioner="none", erase=1.0))
+    eraser = Dmgd([{"params": [q]}], with_dmgd(objective="dot", preconditioner="none", erase=1.0))
     for gradient in ([1.0, 1.0], [0.0, 3.0]):
         q.grad = torch.tensor([gradient], dtype=torch.float64)
         eraser.step()
@@ -220,7 +220,7 @@ def test_the_literal_equation_50_diverges():
     assert not loss(w) < 1e3 * loss(start)
     for kind in ("linear", "mlp"):
         p = torch.nn.Parameter(start.clone())
-        sgd = OptimConfig(memory=kind, objective="dot", preconditioner="none", lr=0.05)
+        sgd = with_dmgd(memory=kind, objective="dot", preconditioner="none", lr=0.05)
         optimizer = Dmgd([{"params": [p]}], sgd)
         for _ in range(200):
             p.grad = p.detach().clone()
@@ -237,23 +237,21 @@ def test_no_stretch_is_longer_than_a_chunk(monkeypatch):
     for kind in ("linear", "mlp"):
         p = torch.nn.Parameter(torch.zeros(70, 60))
         p.grad = torch.ones(70, 60)
-        Dmgd([{"params": [p]}], OptimConfig(memory=kind)).step()
+        Dmgd([{"params": [p]}], with_dmgd(memory=kind)).step()
         assert sum(seen) == 4200
         assert max(seen) <= 1000
         seen.clear()
-    assert max(kernels.CHUNK.values()) * MLP.mlp_width <= 64 * 1024**2
+    assert max(kernels.CHUNK.values()) * MLP.dmgd.mlp.width <= 64 * 1024**2
 
 
 def test_settings_that_contradict_each_other_are_refused():
-    assert [p[0] for p in OptimConfig(erase=0.1).problems()] == ["optim.erase"]
-    assert [p[0] for p in OptimConfig(name="adamw", memory="mlp").problems()] == ["optim.name"]
-    assert [p[0] for p in OptimConfig(name="muon", erase=0.1).problems()] == ["optim.name"]
+    assert [p[0] for p in with_dmgd(erase=0.1).problems()] == ["optim.dmgd.erase"]
     assert UpdateRule.of(MLP).features == 3
 
 
 def test_a_level_with_a_clock_teaches_its_network_only_when_due():
     p = torch.nn.Parameter(torch.zeros(8, 8))
-    optimizer = Dmgd([{"params": [p], "period": 3}], dataclasses.replace(MLP, mlp_lr=1.0))
+    optimizer = Dmgd([{"params": [p], "period": 3}], with_dmgd(MLP, mlp_lr=1.0))
     generator = torch.Generator().manual_seed(0)
     nets = []
     for _ in range(9):
@@ -279,13 +277,13 @@ def rms_of_steps(config: OptimConfig, steps: int = 60) -> float:
 
 @pytest.mark.parametrize("key", ["memory", "gradient"])
 def test_rms_match_gives_the_step_the_length_of_the_linear_memorys(key):
-    linear = rms_of_steps(dataclasses.replace(MLP, memory="linear"))
-    free = rms_of_steps(dataclasses.replace(MLP, mlp_key=key))
-    matched = rms_of_steps(dataclasses.replace(MLP, mlp_key=key, output="rms_match"))
+    linear = rms_of_steps(with_dmgd(MLP, memory="linear"))
+    free = rms_of_steps(with_dmgd(MLP, mlp_key=key))
+    matched = rms_of_steps(with_dmgd(MLP, mlp_key=key, output="rms_match"))
     assert abs(free / linear - 1) > 0.25  # a network that predicts noise takes the step back
     assert matched == pytest.approx(linear, rel=0.2)  # of the memory before the write: a step behind
 
 
 def test_rms_match_needs_a_network():
-    assert [path for path, _, _ in OptimConfig(output="rms_match").problems()] == ["optim.output"]
-    assert not list(OptimConfig(output="rms_match", memory="mlp").problems())
+    assert [path for path, _, _ in with_dmgd(output="rms_match").problems()] == ["optim.dmgd.output"]
+    assert not list(with_dmgd(output="rms_match", memory="mlp").problems())

@@ -1,10 +1,14 @@
 """DMGD's limits against torch's own optimizers (hope-math invariant 15), in float64 over 20 steps."""
 
+import dataclasses
+
 import pytest
 import torch
+from optims import with_dmgd
 
 from hope.optim.config import OptimConfig
 from hope.optim.dmgd import Dmgd
+from hope.optim.rules import Rates, UpdateRule
 
 
 def problem(seed: int = 0) -> tuple[list[torch.nn.Parameter], list[torch.Tensor]]:
@@ -41,7 +45,7 @@ def test_l2_with_adam_normaliser_is_adamw():
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_dot_is_sgd_with_momentum(decay):
-    config = OptimConfig(objective="dot", preconditioner="none", beta1=0.9)
+    config = with_dmgd(objective="dot", preconditioner="none", beta1=0.9)
 
     def torchs(params):
         """torch couples decay into the gradient; ours is decoupled, so decay is applied to the weights beforehand."""
@@ -61,7 +65,7 @@ def test_dot_is_sgd_with_momentum(decay):
 
 
 def test_l2_without_normaliser_is_a_moving_average():
-    config = OptimConfig(preconditioner="none", bias_correction=False, beta1=0.8)
+    config = with_dmgd(preconditioner="none", bias_correction=False, beta1=0.8)
     torchs = lambda p: torch.optim.SGD(p, momentum=0.8, dampening=0.2)
     ours = follow(lambda p: Dmgd([{"params": p}], config))
     reference = follow(torchs)
@@ -76,16 +80,20 @@ def test_l2_without_normaliser_is_a_moving_average():
 
 
 def test_grad_scale_multiplies_the_gradient():
-    config = OptimConfig(objective="dot", preconditioner="none")
+    config = with_dmgd(objective="dot", preconditioner="none")
     scaled = follow(lambda p: Dmgd([{"params": p, "grad_scale": 0.25}], config))
     plain = follow(lambda p: Dmgd([{"params": p}], config), scale=0.25)
     assert_same(scaled, plain)
 
 
-def test_adamw_refuses_other_settings():
-    found = list(OptimConfig(name="adamw", objective="dot").problems())
-    assert [p[0] for p in found] == ["optim.name"]
-    assert list(OptimConfig(name="adamw").problems()) == []
+@pytest.mark.parametrize("name", ["adamw", "muon", "m3"])
+def test_what_is_not_dmgd_has_the_setting_of_adamw_whatever_the_section_dmgd_says(name):
+    other = with_dmgd(objective="dot", memory="mlp", mlp_key="gradient", output="rms_clip", erase=0.1)
+    group = {"updates": 3, "lr": 0.1, "weight_decay": 0.1}
+    plain, renamed = OptimConfig(), dataclasses.replace(other, name=name)
+    assert UpdateRule.of(renamed) == UpdateRule.of(plain) != UpdateRule.of(other)
+    assert Rates.of(renamed, group, 1.0) == Rates.of(plain, group, 1.0) != Rates.of(other, group, 1.0)
+    assert list(renamed.problems()) == []
 
 
 def test_absent_gradients_leave_clock_and_weights_alone():

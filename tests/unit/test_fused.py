@@ -1,10 +1,9 @@
 """The fused kernels against the plain rules: on a GPU, and through triton's interpreter where there is none."""
 
-import dataclasses
-
 import pytest
 import torch
 from interpreted import GPU, interpreting
+from optims import with_dmgd
 
 from hope.optim import coordinate_memory as memory
 from hope.optim import dmgd, fused, kernels
@@ -24,25 +23,25 @@ devices = pytest.mark.parametrize(
     ],
 )
 
-MLP = OptimConfig(memory="mlp", mlp_lr=0.2, lr=0.02, eps=1e-6, mlp_width=3)
+MLP = with_dmgd(memory="mlp", mlp_lr=0.2, lr=0.02, eps=1e-6, mlp_width=3)
 CONFIGS = {
-    "linear": dataclasses.replace(MLP, memory="linear"),
-    "linear dot": dataclasses.replace(MLP, memory="linear", objective="dot", preconditioner="none"),
-    "linear value": dataclasses.replace(MLP, memory="linear", normalise="value"),
-    "linear clip": dataclasses.replace(MLP, memory="linear", output="rms_clip", output_bound=1.0),
-    "linear erase": dataclasses.replace(MLP, memory="linear", erase=0.5, bias_correction=False),
+    "linear": with_dmgd(MLP, memory="linear"),
+    "linear dot": with_dmgd(MLP, memory="linear", objective="dot", preconditioner="none"),
+    "linear value": with_dmgd(MLP, memory="linear", normalise="value"),
+    "linear clip": with_dmgd(MLP, memory="linear", output="rms_clip", output_bound=1.0),
+    "linear erase": with_dmgd(MLP, memory="linear", erase=0.5, bias_correction=False),
     "memory": MLP,
-    "memory dot": dataclasses.replace(MLP, objective="dot"),
-    "memory value": dataclasses.replace(MLP, normalise="value"),
-    "memory none": dataclasses.replace(MLP, preconditioner="none"),
-    "gradient": dataclasses.replace(MLP, mlp_key="gradient"),
-    "gradient value": dataclasses.replace(MLP, mlp_key="gradient", normalise="value"),
-    "gradient none dot": dataclasses.replace(MLP, mlp_key="gradient", preconditioner="none", objective="dot"),
-    "all": dataclasses.replace(MLP, output="rms_clip", erase=0.5, bias_correction=False, normalise="value"),
-    "all gradient": dataclasses.replace(MLP, mlp_key="gradient", output="rms_clip", erase=0.5, bias_correction=False),
-    "default width": dataclasses.replace(MLP, mlp_width=8),
-    "more than one division": dataclasses.replace(MLP, mlp_width=11),
-    "one unit": dataclasses.replace(MLP, mlp_width=1),
+    "memory dot": with_dmgd(MLP, objective="dot"),
+    "memory value": with_dmgd(MLP, normalise="value"),
+    "memory none": with_dmgd(MLP, preconditioner="none"),
+    "gradient": with_dmgd(MLP, mlp_key="gradient"),
+    "gradient value": with_dmgd(MLP, mlp_key="gradient", normalise="value"),
+    "gradient none dot": with_dmgd(MLP, mlp_key="gradient", preconditioner="none", objective="dot"),
+    "all": with_dmgd(MLP, output="rms_clip", erase=0.5, bias_correction=False, normalise="value"),
+    "all gradient": with_dmgd(MLP, mlp_key="gradient", output="rms_clip", erase=0.5, bias_correction=False),
+    "default width": with_dmgd(MLP, mlp_width=8),
+    "more than one division": with_dmgd(MLP, mlp_width=11),
+    "one unit": with_dmgd(MLP, mlp_width=1),
 }
 
 # Tensor 0 in two pieces, tensor 2 silent, tensor 3 without a piece here, padding between and behind.
@@ -164,7 +163,7 @@ def check_sums(rule: UpdateRule, x: Stretch, rates: Rates, whole: Whole, segment
 @devices
 @pytest.mark.parametrize("key", ["memory", "gradient"])
 def test_turning_all_signs_turns_the_update(key, device):
-    rule, x, rates, whole = problem(dataclasses.replace(MLP, mlp_key=key), UNEVEN, device)
+    rule, x, rates, whole = problem(with_dmgd(MLP, mlp_key=key), UNEVEN, device)
     turned = Stretch(-x.p, -x.s, x.v.clone(), -x.g)
     fused.update(rule, x, UNEVEN, rates, whole)
     fused.update(rule, turned, UNEVEN, rates, whole)

@@ -11,9 +11,9 @@ from interpreted import VARIABLE
 # Between them every branch of the kernels, and a network of the default width.
 SETTINGS = [
     {"output": "rms_clip", "erase": 0.5, "bias_correction": False},
-    {"memory": "mlp", "mlp_width": 3, "normalise": "value", "objective": "dot"},
-    {"memory": "mlp", "mlp_width": 8},
-    {"memory": "mlp", "mlp_width": 3, "mlp_key": "gradient"},
+    {"memory": "mlp", "mlp": {"width": 3}, "normalise": "value", "objective": "dot"},
+    {"memory": "mlp", "mlp": {"width": 8}},
+    {"memory": "mlp", "mlp": {"width": 3, "key": "gradient"}},
 ]
 
 

@@ -1,6 +1,5 @@
 """Which kernels the optimizer takes, and the reason that it gives for the plain ones."""
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from interpreted import GPU, VARIABLE, interpreting
+from optims import with_dmgd
 
 from hope.config import ModelConfig
 from hope.optim import fused, kernels
@@ -18,8 +18,8 @@ from parallel.layout.memory import StepShape
 from parallel.layout.report import describe, kernel_facts
 from parallel.layout.topology import ParallelDims
 
-MLP = OptimConfig(memory="mlp")
-MATCH = dataclasses.replace(MLP, output="rms_match")
+MLP = with_dmgd(memory="mlp")
+MATCH = with_dmgd(MLP, output="rms_match")
 
 
 def stretch(dtype: torch.dtype = torch.float32, device: str = "cpu", **others: torch.Tensor) -> Stretch:
@@ -104,11 +104,11 @@ def test_a_process_started_from_here_interprets_nothing():
     """It inherits this one's variables, takes the plain way on a CPU and does not even import the kernels."""
     program = """
 import os, sys, torch
-from hope.optim.config import OptimConfig
+from hope.optim.config import DmgdConfig, OptimConfig
 from hope.optim.dmgd import Dmgd
 p = torch.nn.Parameter(torch.ones(4, 4))
 p.grad = torch.ones(4, 4)
-Dmgd([{"params": [p]}], OptimConfig(memory="mlp")).step()
+Dmgd([{"params": [p]}], OptimConfig(dmgd=DmgdConfig(memory="mlp"))).step()
 print("moved" if (p < 1).all() else "still", os.environ.get("VARIABLE"), "hope.optim.fused" in sys.modules)
 """.replace("VARIABLE", VARIABLE)
     root = Path(__file__).parents[2]

@@ -2,6 +2,7 @@
 
 import dataclasses
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -10,16 +11,21 @@ from hope.config import ModelConfig
 from hope.model import Model
 from hope.optim import newton_schulz
 from hope.optim.build import build_optimizer
-from hope.optim.config import OptimConfig
+from hope.optim.config import M3Config, OptimConfig
 from hope.optim.levels import parameter_groups
 
 MUON = OptimConfig(name="muon", lr=0.02, beta1=0.95, weight_decay=0.1)
-M3 = OptimConfig(name="m3", lr=0.02, m3_slow_period=3, matrix_rms=0.0, eps=1e-8)
+M3 = OptimConfig(name="m3", lr=0.02, m3=M3Config(slow_period=3, matrix_rms=0.0), eps=1e-8)
 
 
 def gradients(steps: int, *shape: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(*shape, generator=generator, dtype=torch.float64) for _ in range(steps)]
+
+
+def m3(**settings: Any) -> OptimConfig:
+    """`M3` with other settings of optim.m3."""
+    return dataclasses.replace(M3, m3=dataclasses.replace(M3.m3, **settings))
 
 
 def follow(config: OptimConfig, steps: int, *shape: int) -> tuple[list[torch.Tensor], dict]:
@@ -125,8 +131,8 @@ def without_orthogonalisation(monkeypatch):
 
 
 def test_m3_without_orthogonalisation_is_adam_or_adagrad(without_orthogonalisation):
-    ema, _ = follow(dataclasses.replace(M3, m3_alpha=0.0), 7, 4, 6)
-    literal, _ = follow(dataclasses.replace(M3, m3_alpha=0.0, m3_reading="literal"), 7, 4, 6)
+    ema, _ = follow(m3(alpha=0.0), 7, 4, 6)
+    literal, _ = follow(m3(alpha=0.0, reading="literal"), 7, 4, 6)
     for reading, history in (("ema", ema), ("literal", literal)):
         p, m, v = (torch.full((4, 6), x, dtype=torch.float64) for x in (1.0, 0.0, 0.0))
         for g, found in zip(gradients(7, 4, 6), history, strict=True):
@@ -139,7 +145,7 @@ def test_m3_without_orthogonalisation_is_adam_or_adagrad(without_orthogonalisati
 @pytest.mark.parametrize("reading", ["ema", "literal"])
 def test_the_slow_memory_moves_every_f_updates_and_sees_the_chunk_before(reading):
     """O2 of chunk k is made of gradients of the chunks before it, never of its own; the first chunk has none."""
-    config = dataclasses.replace(M3, m3_reading=reading)
+    config = m3(reading=reading)
     p = torch.nn.Parameter(torch.ones(4, 6, dtype=torch.float64))
     optimizer = build_optimizer([{"params": [p], "matrices": True}], config)
     seen = gradients(9, 4, 6)

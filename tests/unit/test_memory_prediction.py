@@ -3,6 +3,7 @@
 import pytest
 import torch
 from models import named
+from optims import with_dmgd
 
 from hope.config import CmsConfig, ModelConfig
 from hope.memory.config import MemoryConfig
@@ -70,8 +71,8 @@ def test_bytes_of_weights_and_states():
     ("optim", "numbers"),
     [
         (OptimConfig(), 2),
-        (OptimConfig(objective="dot", preconditioner="none"), 1),
-        (OptimConfig(memory="mlp"), 2),
+        (with_dmgd(objective="dot", preconditioner="none"), 1),
+        (with_dmgd(memory="mlp"), 2),
         (OptimConfig(name="muon"), 1),
         (OptimConfig(name="m3"), 5),
     ],

@@ -10,6 +10,7 @@ from configs.errors import ConfigError
 from configs.reference import key_table
 from configs.schema import Config, load, to_yaml, validate
 from data_prep.config import DataConfig
+from hope.memory.config import MemoryConfig
 
 MINIMAL = """
 run:
@@ -71,13 +72,13 @@ def test_numbers_are_numbers_and_the_rest_has_its_defaults(write):
     assert config.optim.lr == 3e-4
     assert isinstance(config.optim.lr, float)
     assert (config.run.dir, config.train.grad_clip, config.checkpoint.resume) == ("runs", 1.0, "auto")
-    assert config.model.mixers.hope.memory == "matrix"
+    assert config.model.mixers == {"hope": MemoryConfig()}
 
 
 def test_overrides_win_in_order_and_are_typed(write):
     overrides = ["train.steps=100", "train.steps=1_000", "optim.lr=1e-2", "model.cms.periods=[1, 2]", "run.name=007"]
     overrides += [
-        "model.memory={kind: mlp}",
+        "model.mixers.hope={memory: mlp, expansion: 2}",
         "model.mixers.hope.eta_max=null",
         "log.tensorboard=false",
         "run.dir='a b'",
@@ -85,11 +86,8 @@ def test_overrides_win_in_order_and_are_typed(write):
     config = load(write(MINIMAL), overrides)
     assert (config.train.steps, config.optim.lr, config.model.cms.periods) == (1000, 0.01, [1, 2])
     assert (config.run.name, config.run.dir) == ("007", "a b")
-    assert (config.model.mixers.hope.memory, config.model.mixers.hope.eta_max, config.log.tensorboard) == (
-        "mlp",
-        None,
-        False,
-    )
+    assert config.model.mixers == {"hope": MemoryConfig(memory="mlp", expansion=2)}
+    assert config.log.tensorboard is False
 
 
 def test_every_mistake_is_reported_at_once(write):
@@ -97,7 +95,7 @@ def test_every_mistake_is_reported_at_once(write):
 run: {name: 2026}
 model:
   widht: 64
-  memory: {kind: matrx}
+  mixers: {hope: {memory: matrx}, hopp: {}}
   cms: {periods: [1, two]}
 train:
   steps: 2.5
@@ -113,6 +111,7 @@ log:
         "(command line)": ("`oops` is not of the form section.key=value", "a key and a value, such as train.steps=100"),
         "run.name": ("YAML reads this text as the int 2026 (line 2)", "put it in quotes"),
         "model.widht": ("unknown key (line 4)", "did you mean: model.width"),
+        "model.mixers.hopp": ("unknown key (line 5)", "did you mean: model.mixers.hope"),
         "model.mixers.hope.memory": ("'matrx' is not one of matrix, mlp (line 5)", "did you mean: matrix"),
         "model.cms.periods[1]": ("'two' is not a whole number", "100"),
         "train.steps": ("2.5 is not a whole number (line 8)", "nearest: 2, 3"),
@@ -268,23 +267,27 @@ def test_what_is_written_reads_back_equal(write):
 
 
 def keys(section, prefix=""):
-    for field in dataclasses.fields(section):
-        value = getattr(section, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from keys(value, f"{prefix}{field.name}.")
+    values = section if isinstance(section, dict) else vars(section)
+    for name, value in values.items():
+        if dataclasses.is_dataclass(value) or name == "mixers":
+            yield from keys(value, f"{prefix}{name}.")
         else:
-            yield prefix + field.name
+            yield prefix + name
 
 
 def test_the_reference_has_every_key_with_a_meaning(write):
     rows = [line.split(" | ") for line in key_table(Config).splitlines()[2:]]
-    assert [row[0] for row in rows] == [f"| `{key}`" for key in keys(load(write(MINIMAL), []))]
+    whole = load(write(MINIMAL), ["model.pattern=[attention, hope]"])
+    assert sorted(row[0] for row in rows) == sorted(f"| `{key}`" for key in keys(whole))
     assert [row[0] for row in rows if not row[-1].removesuffix("|").strip()] == []
     by_key = {row[0].strip("| `"): row for row in rows}
     assert by_key["train.steps"][1:3] == ["int", "required"]
     assert by_key["model.mixers.hope.eta_max"][1:3] == ["float or null", "null"]
     assert by_key["train.precision"][1:3] == ["fp32, bf16", "fp32"]
     assert by_key["run.name"][3] == "Folder of the run below `dir`. |"
+    assert by_key["optim.final_lr"][3].endswith(" Only with optim.decay cosine or linear. |")
+    assert by_key["train.spike_window"][3].endswith(" Only with train.spike_sigma set. |")
+    assert by_key["model.mixers.attention.rope_base"][3].endswith(" Only with attention in model.pattern. |")
 
 
 def test_the_reference_is_printed_by_the_module():

@@ -1,0 +1,60 @@
+"""What is wrong with the values of a configuration whose keys and types are sound: each section, and all together."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from configs.merge import GUESS
+from hope.config import ModelConfig
+from hope.sections import Problem
+
+
+def section_problems(sections: Mapping[str, Any], world_size: int | None, paths: Sequence[str]) -> Iterator[Problem]:
+    """Problems of the sections given; one that needs another is skipped when that one is not there.
+
+    Args:
+        sections: by name, such as `model`.
+        world_size: devices of the run; None: the `parallel` section is not checked.
+        paths: of all keys that there are.
+    """
+    for name in ("run", "model", "optim", "train", "checkpoint", "log", "launch"):
+        if name in sections:
+            yield from sections[name].problems()
+    model, data, optim, train = (sections.get(name) for name in ("model", "data", "optim", "train"))
+    if model and data and train and min(model.vocab_size, train.seq_len) >= 1:
+        yield from data.problems(model.vocab_size, train.seq_len)
+    if optim and train and optim.warmup >= train.steps >= 1:
+        what = f"{optim.warmup} steps of warm-up leave none of train.steps {train.steps} for the decay"
+        yield Problem("optim.warmup", what, f"at most {train.steps - 1}; usual: {train.steps // 20}")
+    if model and train and min(train.global_batch, train.seq_len) >= 1:
+        yield from _token_periods(model, train.tokens_per_step)
+    if "checkpoint" in sections:
+        yield from _unknown_changes(sections["checkpoint"].on_change, paths)
+    parallel = sections.get("parallel")
+    if world_size is not None and parallel and train and min(train.global_batch, train.micro_batch) >= 1:
+        whole = model if model and min(model.heads, model.vocab_size, model.layers, model.width) >= 1 else None
+        yield from parallel.problems(world_size, train.global_batch, train.micro_batch, whole, train.seq_len)
+
+
+def _token_periods(model: ModelConfig, step: int) -> Iterator[Problem]:
+    """Levels that are due after a number of tokens which no whole number of optimizer steps sees."""
+    if model.cms.unit == "steps":
+        return
+    for number, period in enumerate(model.cms.periods):
+        if period >= 1 and period % step:
+            near = sorted({max(1, period // step) * step, -(-period // step) * step})
+            what = f"{period:,} tokens are not a multiple of the {step:,} of a step (train.global_batch x seq_len)"
+            yield Problem(f"model.cms.periods[{number}]", what, " or ".join(map(str, near)))
+
+
+def _unknown_changes(on_change: Mapping[str, str], paths: Sequence[str]) -> Iterator[Problem]:
+    """Keys of checkpoint.on_change must be those of the configuration, its sections, or `all`."""
+    known = {"all", *paths, *(path.rsplit(".", n)[0] for path in paths for n in range(1, path.count(".") + 1))}
+    for key in on_change:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            yield Problem(
+                "checkpoint.on_change", f"{key} is no key or section", f"{GUESS}{near[0]}" if near else "optim.lr"
+            )

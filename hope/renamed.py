@@ -1,0 +1,46 @@
+"""Keys of the model section under the names that earlier versions gave them. Records with those names stay readable."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+KINDS: dict[str, dict[str, Any]] = {
+    "hope": {"pattern": ["hope"]},
+    "hope_attention": {"pattern": ["attention"]},
+    # its one MLP of full width had no clock, whatever the cms section said
+    "transformer": {
+        "pattern": ["attention"],
+        "cms": {"variant": "sequential", "periods": [1], "unit": "steps", "hidden": None},
+    },
+}
+"""What a `model.kind` set."""
+
+OLD_KEYS = ("kind", "memory", "rope_base")
+"""What the model section no longer has."""
+
+
+def memory_key(old: str) -> str:
+    """The key of the mixer `hope` that was `model.memory.OLD`."""
+    return "memory" if old == "kind" else old
+
+
+def current_model(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded model section, as plain values, under today's names. One that has them already comes back as it is.
+
+    Raises:
+        ValueError: its `kind` is none that there was.
+    """
+    if "kind" not in record:
+        return dict(record)
+    kind = record["kind"]
+    if kind not in KINDS:
+        raise ValueError(f"model.kind {kind!r} is none of {', '.join(KINDS)}")
+    values = {key: value for key, value in record.items() if key not in OLD_KEYS}
+    mixers: dict[str, dict[str, Any]] = {
+        "hope": {memory_key(key): value for key, value in record.get("memory", {}).items()},
+        "attention": {"rope_base": record["rope_base"]} if "rope_base" in record else {},
+    }
+    values |= copy.deepcopy(KINDS[kind])
+    return {**values, "mixers": {name: mixers[name] for name in values["pattern"]}, "imports": []}
