@@ -153,8 +153,8 @@ class ModelConfig:
             yield Problem(f"{path}.pattern", what, fix)
         for name in dict.fromkeys(self.pattern):
             if name not in MIXERS:
-                near = difflib.get_close_matches(name, MIXERS, n=1)
-                fix = f"did you mean: {near[0]}" if near else f"known: {known}; or model.imports"
+                near = "".join(f"did you mean: {found}; " for found in difflib.get_close_matches(name, MIXERS, n=1))
+                fix = f"{near}known: {known}; or model.imports"
                 yield Problem(f"{path}.pattern", f"no mixer is called {name}", fix)
             elif self._shaped:
                 own = list(self.mixers[name].problems(f"{path}.mixers.{name}", self.head_dim))

@@ -116,7 +116,7 @@ def test_unknown_mixers_are_named_with_the_known_ones(tmp_path):
     with pytest.raises(ConfigError) as caught:
         read(tmp_path, "", "model.pattern=[atention, rnn]")
     assert [problem[1:] for problem in caught.value.problems] == [
-        ("no mixer is called atention", "did you mean: attention"),
+        ("no mixer is called atention", f"did you mean: attention; known: {known}; or model.imports"),
         ("no mixer is called rnn", f"known: {known}; or model.imports"),
     ]
 

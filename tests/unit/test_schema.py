@@ -11,6 +11,7 @@ from configs.reference import key_table
 from configs.schema import Config, load, to_yaml, validate
 from data_prep.config import DataConfig
 from hope.memory.config import MemoryConfig
+from hope.mixers import MIXERS
 
 MINIMAL = """
 run:
@@ -275,6 +276,14 @@ def keys(section, prefix=""):
             yield prefix + name
 
 
+@pytest.fixture
+def own_mixers(monkeypatch):
+    """Only those that come with the package: other tests of this process register some."""
+    for name in [name for name in MIXERS if name not in ("attention", "hope")]:
+        monkeypatch.delitem(MIXERS, name)
+
+
+@pytest.mark.usefixtures("own_mixers")
 def test_the_reference_has_every_key_with_a_meaning(write):
     rows = [line.split(" | ") for line in key_table(Config).splitlines()[2:]]
     whole = load(write(MINIMAL), ["model.pattern=[attention, hope]"])
@@ -290,6 +299,7 @@ def test_the_reference_has_every_key_with_a_meaning(write):
     assert by_key["model.mixers.attention.rope_base"][3].endswith(" Only with attention in model.pattern. |")
 
 
+@pytest.mark.usefixtures("own_mixers")
 def test_the_reference_is_printed_by_the_module():
     printed = subprocess.run(
         [sys.executable, "-m", "configs.schema"], capture_output=True, text=True, timeout=60, check=True
