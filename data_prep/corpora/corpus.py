@@ -25,6 +25,7 @@ MIN_CHARACTERS = 200
 MIN_COMMENT_LINES = 3
 HELDOUT_SHARE = 0.03
 FILES = ("train.jsonl", "heldout.jsonl")
+LICENCE = "PSF-2.0"
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -151,7 +152,7 @@ def _hash_fraction(identity: str) -> float:
     return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") / 2**64
 
 
-def write_corpus(out: str | Path, documents: Iterable[Document], licence: str = "PSF-2.0") -> dict:
+def write_corpus(out: str | Path, documents: Iterable[Document], licence: str = LICENCE) -> dict:
     """Deduplicate, split and write train.jsonl, heldout.jsonl and manifest.json; returns the manifest."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from data_prep.hooks import hook_identity
 from data_prep.indexed import IndexedWriter
 from data_prep.manifest import TokenSetManifest, length_histogram, remove_manifest
 from data_prep.tokenizing.merge import Merged, merge
+from data_prep.tokenizing.outlook import what_would_work
 from data_prep.tokenizing.progress import Progress
 from data_prep.tokenizing.records import BAD_KINDS, Rules
 from data_prep.tokenizing.shard import TokenizeTask, Worker, finished_part, run_task, start_worker
@@ -187,13 +188,26 @@ def _publish(
     with IndexedWriter(prefix, origin.tokenizer.vocab_size) as writer:
         merged = merge([task.base for task in tasks], writer)
         if not writer.lengths:
-            names = ", ".join(source["name"] for source in origin.sources)
-            raise DataError(f"{names}: no documents; give at least one with a text")
+            raise DataError(_nothing_left(tasks, records))
         remove_manifest(prefix)
     report_bad(records, prefix)
     manifest = _manifest(writer, merged, records, origin)
     manifest.save(prefix)
     return manifest
+
+
+def _nothing_left(tasks: list[TokenizeTask], records: list[dict[str, Any]]) -> str:
+    names = ", ".join(dict.fromkeys(task.unit.path for task in tasks)) or "the input"
+    first = next((entry for record in records for entry in record["bad_records"]), None)
+    if first is None:
+        return f"{names}: no documents; give at least one with a text"
+    counts = ", ".join(f"{kind} {count}" for kind, count in bad_counts(records).items())
+    rules = tasks[0].rules
+    advice = "" if rules.hook else what_would_work(tasks[0].unit, rules.text_key)
+    return (
+        f"{names}: no documents are left of {sum(record['records'] for record in records)} records ({counts});"
+        f" the first, at byte offset {first['offset']}: {first['message']}{advice and '; '}{advice}"
+    )
 
 
 def _manifest(
@@ -219,6 +233,7 @@ def _manifest(
         dropped={"hook": sum(record["dropped_by_hook"] for record in records), "repeated": merged.repeated},
         length_histogram=length_histogram(lengths),
         recipe=origin.recipe,
+        tokenizer=origin.tokenizer.path,
     )
 
 

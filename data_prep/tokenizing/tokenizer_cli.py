@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data_prep.errors import DataError
+from data_prep.paths import user_path
+from data_prep.tokenizing.inputs import INPUT_HELP, input_files
 from data_prep.tokenizing.records import RecordReader, Rules
 from data_prep.tokenizing.tokenizer import Tokenizer, train_tokenizer
 from data_prep.tokenizing.units import FORMATS, plan
@@ -25,8 +27,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     tokenizer = commands.add_parser("tokenizer", help="train or describe a tokenizer")
     actions = tokenizer.add_subparsers(dest="action", required=True)
     train = actions.add_parser("train", help="sentencepiece with byte fallback and exact round trip")
-    train.add_argument("--input", required=True, nargs="+", help="what `tokenize` reads")
-    train.add_argument("--out", required=True, help="model file")
+    train.add_argument("--input", required=True, nargs="+", type=user_path, help=INPUT_HELP)
+    train.add_argument("--out", required=True, type=user_path, help="model file")
     train.add_argument("--vocab", type=int, default=8192, help="pieces (default 8192; up to 65499 takes 2 bytes each)")
     train.add_argument(
         "--type",
@@ -36,20 +38,21 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     train.add_argument("--sample-mb", type=float, help="train on an even selection: this many MB of the files' bytes")
     train.add_argument("--format", choices=FORMATS, default="auto", help="as for `tokenize`")
-    train.add_argument("--text-key", default="text", help="field with the text (default text)")
+    train.add_argument("--text-key", default="text", help="field with the text (default text), or a.b inside a")
     train.add_argument("--on-bad", choices=["stop", "skip", "replace"], default="stop", help="as for `tokenize`")
     train.set_defaults(run=_train)
     info = actions.add_parser("info", help="vocabulary, special tokens, digest, round trip")
-    info.add_argument("model", nargs="?", help="any sentencepiece model")
-    info.add_argument("--model", dest="model_option", help="the same")
+    info.add_argument("model", nargs="?", type=user_path, help="any sentencepiece model")
+    info.add_argument("--model", dest="model_option", type=user_path, help="the same")
     info.set_defaults(run=_info)
 
 
 def _train(args: argparse.Namespace) -> None:
     bad: dict[str, int] = {}
-    texts: Iterable[str] = texts_of(args.input, Rules(args.text_key, args.on_bad, format=args.format), bad)
+    inputs = input_files(args.input)
+    texts: Iterable[str] = texts_of(inputs, Rules(args.text_key, args.on_bad, format=args.format), bad)
     if args.sample_mb is not None:
-        total = sum(Path(path).stat().st_size for path in args.input if Path(path).is_file())
+        total = sum(Path(path).stat().st_size for path in inputs if Path(path).is_file())
         texts = even_selection(texts, args.sample_mb * 1e6 / max(total, 1))
     started = time.monotonic()
     tokenizer = train_tokenizer(texts, args.vocab, args.out, args.type)
