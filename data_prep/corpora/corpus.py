@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.errors import DataError
-from data_prep.files import atomic_write, sha256_file, write_json
+from data_prep.files import atomic_write, make_folder, sha256_file, write_json
 from data_prep.tokenizing.tokenizer import replace_lone_surrogates
 
 MIN_CHARACTERS = 200
@@ -155,7 +155,7 @@ def _hash_fraction(identity: str) -> float:
 def write_corpus(out: str | Path, documents: Iterable[Document], licence: str = LICENCE) -> dict:
     """Deduplicate, split and write train.jsonl, heldout.jsonl and manifest.json; returns the manifest."""
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     (out / "manifest.json").unlink(missing_ok=True)
     manifest: dict = {"python": platform.python_version(), "licence": licence, "files": {}}
     for name, part in zip(FILES, split(list(deduplicate(documents))), strict=True):

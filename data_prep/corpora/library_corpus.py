@@ -18,8 +18,8 @@ class LibrarySource:
 
 
 LIBRARY: dict[str, LibrarySource] = {
-    "stdlib": LibrarySource(5.5, stdlib_documents, "docstrings and comments of Python's own library"),
-    "topics": LibrarySource(0.7, topic_documents, "Python's language reference, as help() shows it"),
+    "stdlib": LibrarySource(3.3, stdlib_documents, "docstrings and comments of Python's own library"),
+    "topics": LibrarySource(0.5, topic_documents, "Python's language reference, as help() shows it"),
 }
 
 

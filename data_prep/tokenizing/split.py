@@ -5,15 +5,15 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 from data_prep.errors import DataError
 from data_prep.files import atomic_write, write_json
 from data_prep.hooks import load_hook
+from data_prep.tokenizing.bad import bad_counts, nothing_left, report_bad
 from data_prep.tokenizing.records import LONGEST_DOCUMENT, RecordReader, Rules, Text
-from data_prep.tokenizing.tokenize import bad_counts, report_bad
 from data_prep.tokenizing.units import InputUnit, plan
 from data_prep.tokenizing.work import source_records, stamps
 
@@ -92,12 +92,14 @@ def _write(
             number = int.from_bytes(hashlib.sha256(text.text.encode()).digest()[:8], "big")
             smallest, largest = min(smallest, number), max(largest, number)
             sides[number < limit].add(text, _line(unit, rules, text))
-        records.append({"bad": reader.tally.bad, "bad_records": reader.tally.bad_records})
+        records.append(asdict(reader.tally))
+    if largest < 0:
+        raise DataError(nothing_left(units, rules, records))
     if smallest >= largest:
         count = sum(side.documents for side in sides)
         raise DataError(
             f"{', '.join(dict.fromkeys(unit.path for unit in units))}: {count} documents with"
-            f" {min(count, 1)} different text cannot be split; give at least 2, and cut a single long text into several"
+            " 1 different text cannot be split; give at least 2, and cut a single long text into several"
         )
     return records, (smallest, largest)
 

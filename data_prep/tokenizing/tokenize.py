@@ -6,7 +6,6 @@ workers nor on interruptions.
 """
 
 import hashlib
-import json
 import multiprocessing
 import os
 from collections import deque
@@ -20,14 +19,13 @@ from typing import Any
 import numpy as np
 
 from data_prep.errors import DataError
-from data_prep.files import atomic_write
 from data_prep.hooks import hook_identity
 from data_prep.indexed import IndexedWriter
 from data_prep.manifest import TokenSetManifest, length_histogram, remove_manifest
+from data_prep.tokenizing.bad import bad_counts, nothing_left, report_bad
 from data_prep.tokenizing.merge import Merged, merge
-from data_prep.tokenizing.outlook import what_would_work
 from data_prep.tokenizing.progress import Progress
-from data_prep.tokenizing.records import BAD_KINDS, Rules
+from data_prep.tokenizing.records import Rules
 from data_prep.tokenizing.shard import TokenizeTask, Worker, finished_part, run_task, start_worker
 from data_prep.tokenizing.tokenizer import Tokenizer, available_threads
 from data_prep.tokenizing.units import plan
@@ -188,26 +186,12 @@ def _publish(
     with IndexedWriter(prefix, origin.tokenizer.vocab_size) as writer:
         merged = merge([task.base for task in tasks], writer)
         if not writer.lengths:
-            raise DataError(_nothing_left(tasks, records))
+            raise DataError(nothing_left([task.unit for task in tasks], tasks[0].rules if tasks else Rules(), records))
         remove_manifest(prefix)
     report_bad(records, prefix)
     manifest = _manifest(writer, merged, records, origin)
     manifest.save(prefix)
     return manifest
-
-
-def _nothing_left(tasks: list[TokenizeTask], records: list[dict[str, Any]]) -> str:
-    names = ", ".join(dict.fromkeys(task.unit.path for task in tasks)) or "the input"
-    first = next((entry for record in records for entry in record["bad_records"]), None)
-    if first is None:
-        return f"{names}: no documents; give at least one with a text"
-    counts = ", ".join(f"{kind} {count}" for kind, count in bad_counts(records).items())
-    rules = tasks[0].rules
-    advice = "" if rules.hook else what_would_work(tasks[0].unit, rules.text_key)
-    return (
-        f"{names}: no documents are left of {sum(record['records'] for record in records)} records ({counts});"
-        f" the first, at byte offset {first['offset']}: {first['message']}{advice and '; '}{advice}"
-    )
 
 
 def _manifest(
@@ -235,24 +219,6 @@ def _manifest(
         recipe=origin.recipe,
         tokenizer=origin.tokenizer.path,
     )
-
-
-def bad_counts(records: list[dict[str, Any]]) -> dict[str, int]:
-    """Bad records by kind, kinds that did not occur left out."""
-    totals = {kind: sum(record["bad"].get(kind, 0) for record in records) for kind in BAD_KINDS}
-    return {kind: count for kind, count in totals.items() if count}
-
-
-def report_bad(records: list[dict[str, Any]], prefix: str | Path) -> None:
-    """Write PREFIX.bad.jsonl, or remove an old one if there is nothing to report."""
-    path = Path(f"{prefix}.bad.jsonl")
-    if not any(record["bad_records"] for record in records):
-        path.unlink(missing_ok=True)
-        return
-    with atomic_write(path) as stream:
-        for record in records:
-            for entry in record["bad_records"]:  # sorted keys: a record made now and one read from a part are equal
-                stream.write((json.dumps(entry, sort_keys=True) + "\n").encode())
 
 
 def _refuse(records: list[dict[str, Any]], prefix: str | Path, how_many: str) -> None:

@@ -4,10 +4,12 @@ import argparse
 import hashlib
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from data_prep.errors import DataError
 from data_prep.paths import user_path
+from data_prep.tokenizing.bad import nothing_left
 from data_prep.tokenizing.inputs import INPUT_HELP, input_files
 from data_prep.tokenizing.records import RecordReader, Rules
 from data_prep.tokenizing.tokenizer import Tokenizer, train_tokenizer
@@ -65,14 +67,20 @@ def texts_of(paths: Iterable[str], rules: Rules, bad: dict[str, int]) -> Iterato
     """The texts that `tokenize` makes documents of, in order; bad records are counted into `bad` by kind.
 
     Raises:
-        DataError: a missing or damaged file, or a bad record under on_bad = "stop".
+        DataError: a missing or damaged file, a bad record under on_bad = "stop", or no text at all.
     """
-    for unit in plan(paths, rules.format, 1 << 62):  # byte ranges are for processes; here every file is one
+    units = plan(paths, rules.format, 1 << 62)  # byte ranges are for processes; here every file is one
+    tallies, given = [], False
+    for unit in units:
         reader = RecordReader(unit, rules, None)
         for text in reader.texts():
+            given = True
             yield text.text
+        tallies.append(asdict(reader.tally))
         for kind, count in reader.tally.bad.items():
             bad[kind] = bad.get(kind, 0) + count
+    if not given:
+        raise DataError(nothing_left(units, rules, tallies))
 
 
 def even_selection(texts: Iterable[str], share: float) -> Iterator[str]:

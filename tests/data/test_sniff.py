@@ -122,6 +122,15 @@ def test_where_nothing_would_be_left_the_advice_is_not_to_skip(run, data, advice
         assert "--on-bad" not in str(caught.value)
 
 
+@pytest.mark.parametrize("command", ["split --heldout 0.5", "tokenizer train"])
+def test_other_commands_give_the_same_advice(tmp_path, capsys, command):
+    (tmp_path / "in.jsonl").write_text(NESTED)
+    for on_bad in ("stop", "skip"):
+        more = ["--input", f"{tmp_path}/in.jsonl", "--out", f"{tmp_path}/out", "--on-bad", on_bad]
+        assert main([*command.split(), *more]) == 2
+        assert "--text-key data.text works" in capsys.readouterr().err
+
+
 def test_where_something_would_be_left_the_advice_is_to_skip(run):
     with pytest.raises(DataError, match=r"missing_field: .*; --on-bad skip or --on-bad replace goes on"):
         run('{"id": 1}\n' + JSONL)

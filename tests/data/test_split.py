@@ -39,7 +39,8 @@ def test_every_record_is_on_one_side_with_all_its_fields_in_order(tmp_path):
 
 def test_a_text_is_on_the_same_side_in_any_order_beside_any_other_and_however_often(tmp_path):
     first = write(tmp_path / "a.jsonl", RECORDS[:300])
-    second = write(tmp_path / "b.jsonl", RECORDS[:99:-1] + RECORDS[:50])
+    other = [{"text": record["text"], "id": 1000 + record["id"]} for record in RECORDS[:99:-1] + RECORDS[:50]]
+    second = write(tmp_path / "b.jsonl", other)
     split_files([first], tmp_path / "one", 0.1)
     split_files([second, first], tmp_path / "two", 0.1)
     sides = {}
