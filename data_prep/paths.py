@@ -37,10 +37,12 @@ def output_prefix(text: str) -> str:
     """`token_prefix` of a set to be written.
 
     Raises:
-        DataError: the text names a folder and not a set in it.
+        DataError: the text is empty, or names a folder and not a set in it.
     """
-    if not text or (text.endswith(os.sep) and os.path.isdir(user_path(text))):
-        raise DataError(f"{text or '--out'}: a folder, and the files need a name; {text}train works")
+    if not text:
+        raise DataError("--out is empty; data/mine/train works")
+    if text.endswith(os.sep) and os.path.isdir(user_path(text)):
+        raise DataError(f"{text}: a folder, and the files need a name; {text}train works")
     return token_prefix(text)
 
 

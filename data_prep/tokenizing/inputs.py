@@ -37,6 +37,16 @@ def input_files(paths: Iterable[str], report: Callable[[str], None] = print) -> 
     return files
 
 
+def refuse_twice(files: Iterable[str]) -> None:
+    """Raise DataError if a file is named twice, under any spelling."""
+    seen: dict[str, str] = {}
+    for number, path in enumerate(files, start=1):
+        first = seen.setdefault(os.path.realpath(path), path)
+        if len(seen) < number:
+            same = "" if first == path else f" (also as {first})"
+            raise DataError(f"{path}: named twice{same}; its documents would be in the set twice; name it once")
+
+
 def _walk(folder: str) -> tuple[list[str], Counter[str]]:
     """Files to read, and how many others there are by ending."""
     found, other = [], Counter[str]()

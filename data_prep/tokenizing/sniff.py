@@ -40,7 +40,7 @@ def nul_bytes(data: bytes) -> tuple[int, str, str] | None:
     if count * 32 <= len(data) or (count < 4 and count * 3 < len(data)):
         return None
     odd = data[1::2].count(0)
-    encoding = "UTF-16LE" if odd >= 0.9 * count else "UTF-16BE" if odd <= 0.1 * count else ""
+    encoding = "" if count < 4 else "UTF-16LE" if odd >= 0.9 * count else "UTF-16BE" if odd <= 0.1 * count else ""
     kind = f"{encoding}, by their places" if encoding else "not text in UTF-8"
     return data.index(0), f"{count} of {len(data)} bytes are NUL: {kind}", encoding
 

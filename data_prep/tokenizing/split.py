@@ -13,6 +13,7 @@ from data_prep.errors import DataError
 from data_prep.files import atomic_write, write_json
 from data_prep.hooks import load_hook
 from data_prep.tokenizing.bad import bad_counts, nothing_left, report_bad
+from data_prep.tokenizing.inputs import refuse_twice
 from data_prep.tokenizing.records import LONGEST_DOCUMENT, RecordReader, Rules, Text
 from data_prep.tokenizing.units import InputUnit, plan
 from data_prep.tokenizing.work import source_records, stamps
@@ -59,6 +60,7 @@ def split_files(
     if not 0 < share < 1:
         raise DataError(f"--heldout {share} is not a share between 0 and 1; 0.01 works")
     out = Path(out)
+    refuse_twice(sources)
     _check_place(out, sources)
     units, before = plan(sources, rules.format, 1 << 62), stamps(sources)
     limit = round(share * _HASHES)

@@ -23,6 +23,7 @@ from data_prep.hooks import hook_identity
 from data_prep.indexed import IndexedWriter
 from data_prep.manifest import TokenSetManifest, length_histogram, remove_manifest
 from data_prep.tokenizing.bad import bad_counts, nothing_left, report_bad
+from data_prep.tokenizing.inputs import refuse_twice
 from data_prep.tokenizing.merge import Merged, merge
 from data_prep.tokenizing.progress import Progress
 from data_prep.tokenizing.records import Rules
@@ -77,8 +78,7 @@ def tokenize_files(
     """
     settings.rules.check()
     limit = parse_limit(settings.max_bad)
-    if len(set(sources)) != len(sources):
-        raise DataError("an input file is named twice; its documents would be in the set twice")
+    refuse_twice(sources)
     units = plan(sources, settings.rules.format, settings.unit_bytes)
     before = stamps(sources)
     hook = hook_identity(settings.rules.hook)

@@ -89,6 +89,15 @@ def test_a_folder_that_would_be_read_wrongly_is_refused(tmp_path, names, message
         input_files([str(tmp_path)], lambda line: None)
 
 
+def test_a_file_named_twice_under_two_names_is_refused(tiny, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_bytes(LINES)
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "in.jsonl")
+    names = [f"{tmp_path}/in.jsonl", f"{tmp_path}/link.jsonl"]
+    for command in (["split"], ["tokenize", "--tokenizer", f"{tiny.folder}/tokenizer.model"]):
+        assert main([*command, "--input", *names, "--out", f"{tmp_path}/out"]) == 2
+        assert f"link.jsonl: named twice (also as {tmp_path}/in.jsonl)" in capsys.readouterr().err
+
+
 def test_commands_take_folders(tiny, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     for name in ("b.jsonl", "a.jsonl"):

@@ -80,6 +80,7 @@ def test_the_output_may_be_named_as_a_file_but_not_as_a_folder(copied):
     before = sorted(copied.folder.rglob("*"))
     assert main([*command, "--out", f"{copied.folder}/"]) == 2
     assert sorted(copied.folder.rglob("*")) == before
+    assert main([*command, "--out", ""]) == 2
     with pytest.raises(DataError, match=rf"{copied.folder}/train works"):
         output_prefix(f"{copied.folder}/")
 
