@@ -8,12 +8,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from data_prep.errors import PathError
+from data_prep.paths import naming, reason
+
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file next to `path` for bytes; it becomes `path` only if the block succeeds."""
+    """Open a temporary file next to `path` for bytes; it becomes `path` only if the block succeeds.
+
+    Raises:
+        PathError: a folder that cannot be made or written to, or a full disk.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     # The process id is in the name so that two runs on one folder never write into the same temporary file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -22,10 +29,29 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
+    except BaseException as error:
+        with suppress(OSError):
             temporary.unlink()
+        # an error of another file, read inside the block, names itself
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)) and not isinstance(error, PathError):
+            raise _unwritable(path, error) from None
         raise
+
+
+def make_folder(path: str | Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        PathError: the system refuses, or a file has that name.
+    """
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: str | Path, error: OSError) -> PathError:
+    return PathError(f"{path}: cannot be written ({reason(error)}); write elsewhere, or mend the rights or space there")
 
 
 def write_json(path: str | Path, value: object) -> None:
@@ -35,6 +61,6 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def sha256_file(path: str | Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with open(path, "rb") as stream:
+    """Hex sha256 of a file's bytes; raises PathError if it cannot be read."""
+    with naming(path), open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

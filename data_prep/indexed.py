@@ -23,6 +23,7 @@ import numpy as np
 
 from data_prep.errors import DataError
 from data_prep.files import atomic_write
+from data_prep.paths import naming
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -66,21 +67,18 @@ def read_header(prefix: str | Path) -> Header:
             document (other tools can write that; we never do, and read no such files).
     """
     path = f"{prefix}.idx"
-    try:
-        with open(path, "rb") as stream:
-            raw = stream.read(_HEADER.size)
-            magic, version, code, sequences, boundaries = _unpack(path, raw)
-            if magic != _MAGIC or version != 1 or code not in _DTYPE_OF_CODE:
-                raise DataError(f"{path}: not a Megatron index of int32 or uint16 tokens, version 1")
-            expected = _HEADER.size + 12 * sequences + 8 * boundaries
-            actual = os.fstat(stream.fileno()).st_size
-            if actual != expected:
-                raise DataError(f"{path}: {actual} bytes, but its header announces {expected}; write it again")
-            if boundaries != sequences + 1:
-                raise DataError(f"{path}: {sequences} sequences in {boundaries - 1} documents; need one each")
-            lengths = np.fromfile(stream, dtype="<i4", count=sequences)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
+    with naming(path), open(path, "rb") as stream:
+        raw = stream.read(_HEADER.size)
+        magic, version, code, sequences, boundaries = _unpack(path, raw)
+        if magic != _MAGIC or version != 1 or code not in _DTYPE_OF_CODE:
+            raise DataError(f"{path}: not a Megatron index of int32 or uint16 tokens, version 1")
+        expected = _HEADER.size + 12 * sequences + 8 * boundaries
+        actual = os.fstat(stream.fileno()).st_size
+        if actual != expected:
+            raise DataError(f"{path}: {actual} bytes, but its header announces {expected}; write it again")
+        if boundaries != sequences + 1:
+            raise DataError(f"{path}: {sequences} sequences in {boundaries - 1} documents; need one each")
+        lengths = np.fromfile(stream, dtype="<i4", count=sequences)
     return Header(_DTYPE_OF_CODE[code], lengths)
 
 
@@ -96,9 +94,8 @@ def check_bin(prefix: str | Path, header: Header) -> None:
     megatron-core opens a truncated .bin without complaint and fails at some later read.
     """
     path = f"{prefix}.bin"
-    if not os.path.isfile(path):
-        raise DataError(f"{path}: no such file")
-    actual = os.path.getsize(path)
+    with naming(path):
+        actual = os.path.getsize(path)
     if actual != header.bin_bytes:
         raise DataError(
             f"{path}: {actual} bytes, but {prefix}.idx speaks of {header.tokens} tokens"
@@ -110,7 +107,8 @@ def memmap_tokens(prefix: str | Path, header: Header) -> np.ndarray:
     """All tokens of PREFIX.bin as a read-only array [tokens], not loaded into memory."""
     if header.tokens == 0:
         return np.empty(0, dtype=header.dtype)
-    return np.memmap(f"{prefix}.bin", dtype=header.dtype, mode="r", shape=(header.tokens,))
+    with naming(f"{prefix}.bin"):
+        return np.memmap(f"{prefix}.bin", dtype=header.dtype, mode="r", shape=(header.tokens,))
 
 
 class IndexedWriter:

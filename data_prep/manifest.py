@@ -13,9 +13,10 @@ import numpy as np
 from data_prep.errors import DataError
 from data_prep.files import sha256_file, write_json
 from data_prep.indexed import Header, check_bin, read_header
+from data_prep.paths import naming
 
-FORMAT = 2
-READABLE = (1, 2)  # format 1 had the fields up to `format`
+FORMAT = 3
+READABLE = (1, 2, 3)  # format 1 had the fields up to `format`, format 2 those up to `recipe`
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class TokenSetManifest:
         dropped: good documents left out: {"hook": n, "repeated": n}.
         length_histogram: {"2^k": documents with 2^k <= tokens < 2^(k+1)}, EOS counted; "0" for empty ones.
         recipe: digest of the settings, tokenizer and sources that the set was made with.
+        tokenizer: path of the model, as it was given; empty if unknown.
     """
 
     documents: int
@@ -49,6 +51,7 @@ class TokenSetManifest:
     dropped: dict[str, int] = field(default_factory=dict)
     length_histogram: dict[str, int] = field(default_factory=dict)
     recipe: str = ""
+    tokenizer: str = ""
 
     @property
     def fingerprint(self) -> str:
@@ -69,14 +72,12 @@ def load_manifest(prefix: str | Path) -> TokenSetManifest:
     """Read PREFIX.manifest.json; raises DataError if it is missing, broken, or of another format."""
     path = manifest_path(prefix)
     try:
-        with open(path, "rb") as stream:
+        with naming(path, "no such file; tokenize again to make it"), open(path, "rb") as stream:
             fields = json.load(stream)
         if fields.get("format") not in READABLE:
             known = " and ".join(map(str, READABLE))
             raise DataError(f"{path}: format {fields.get('format')}, this version reads formats {known}")
         return TokenSetManifest(**fields)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; tokenize again to make it") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not a manifest ({error}); tokenize again to make it") from None
 

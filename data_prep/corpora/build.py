@@ -14,7 +14,7 @@ from typing import Any
 
 from data_prep.corpora.corpus import FILES, Document, split, write_documents
 from data_prep.errors import DataError
-from data_prep.files import sha256_file, write_json
+from data_prep.files import make_folder, sha256_file, write_json
 
 HELDOUT_SHARE = 0.02
 SHORTEST_CHARACTERS = 20
@@ -68,7 +68,7 @@ def build(out: str | Path, parts: Iterable[CorpusSource], share: float = HELDOUT
 
 def _write_part(folder: Path, part: CorpusSource, recipe: dict, share: float, seen: set[bytes]) -> dict:
     started = time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     (folder / "manifest.json").unlink(missing_ok=True)
     unique: list[Document] = []
     counts = {"repeated": 0, "short": 0}

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.errors import DataError
-from data_prep.files import atomic_write, sha256_file, write_json
+from data_prep.files import atomic_write, make_folder, sha256_file, write_json
 from data_prep.tokenizing.tokenizer import replace_lone_surrogates
 
 MIN_CHARACTERS = 200
 MIN_COMMENT_LINES = 3
 HELDOUT_SHARE = 0.03
 FILES = ("train.jsonl", "heldout.jsonl")
+LICENCE = "PSF-2.0"
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -151,10 +152,10 @@ def _hash_fraction(identity: str) -> float:
     return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") / 2**64
 
 
-def write_corpus(out: str | Path, documents: Iterable[Document], licence: str = "PSF-2.0") -> dict:
+def write_corpus(out: str | Path, documents: Iterable[Document], licence: str = LICENCE) -> dict:
     """Deduplicate, split and write train.jsonl, heldout.jsonl and manifest.json; returns the manifest."""
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     (out / "manifest.json").unlink(missing_ok=True)
     manifest: dict = {"python": platform.python_version(), "licence": licence, "files": {}}
     for name, part in zip(FILES, split(list(deduplicate(documents))), strict=True):

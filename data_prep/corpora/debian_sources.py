@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from data_prep.corpora.debian_extract import Extractor, dictd, jargon, kjv, pages, plain, pod, wordnet
-from data_prep.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -104,23 +103,3 @@ SOURCES: dict[str, Source] = {
         "a political tract, the only long modern prose (80 kB per document); in no tier",
     ),
 }
-
-TIERS: dict[str, tuple[str, ...]] = {
-    "quick": ("jargon", "foldoc", "kjv"),
-    "main": tuple(name for name in SOURCES if name != "anarchism"),
-}
-
-
-def chosen_sources(tier: str, names: str, added: str) -> list[str]:
-    """Names of a tier, or of a comma-separated list, plus `added` ones; each once, in the order of the table.
-
-    Raises:
-        DataError: an unknown name; the message lists the known ones.
-    """
-    wanted = {name.strip() for part in (names, added) for name in part.split(",") if name.strip()}
-    unknown = sorted(wanted - set(SOURCES))
-    if unknown:
-        raise DataError(f"unknown source {', '.join(unknown)}; known: {', '.join(SOURCES)}")
-    if not names:
-        wanted |= set(TIERS[tier])
-    return [name for name in SOURCES if name in wanted]

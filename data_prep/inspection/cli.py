@@ -8,22 +8,25 @@ from data_prep.inspection.stats import picture, token_set_table
 from data_prep.inspection.tokens import show_document, show_window
 from data_prep.inspection.verify import adopt, problems
 from data_prep.manifest import load_manifest
+from data_prep.paths import token_prefix, user_path
 from data_prep.tokenizing.tokenizer import Tokenizer
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the commands that look at finished token sets."""
     verify = commands.add_parser("verify", help="read everything again and compare all digests; exit 2 if wrong")
-    verify.add_argument("prefix", nargs="+")
-    verify.add_argument("--tokenizer", default="", help="also compare with this model")
+    verify.add_argument("prefix", nargs="+", type=token_prefix)
+    verify.add_argument("--tokenizer", default="", type=user_path, help="also compare with this model")
     verify.add_argument("--sources", action="store_true", help="also compare the input files")
     verify.set_defaults(run=_verify)
     stats = commands.add_parser("stats", help="counts, quantiles, histogram of document lengths")
-    stats.add_argument("prefix", nargs="+")
-    stats.add_argument("--png", default="", help="write the histogram as a picture (one prefix)")
+    stats.add_argument("prefix", nargs="+", type=token_prefix)
+    stats.add_argument("--png", default="", type=user_path, help="write the histogram as a picture (one prefix)")
     stats.set_defaults(run=_stats)
     look = commands.add_parser("inspect", help="decode a document, a window in file order, or a training sample")
-    look.add_argument("prefix", help="of a token set, a raw folder, or with --sample a run's YAML file")
+    look.add_argument(
+        "prefix", type=token_prefix, help="of a token set, a raw folder, or with --sample a run's YAML file"
+    )
     look.add_argument("overrides", nargs="*", help="with a YAML file, the run's section.key=value")
     which = look.add_mutually_exclusive_group(required=True)
     which.add_argument("--document", type=int, help="number from 0")
@@ -37,11 +40,11 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     look.add_argument("--seq-len", type=int, default=256, help="train.seq_len of a prefix (default 256)")
     look.add_argument("--seed", type=int, default=1234, help="data.seed of a prefix (default 1234)")
     look.add_argument("--documents", choices=DOCUMENTS, default="carry", help="data.documents of a prefix")
-    look.add_argument("--tokenizer", default="", help="model (default: tokenizer.model beside the set)")
+    look.add_argument("--tokenizer", default="", type=user_path, help="model (default: tokenizer.model beside the set)")
     look.set_defaults(run=_inspect)
     manifest = commands.add_parser("manifest", help="write a manifest for .bin/.idx that another tool made")
-    manifest.add_argument("prefix")
-    manifest.add_argument("--tokenizer", required=True, help="the model that made the tokens")
+    manifest.add_argument("prefix", type=token_prefix)
+    manifest.add_argument("--tokenizer", required=True, type=user_path, help="the model that made the tokens")
     manifest.add_argument("--licence", default="")
     manifest.set_defaults(run=_manifest)
 

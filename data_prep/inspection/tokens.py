@@ -12,19 +12,35 @@ from data_prep.training.index_store import TokenStore, open_store
 
 
 def checked_tokenizer(store: TokenStore, model: str) -> Tokenizer:
-    """The tokenizer that the set was made with: `model`, or tokenizer.model beside the set or one folder up.
+    """The tokenizer that the set was made with: `model`, or the one that its manifest names, or one near the set.
+
+    Near the set is tokenizer.model beside it or one folder up.
 
     Raises:
         DataError: it is another one, or none is found.
     """
+    if model:
+        return _same(store, Tokenizer.load(model))
     folder = Path(store.name).parent
-    candidates = [Path(model)] if model else [folder / "tokenizer.model", folder.parent / "tokenizer.model"]
-    path = next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
-    tokenizer = Tokenizer.load(path)
+    recorded = [Path(store.tokenizer_path)] if store.tokenizer_path else []
+    candidates = [*recorded, folder / "tokenizer.model", folder.parent / "tokenizer.model"]
+    found = [Tokenizer.load(path) for path in dict.fromkeys(candidates) if path.is_file()]
+    same = next((tokenizer for tokenizer in found if tokenizer.sha256 == store.tokenizer), None)
+    if same or found:
+        return same or _same(store, found[0])
+    made_with = f", sha256 {store.tokenizer[:12]}" if store.tokenizer else ""
+    raise DataError(
+        f"{store.name}: its tokenizer{made_with} is not there ({', '.join(map(str, candidates))});"
+        " --tokenizer FILE names it"
+    )
+
+
+def _same(store: TokenStore, tokenizer: Tokenizer) -> Tokenizer:
     if store.tokenizer and tokenizer.sha256 != store.tokenizer:
         raise DataError(
-            f"{path}: sha256 {tokenizer.sha256[:12]}, but {store.name} was made with {store.tokenizer[:12]};"
-            " give that model with --tokenizer"
+            f"{tokenizer.path}: sha256 {tokenizer.sha256[:12]}, but {store.name} was made with"
+            f" {store.tokenizer_path or 'a model of sha256'} {store.tokenizer[:12]};"
+            " give that model with --tokenizer FILE"
         )
     return tokenizer
 

@@ -9,6 +9,7 @@ import numpy as np
 from data_prep.errors import DataError
 from data_prep.files import sha256_file
 from data_prep.indexed import Header, check_bin, memmap_tokens, read_header
+from data_prep.inspection.text_bytes import count_text_bytes
 from data_prep.manifest import TokenSetManifest, length_histogram, open_checked
 from data_prep.tokenizing.tokenizer import Tokenizer
 
@@ -102,14 +103,12 @@ def adopt(prefix: str | Path, tokenizer: Tokenizer, licence: str = "") -> TokenS
         sha256_source=hashlib.sha256(b"").hexdigest(),
         licence=licence,
         length_histogram=length_histogram(header.document_lengths),
+        tokenizer=tokenizer.path,
     )
     if found := list(_token_problems(prefix, header, manifest)):
         raise DataError("; ".join(found) + "; tokenize it again with --append-eod and this tokenizer")
-    tokens, start, text_bytes = memmap_tokens(prefix, header), 0, 0
-    for length in header.document_lengths.tolist():
-        text_bytes += len(tokenizer.decode(tokens[start : start + length].tolist()).encode())
-        start += length
-    fields = {**vars(manifest), "text_bytes": text_bytes, "bytes_per_token": round(text_bytes / start, 4)}
+    text_bytes = count_text_bytes(memmap_tokens(prefix, header), header.document_lengths, tokenizer)
+    fields = {**vars(manifest), "text_bytes": text_bytes, "bytes_per_token": round(text_bytes / header.tokens, 4)}
     manifest = TokenSetManifest(**fields)
     manifest.save(prefix)
     return manifest

@@ -8,6 +8,8 @@ from data_prep.errors import DataError
 from data_prep.files import sha256_file
 from data_prep.hooks import hook_identity
 from data_prep.manifest import TokenSetManifest, is_verified, load_manifest, manifest_path
+from data_prep.paths import output_prefix, user_path
+from data_prep.tokenizing.inputs import INPUT_HELP, input_files
 from data_prep.tokenizing.records import Rules
 from data_prep.tokenizing.tokenize import Settings, tokenize_files
 from data_prep.tokenizing.tokenizer import Tokenizer, available_threads
@@ -18,14 +20,14 @@ from data_prep.tokenizing.work import WorkFolder, recipe_of
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command."""
     tokens = commands.add_parser("tokenize", help="text to PREFIX.bin, .idx and .manifest.json")
-    tokens.add_argument("--input", required=True, nargs="+", help="JSON lines, text or parquet; .gz and .zst")
-    tokens.add_argument("--tokenizer", "--model", required=True, help="sentencepiece model, ours or another")
-    tokens.add_argument("--out", required=True, help="prefix, for example data/mine/train")
+    tokens.add_argument("--input", required=True, nargs="+", type=user_path, help=INPUT_HELP)
+    tokens.add_argument("--tokenizer", "--model", required=True, type=user_path, help="sentencepiece model")
+    tokens.add_argument("--out", required=True, type=output_prefix, help="prefix, for example data/mine/train")
     tokens.add_argument("--workers", type=int, default=available_threads(), help="processes (default: all cores)")
     tokens.add_argument(
         "--format", choices=FORMATS, default="auto", help="auto goes by the name; lines: one text document per line"
     )
-    tokens.add_argument("--text-key", default="text", help="field with the text (default text)")
+    tokens.add_argument("--text-key", default="text", help="field with the text (default text), or a.b inside a")
     tokens.add_argument(
         "--on-bad",
         choices=["stop", "skip", "replace"],
@@ -45,6 +47,7 @@ def _tokenize(args: argparse.Namespace) -> None:
     if args.workers < 1 or args.unit_mb <= 0:
         raise DataError(f"--workers {args.workers}, --unit-mb {args.unit_mb}: need at least 1 and more than 0")
     tokenizer = Tokenizer.load(args.tokenizer)
+    inputs = input_files(args.input)
     rules = Rules(
         text_key=args.text_key,
         on_bad=args.on_bad,
@@ -53,12 +56,12 @@ def _tokenize(args: argparse.Namespace) -> None:
         dedup=args.dedup,
         format=args.format,
     )
-    if (kept := _made_before(args.input, tokenizer, args.out, rules)) is not None:
+    if (kept := _made_before(inputs, tokenizer, args.out, rules)) is not None:
         print(f"{summary(args.out, kept)} (kept)")
         return
     settings = Settings(rules, args.workers, round(args.unit_mb * 1e6), args.max_bad, args.licence, progress=True)
     started = time.monotonic()
-    manifest = tokenize_files(args.input, tokenizer, args.out, settings)
+    manifest = tokenize_files(inputs, tokenizer, args.out, settings)
     seconds = time.monotonic() - started
     print(
         f"{summary(args.out, manifest)}; {seconds:.1f} s with {args.workers} workers,"

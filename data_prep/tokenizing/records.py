@@ -1,18 +1,26 @@
 """Documents out of a unit of input, and what is done with records that are not as they should be."""
 
 import json
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from data_prep.errors import DataError
 from data_prep.hooks import Hook, digest, keys_of
-from data_prep.jsonl import open_bytes
+from data_prep.tokenizing.outlook import set_text, text_at, what_would_work
+from data_prep.tokenizing.raw_records import line_number, records_of
+from data_prep.tokenizing.sniff import nul_bytes
 from data_prep.tokenizing.tokenizer import replace_lone_surrogates
-from data_prep.tokenizing.units import InputUnit, open_parquet
+from data_prep.tokenizing.units import InputUnit
 
-BAD_KINDS = ("bad_json", "bad_utf8", "missing_field", "surrogate", "empty", "too_long")
+BAD_KINDS = (
+    "bad_json", "bad_utf8", "nul_bytes", "repeated_key", "missing_field", "surrogate", "empty", "too_long"
+)  # fmt: skip
 LONGEST_DOCUMENT = 1 << 30  # the index holds a length in tokens as int32; a token is at least a byte, or EOS
+_UNSEEN_CATEGORIES = ("Cc", "Cf", "Zs", "Zl", "Zp")  # control and format characters, spaces
+# letters and marks that are drawn as nothing: fillers, joiner, variation selectors
+_UNSEEN = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0" + "".join(map(chr, range(0xFE00, 0xFE10))))
 
 
 @dataclass(frozen=True)
@@ -20,7 +28,7 @@ class Rules:
     """How records become documents; part of what identifies a token set.
 
     Attributes:
-        text_key: field with the text.
+        text_key: field with the text; "data.text" is the field "text" of the object under "data".
         on_bad: "stop" at the first bad record; "skip" it; "replace": bad UTF-8 and lone surrogates become
             U+FFFD, over-long text is cut into several documents, and what cannot be mended is skipped.
         max_bytes: longest document in UTF-8 bytes.
@@ -60,10 +68,11 @@ class Tally:
 
 @dataclass(frozen=True)
 class Text:
-    """One document's text (valid Unicode) and the keys that no later document may share."""
+    """One document's text (valid Unicode), the keys that no later document may share, and its other fields."""
 
     text: str
     keys: list[bytes]
+    document: dict = field(default_factory=dict)
 
 
 class _Skipped(Exception):
@@ -78,6 +87,9 @@ class RecordReader:
         self.rules = rules
         self.tally = Tally()
         self._hook = hook
+        self._given = 0  # documents so far
+        self._repeated = ""  # a key that stands twice in the object just read
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
 
     def texts(self) -> Iterator[Text]:
         """All documents in order.
@@ -86,32 +98,35 @@ class RecordReader:
             DataError: a bad record under on_bad = "stop", an error in the hook, an unreadable file. The
                 message has file, byte offset (in the decompressed file; a row number for parquet) and cause.
         """
-        for offset, record in _records(self.unit, self.rules.text_key):
+        for offset, record in records_of(self.unit):
             self.tally.records += 1
             try:
-                yield from self._documents(offset, record)
+                for text in self._documents(offset, record):
+                    self._given += 1
+                    yield text
             except _Skipped:
                 continue
 
     def _documents(self, offset: int, record: bytes | dict) -> Iterator[Text]:
         document = record if isinstance(record, dict) else self._parse(offset, record)
         document = self._hooked(offset, document)
-        text = document.get(self.rules.text_key)
+        text = text_at(document, self.rules.text_key)
         if not isinstance(text, str):
             found = "none" if text is None else type(text).__name__
             self._bad(offset, "missing_field", self._no_text(document, found))
             raise _Skipped
-        if not text.strip():
+        if not has_visible(text):
             self._bad(offset, "empty", "the text has no visible character")
             raise _Skipped
         text = self._valid(offset, text)
+        document = set_text(document, self.rules.text_key, text)
         try:
             keys = keys_of(document, text, exact=self.rules.dedup == "exact")
         except ValueError as error:
             raise self._error(offset, f"hook {self.rules.hook}: {error}") from None
         size = len(text.encode())
         if size <= self.rules.max_bytes:
-            yield Text(text, keys)
+            yield Text(text, keys, document)
             return
         self._bad(offset, "too_long", f"{size} bytes, the longest allowed is {self.rules.max_bytes}", mended=True)
         for number, piece in enumerate(_pieces(text, self.rules.max_bytes)):
@@ -120,6 +135,8 @@ class RecordReader:
 
     def _parse(self, offset: int, record: bytes) -> dict:
         """The object on a line of JSON, or {text_key: text} of plain text."""
+        if found := nul_bytes(record):
+            self._bad(offset, "nul_bytes", f"{found[1]}, the first at byte {found[0]} of the record")
         try:
             text = record.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -128,14 +145,25 @@ class RecordReader:
         if self.unit.format != "jsonl":
             return {self.rules.text_key: text}
         try:
-            value = json.loads(text)
+            self._repeated = ""
+            value = self._decoder.decode(text)
         except (ValueError, RecursionError) as error:
             self._bad(offset, "bad_json", str(error))
             raise _Skipped from None
         if not isinstance(value, dict):
             self._bad(offset, "missing_field", f"expected an object, found {type(value).__name__}")
             raise _Skipped
+        if self._repeated:
+            what = f"the key {self._repeated!r} stands twice with different values; `replace` takes the last"
+            self._bad(offset, "repeated_key", what, mended=True)
         return value
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict:
+        """A JSON object; of a key that stands twice the last value counts, as in Python's own reader."""
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            self._repeated = next((key for key, value in pairs if found[key] != value), self._repeated)
+        return found
 
     def _hooked(self, offset: int, document: dict) -> dict:
         if self._hook is None:
@@ -178,39 +206,20 @@ class RecordReader:
         if self.unit.format == "parquet":
             place = f"row {offset}"
         else:
-            place = f"line {_line_number(self.unit.path, offset)}, byte offset {offset}"
-        advice = "; --on-bad skip or --on-bad replace goes on" if kind else ""
+            place = f"line {line_number(self.unit.path, offset)}, byte offset {offset}"
+        advice = f"; {self._advice(kind)}" if kind else ""
         return DataError(f"{self.unit.path}: {place}: {kind + ': ' if kind else ''}{message}{advice}")
 
-
-def _records(unit: InputUnit, text_key: str) -> Iterator[tuple[int, bytes | dict]]:
-    """(offset, line without its newline) or (row number, row); blank lines are passed over."""
-    if unit.format == "parquet":
-        yield from _rows(unit)
-        return
-    with open_bytes(unit.path) as stream:
-        if unit.format == "text":
-            yield 0, stream.read().removeprefix(b"\xef\xbb\xbf")
-            return
-        whole = unit.path.endswith((".gz", ".zst"))
-        offset = 0 if whole else stream.seek(unit.start)
-        while whole or offset < unit.stop:
-            line = stream.readline()
-            if not line:
-                return
-            if line.strip():
-                mark = b"\xef\xbb\xbf" if offset == 0 else b""  # some editors begin a file with a byte-order mark
-                yield offset, line.removeprefix(mark).rstrip(b"\r\n")
-            offset += len(line)
+    def _advice(self, kind: str) -> str:
+        """Skipping is no help where nothing would be left; a hook may make a text of any field."""
+        hopeless = kind in ("bad_json", "missing_field") and not self._given and not self.rules.hook
+        other = what_would_work(self.unit, self.rules.text_key) if hopeless else ""
+        return other or "--on-bad skip or --on-bad replace goes on"
 
 
-def _rows(unit: InputUnit) -> Iterator[tuple[int, dict]]:
-    file = open_parquet(unit.path)
-    row = sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
-    for batch in file.iter_batches(batch_size=1024, row_groups=[unit.start]):
-        for value in batch.to_pylist():
-            yield row, value
-            row += 1
+def has_visible(text: str) -> bool:
+    """True if the text shows anything: not only white space, control, zero-width and filler characters."""
+    return any(unicodedata.category(letter) not in _UNSEEN_CATEGORIES and letter not in _UNSEEN for letter in text)
 
 
 def _pieces(text: str, max_bytes: int) -> Iterator[str]:
@@ -223,16 +232,3 @@ def _pieces(text: str, max_bytes: int) -> Iterator[str]:
             stop -= 1
         yield data[start:stop].decode()
         start = stop
-
-
-def _line_number(path: str, offset: int) -> int:
-    """Lines are counted from 1; only for messages, since a unit does not know what stands before it."""
-    lines = 1
-    with open_bytes(path) as stream:
-        while offset > 0:
-            data = stream.read(min(offset, 1 << 20))
-            if not data:
-                break
-            lines += data.count(b"\n")
-            offset -= len(data)
-    return lines

@@ -6,7 +6,6 @@ workers nor on interruptions.
 """
 
 import hashlib
-import json
 import multiprocessing
 import os
 from collections import deque
@@ -20,13 +19,14 @@ from typing import Any
 import numpy as np
 
 from data_prep.errors import DataError
-from data_prep.files import atomic_write
 from data_prep.hooks import hook_identity
 from data_prep.indexed import IndexedWriter
 from data_prep.manifest import TokenSetManifest, length_histogram, remove_manifest
+from data_prep.tokenizing.bad import bad_counts, nothing_left, report_bad
+from data_prep.tokenizing.inputs import refuse_twice
 from data_prep.tokenizing.merge import Merged, merge
 from data_prep.tokenizing.progress import Progress
-from data_prep.tokenizing.records import BAD_KINDS, Rules
+from data_prep.tokenizing.records import Rules
 from data_prep.tokenizing.shard import TokenizeTask, Worker, finished_part, run_task, start_worker
 from data_prep.tokenizing.tokenizer import Tokenizer, available_threads
 from data_prep.tokenizing.units import plan
@@ -78,8 +78,7 @@ def tokenize_files(
     """
     settings.rules.check()
     limit = parse_limit(settings.max_bad)
-    if len(set(sources)) != len(sources):
-        raise DataError("an input file is named twice; its documents would be in the set twice")
+    refuse_twice(sources)
     units = plan(sources, settings.rules.format, settings.unit_bytes)
     before = stamps(sources)
     hook = hook_identity(settings.rules.hook)
@@ -187,8 +186,7 @@ def _publish(
     with IndexedWriter(prefix, origin.tokenizer.vocab_size) as writer:
         merged = merge([task.base for task in tasks], writer)
         if not writer.lengths:
-            names = ", ".join(source["name"] for source in origin.sources)
-            raise DataError(f"{names}: no documents; give at least one with a text")
+            raise DataError(nothing_left([task.unit for task in tasks], tasks[0].rules if tasks else Rules(), records))
         remove_manifest(prefix)
     report_bad(records, prefix)
     manifest = _manifest(writer, merged, records, origin)
@@ -219,25 +217,8 @@ def _manifest(
         dropped={"hook": sum(record["dropped_by_hook"] for record in records), "repeated": merged.repeated},
         length_histogram=length_histogram(lengths),
         recipe=origin.recipe,
+        tokenizer=origin.tokenizer.path,
     )
-
-
-def bad_counts(records: list[dict[str, Any]]) -> dict[str, int]:
-    """Bad records by kind, kinds that did not occur left out."""
-    totals = {kind: sum(record["bad"].get(kind, 0) for record in records) for kind in BAD_KINDS}
-    return {kind: count for kind, count in totals.items() if count}
-
-
-def report_bad(records: list[dict[str, Any]], prefix: str | Path) -> None:
-    """Write PREFIX.bad.jsonl, or remove an old one if there is nothing to report."""
-    path = Path(f"{prefix}.bad.jsonl")
-    if not any(record["bad_records"] for record in records):
-        path.unlink(missing_ok=True)
-        return
-    with atomic_write(path) as stream:
-        for record in records:
-            for entry in record["bad_records"]:  # sorted keys: a record made now and one read from a part are equal
-                stream.write((json.dumps(entry, sort_keys=True) + "\n").encode())
 
 
 def _refuse(records: list[dict[str, Any]], prefix: str | Path, how_many: str) -> None:

@@ -12,10 +12,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import sentencepiece
 
 from data_prep.errors import DataError
 from data_prep.files import atomic_write
+from data_prep.paths import naming
 
 # The model file records the number of threads, so it is fixed: the same text gives the same sha256 anywhere.
 TRAINING_THREADS = 4
@@ -38,10 +40,12 @@ class Tokenizer:
     """A trained model, ours or another sentencepiece model; encoding adds no special tokens.
 
     Attributes: vocab_size, eos_id, pad_id (distinct from eos_id; -1 if the model has none, as Llama's),
-        sha256 (hex, of the model file), model_bytes.
+        sha256 (hex, of the model file), model_bytes, path (of the model file as given, "" if unknown).
     """
 
-    def __init__(self, model: bytes, name: str = "tokenizer") -> None:
+    def __init__(self, model: bytes, path: str = "") -> None:
+        name = path or "tokenizer"
+        self.path = path
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.model_bytes = model
         try:
@@ -82,13 +86,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Read a model file; raises DataError if it is missing or not a model."""
-        try:
-            return cls(Path(path).read_bytes(), str(path))
-        except FileNotFoundError:
-            raise DataError(
-                f"{path}: no such file; `python -m data_prep tokenizer train --input TEXT.jsonl --out {path}`"
-            ) from None
+        """Read a model file; raises DataError if it is missing, unreadable or not a model."""
+        # no advice to train one: it would have other ids than the sets that exist
+        with naming(path, "no such file; --tokenizer FILE names the model, `tokenizer train` makes a first one"):
+            model = Path(path).read_bytes()
+        return cls(model, str(path))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of one text."""
@@ -110,6 +112,15 @@ class Tokenizer:
             ids += self._marks[mark]
             ids += next(encoded)
         return ids
+
+    def character_starts(self) -> np.ndarray:
+        """Bool [vocab_size]: False for the byte pieces that continue a character of UTF-8."""
+        starts = np.ones(self.vocab_size, dtype=bool)
+        for byte in range(0x80, 0xC0):
+            number = self._model.piece_to_id(f"<0x{byte:02X}>")
+            if self._model.is_byte(number):
+                starts[number] = False
+        return starts
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids; control tokens (EOS, padding) give nothing."""

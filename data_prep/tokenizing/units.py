@@ -1,16 +1,18 @@
 """How input files are cut into units of work: byte ranges that end at newlines, whole files, row groups."""
 
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from data_prep.compressed import compression_of, plain_name
 from data_prep.errors import DataError
-from data_prep.jsonl import is_compressed
+from data_prep.paths import naming
+from data_prep.tokenizing.inputs import TEXT_SUFFIXES
+from data_prep.tokenizing.sniff import check_head
 
 FORMATS = ("auto", "jsonl", "text", "lines", "parquet")
-_TEXT_SUFFIXES = (".txt", ".md", ".rst")
 
 
 @dataclass(frozen=True)
@@ -32,32 +34,37 @@ class InputUnit:
 
 
 def format_of(path: str, asked: str = "auto") -> str:
-    """The format that a file name (without .gz or .zst) speaks of: .parquet, .txt/.md/.rst, else JSON lines."""
+    """The format that a name without .gz and the like speaks of: .parquet, .txt/.md/.rst, else JSON lines."""
     if asked != "auto":
         return asked
-    name = Path(path)
-    suffix = name.with_suffix("").suffix if is_compressed(name) else name.suffix
+    suffix = plain_name(path).suffix.lower()
     if suffix == ".parquet":
         return "parquet"
-    return "text" if suffix in _TEXT_SUFFIXES else "jsonl"
+    return "text" if suffix in TEXT_SUFFIXES else "jsonl"
 
 
 def plan(paths: Iterable[str], asked: str, unit_bytes: int) -> list[InputUnit]:
     """All units of all files, in input order; depends on the files and `unit_bytes` only.
 
     Raises:
-        DataError: a file is missing, or is parquet and pyarrow is not installed.
+        DataError: a file is missing or unreadable, is not what its format says (see `sniff.check_head`), or is
+            parquet and pyarrow is not installed.
     """
+    units = cut(paths, asked, unit_bytes)
+    for path, kind in dict.fromkeys((unit.path, unit.format) for unit in units):
+        if kind != "parquet":
+            check_head(path, kind)
+    return units
+
+
+def cut(paths: Iterable[str], asked: str, unit_bytes: int) -> list[InputUnit]:
+    """`plan` without a look at what is in the files; raises DataError likewise."""
     units: list[InputUnit] = []
     for path in paths:
-        if os.path.isdir(path):
-            raise DataError(f"{path}: a folder; name its files, for example {path}/*.jsonl")
-        if not os.path.isfile(path):
-            raise DataError(f"{path}: no such file")
-        kind, size = format_of(path, asked), os.path.getsize(path)
+        kind, size = format_of(path, asked), _size(path)
         if kind == "parquet":
             units += _row_groups(path, size)
-        elif kind == "text" or is_compressed(path):
+        elif kind == "text" or compression_of(path):
             units.append(InputUnit(path, kind, 0, size, size))  # a compressed file can only be read from its start
         else:
             units += [
@@ -66,10 +73,20 @@ def plan(paths: Iterable[str], asked: str, unit_bytes: int) -> list[InputUnit]:
     return units
 
 
+def _size(path: str) -> int:
+    with naming(path):
+        status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise DataError(f"{path}: a folder; name its files, for example {path}/*.jsonl")
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{path}: a pipe or device, and input is read more than once; write it to a file")
+    return status.st_size
+
+
 def _ranges(path: str, size: int, unit_bytes: int) -> Iterator[tuple[int, int]]:
     """Ranges of about `unit_bytes` that end just after a newline, or at the end of the file."""
     start = 0
-    with open(path, "rb") as stream:
+    with naming(path), open(path, "rb") as stream:
         while start < size:
             stop = min(start + unit_bytes, size)
             if stop < size:

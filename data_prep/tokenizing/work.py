@@ -13,11 +13,11 @@ from types import TracebackType
 from typing import IO, Any
 
 from data_prep.errors import DataError
-from data_prep.files import sha256_file
+from data_prep.files import make_folder, sha256_file
 from data_prep.tokenizing.records import Rules
 from data_prep.tokenizing.units import InputUnit
 
-PART_FORMAT = 1  # raise when parts are written in another way
+PART_FORMAT = 2  # raise when parts are written in another way
 Stamp = tuple[int, int]
 
 
@@ -32,7 +32,7 @@ class WorkFolder:
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> "WorkFolder":
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         self._lock = open(self.path / "lock", "w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

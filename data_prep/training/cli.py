@@ -6,13 +6,15 @@ What the commands need is imported when they run. It brings torch and megatron-c
 
 import argparse
 
+from data_prep.paths import user_path
+
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the commands to `commands`, what ArgumentParser.add_subparsers() gave; each sets `run`."""
     blend = commands.add_parser("blend", help="tokens, epochs and first order per source for a token budget")
     index = commands.add_parser("index", help="check the data and build the indices that training maps into memory")
     for parser in (blend, index):
-        parser.add_argument("config", help="the run's YAML file")
+        parser.add_argument("config", type=user_path, help="the run's YAML file")
         parser.add_argument("overrides", nargs="*", help="the run's section.key=value, and YAML files to merge")
     blend.add_argument("--tokens", type=_count, required=True, help="training tokens, such as 3e9")
     blend.set_defaults(run=_blend)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from data_prep.paths import user_path
 from data_prep.training.index_store import MegatronStore, TokenStore
 
 BUILD_INDEX = "`python -m data_prep index CONFIG` (with the overrides of the run) builds it on one CPU"
@@ -26,7 +27,7 @@ class IndexKey:
             name += f"-seed{self.seed}-megatron{version('megatron-core')}"
         else:
             return None
-        return Path(cache or f"{store.name}.cache", name)
+        return Path(user_path(cache) if cache else f"{store.name}.cache", name)
 
 
 def too_short_for(tokens: int, seq_len: int, documents: str) -> tuple[str, str] | None:

@@ -12,6 +12,7 @@ from data_prep.errors import DataError
 from data_prep.files import sha256_file, write_json
 from data_prep.indexed import memmap_tokens
 from data_prep.manifest import open_checked
+from data_prep.paths import naming, token_prefix
 from data_prep.training.raw import RawFolder, is_raw_folder
 
 
@@ -19,7 +20,7 @@ class TokenStore(Protocol):
     """A stream of documents.
 
     Attributes: name (for messages), tokens, vocab_size, eos_id, fingerprint (hex identity of the tokens), tokenizer
-    (hex sha256, "" if unknown), bytes_per_token (of text; nan if unknown).
+    (hex sha256, "" if unknown), tokenizer_path (as given, "" if unknown), bytes_per_token (of text; nan if unknown).
     """
 
     name: str
@@ -28,6 +29,7 @@ class TokenStore(Protocol):
     eos_id: int
     fingerprint: str
     tokenizer: str
+    tokenizer_path: str
     bytes_per_token: float
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -52,6 +54,7 @@ class MegatronStore:
         self.eos_id = self.manifest.eos_id
         self.fingerprint = self.manifest.fingerprint
         self.tokenizer = self.manifest.sha256_tokenizer
+        self.tokenizer_path = self.manifest.tokenizer
         self.bytes_per_token = self.manifest.bytes_per_token
         self._tokens = memmap_tokens(prefix, self._header)
 
@@ -101,6 +104,6 @@ def open_store(path: str, eos_id: int = -1, vocab_size: int = 0) -> TokenStore:
 
     Raises DataError if they are missing, truncated or empty.
     """
-    if is_raw_folder(path):
-        return RawFolder(path, eos_id, vocab_size)
-    return MegatronStore(path)
+    path = token_prefix(path)
+    with naming(path):
+        return RawFolder(path, eos_id, vocab_size) if is_raw_folder(path) else MegatronStore(path)

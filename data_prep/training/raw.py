@@ -34,6 +34,7 @@ class RawFolder:
     """
 
     tokenizer = ""
+    tokenizer_path = ""
     bytes_per_token = float("nan")
 
     def __init__(self, folder: str | Path, eos_id: int = -1, vocab_size: int = 0) -> None:

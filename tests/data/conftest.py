@@ -1,9 +1,13 @@
 """A small real corpus, its tokenizer and its token files, made once."""
 
+import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sentencepiece
 
 from data_prep.corpora.corpus import topic_documents, write_corpus
 from data_prep.jsonl import read_texts
@@ -48,3 +52,23 @@ def copied(tiny: TinyData, tmp_path: Path) -> TinyData:
         if path.is_file():
             (tmp_path / path.name).write_bytes(path.read_bytes())
     return TinyData(tmp_path, tiny.tokenizer, tiny.train)
+
+
+@pytest.fixture
+def existing_model(tiny: TinyData) -> Callable[..., Tokenizer]:
+    """Makes a model of somebody else, with sentencepiece's own defaults but for what is given."""
+
+    def train(**settings: Any) -> Tokenizer:
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter((tiny.folder / "train.jsonl").read_text().splitlines()),
+            model_writer=model,
+            vocab_size=600,
+            model_type="bpe",
+            max_sentence_length=100_000,
+            minloglevel=2,
+            **settings,
+        )
+        return Tokenizer(model.getvalue())
+
+    return train

@@ -9,6 +9,7 @@ import pytest
 
 from data_prep.__main__ import build_parser, main
 from data_prep.corpora.corpus import topic_documents
+from data_prep.corpora.library_corpus import LIBRARY, LibrarySource
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,7 +62,7 @@ def test_bad_records_are_counted_on_the_console(tiny, tmp_path, capsys):
         (["corpus", "--add", "anarchism", "--out", "OUT"], "--add goes with --tier"),
         (["tokenizer", "info"], "no model"),
         (["tokenizer", "train", "--input", "gone.jsonl", "--out", "OUT/t"], "gone.jsonl: no such file"),
-        (["tokenizer", "train", "--input", "OUT", "--out", "OUT/t"], "a folder; name its files, for example"),
+        (["tokenizer", "train", "--input", "OUT", "--out", "OUT/t"], "a folder without files that end in .jsonl"),
         (["verify", "OUT/absent"], "absent.idx: no such file"),
     ],
 )
@@ -79,9 +80,17 @@ def test_no_apt_is_said_by_the_command(tmp_path, capsys, monkeypatch):
 def test_corpus_list_and_default_tier(tmp_path, capsys, monkeypatch):
     assert main(["corpus", "--list"]) == 0
     assert "public domain" in capsys.readouterr().out
-    monkeypatch.setattr("data_prep.quickstart.quickstart_documents", topic_documents)
-    assert main(["corpus", "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "heldout.jsonl").exists()
+    for name, part in (("stdlib", slice(0, 20)), ("topics", slice(20, 40))):
+        documents = list(topic_documents())[part]
+        monkeypatch.setitem(LIBRARY, name, LibrarySource(0.1, lambda documents=documents: documents, "a few"))
+    assert main(["corpus", "--out", str(tmp_path), "--heldout", "0.5"]) == 0
+    for name in ("stdlib", "topics"):  # one folder per source, as in every other tier
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == [
+            "heldout.jsonl", "manifest.json", "train.jsonl"
+        ]  # fmt: skip
+        assert len((tmp_path / name / "heldout.jsonl").read_text().splitlines()) > 3
+    assert main(["corpus", "--out", str(tmp_path / "one"), "--sources", "topics"]) == 0
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["manifest.json", "topics"]
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(tiny):

@@ -14,8 +14,9 @@ from data_prep.corpora.cli import source_table
 from data_prep.corpora.debian import check_tools, fetch, resolve
 from data_prep.corpora.debian_corpus import documents_of, package_sources
 from data_prep.corpora.debian_extract import dictd, jargon, joined, kjv, kjv_chapters, pages, plain, pod, wordnet
-from data_prep.corpora.debian_sources import SOURCES, TIERS, Source, chosen_sources
+from data_prep.corpora.debian_sources import SOURCES, Source
 from data_prep.corpora.debian_text import clean, html_text, pod_text
+from data_prep.corpora.tiers import TIERS, chosen_sources
 from data_prep.errors import DataError
 
 

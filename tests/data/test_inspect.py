@@ -45,6 +45,28 @@ def test_resets_stand_where_training_resets(tiny):
     assert carried.count("state carried over") == 3
 
 
+def test_the_recorded_tokenizer_is_found_and_a_missing_one_asked_for(copied, tmp_path, capsys):
+    """Advice to train one would give a model with other ids."""
+    (tmp_path / "models").mkdir()
+    model = (tmp_path / "tokenizer.model").rename(tmp_path / "models" / "mine.model")
+    command = ["tokenize", "--input", f"{tmp_path}/heldout.jsonl", "--tokenizer", str(model)]
+    assert main([*command, "--out", f"{tmp_path}/new", "--workers", "1"]) == 0
+    recorded = json.loads((tmp_path / "new.manifest.json").read_bytes())
+    assert (recorded["tokenizer"], recorded["sha256_tokenizer"]) == (str(model), copied.tokenizer.sha256)
+    look = ["inspect", f"{tmp_path}/new", "--document", "0"]
+    assert main(look) == 0
+    model.rename(tmp_path / "moved.model")
+    capsys.readouterr()
+    assert main(look) == 2
+    message = capsys.readouterr().err
+    assert f"its tokenizer, sha256 {copied.tokenizer.sha256[:12]} is not there ({model}, " in message
+    assert "--tokenizer FILE names it" in message
+    assert "train" not in message
+    assert main([*look, "--tokenizer", f"{tmp_path}/moved.model"]) == 0
+    assert main([*command, "--out", f"{tmp_path}/new"]) == 2
+    assert f"{model}: no such file; --tokenizer FILE names the model" in capsys.readouterr().err
+
+
 def test_a_window_is_the_tokens_in_file_order(tiny):
     tokens = memmap_tokens(tiny.train_prefix, read_header(tiny.train_prefix))
     shown = show_window(tiny.train_prefix, 3, 50, "reset")

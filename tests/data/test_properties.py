@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny import write_documents
 
 from data_prep.indexed import memmap_tokens, read_header
-from data_prep.tokenizing.units import plan
+from data_prep.tokenizing.units import cut
 from data_prep.training.batches import global_batch_slice
 from data_prep.training.blend_order import BlendOrder
 from data_prep.training.index_rows import DocumentRows, StreamWindows, rows_before
@@ -132,7 +132,7 @@ def test_units_are_the_file_cut_behind_newlines(lines, unit_bytes):
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
         file.write(data)
         file.flush()
-        units = plan([file.name], "auto", unit_bytes)
+        units = cut([file.name], "auto", unit_bytes)
     pieces = [data[unit.start : unit.stop] for unit in units]
     assert b"".join(pieces) == data
     assert all(piece.endswith(b"\n") for piece in pieces[:-1])

@@ -48,15 +48,14 @@ def test_only_what_is_damaged_or_depends_on_a_change_is_made_again(tmp_path):
 
 def test_command_line(tmp_path, capsys):
     out = str(tmp_path / "out")
-    assert main(["corpus", "--out", out]) == 0
-    assert (
-        main(["tokenizer", "train", "--input", f"{out}/train.jsonl", "--out", f"{out}/t.model", "--vocab", "600"]) == 0
-    )
+    assert main(["corpus", "--out", out, "--sources", "topics"]) == 0
+    train = ["--input", f"{out}/topics/train.jsonl", "--out", f"{out}/t.model", "--vocab", "600"]
+    assert main(["tokenizer", "train", *train]) == 0
     assert main(["tokenizer", "info", f"{out}/t.model"]) == 0
     trained, described = capsys.readouterr().out.splitlines()[-2:]
     assert trained == described
     assert "600 pieces, eos 1, pad 2" in described
-    arguments = ["--input", f"{out}/heldout.jsonl", "--tokenizer", f"{out}/t.model", "--out", f"{out}/x"]
+    arguments = ["--input", f"{out}/topics/heldout.jsonl", "--tokenizer", f"{out}/t.model", "--out", f"{out}/x"]
     assert main(["tokenize", *arguments]) == 0
     assert Path(f"{out}/x.manifest.json").exists()
 

@@ -116,7 +116,7 @@ def test_truncated_gzip_is_an_error_not_an_end(run, tmp_path, jsonl, cut):
 @pytest.mark.parametrize(("name", "package"), [("in.jsonl.zst", "zstandard"), ("in.parquet", "pyarrow")])
 def test_a_missing_package_is_named(run, tmp_path, monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, package, None)
-    (tmp_path / name).write_bytes(b"x")
+    (tmp_path / name).write_bytes(b"\x28\xb5\x2f\xfd")
     with pytest.raises(DataError, match=rf"{name}: .*pip install {package}"):
         run(name)
 

@@ -1,5 +1,3 @@
-import io
-
 import pytest
 import sentencepiece
 from hypothesis import given, settings
@@ -126,24 +124,9 @@ def test_real_text_is_encoded_as_a_whole_would_be(tiny, unigram):
         assert tokenizer.encode_batch(texts) == whole.encode(texts)
 
 
-def existing_model(tiny, **settings):
-    """A model of somebody else, with sentencepiece's own defaults but for `settings`."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter((tiny.folder / "train.jsonl").read_text().splitlines()),
-        model_writer=model,
-        vocab_size=600,
-        model_type="bpe",
-        max_sentence_length=100_000,
-        minloglevel=2,
-        **settings,
-    )
-    return Tokenizer(model.getvalue())
-
-
-def test_a_llama_style_model_is_accepted(tiny):
+def test_a_llama_style_model_is_accepted(existing_model):
     """Byte fallback, no normalisation, a space before every text, no padding token."""
-    llama = existing_model(tiny, byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False)
+    llama = existing_model(byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False)
     assert (llama.eos_id, llama.pad_id) == (2, -1)
     with_mark = [text for text in HOSTILE if "\u2581" in text]
     assert llama.failures(HOSTILE) == with_mark  # its U+2581 is a space; nothing can be done from outside
@@ -152,6 +135,6 @@ def test_a_llama_style_model_is_accepted(tiny):
     assert llama.encode_batch(HOSTILE) == whole.encode(HOSTILE)
 
 
-def test_what_another_model_changes_is_told(tiny):
-    changing = existing_model(tiny)
+def test_what_another_model_changes_is_told(existing_model):
+    changing = existing_model()
     assert changing.failures(["two  spaces", "plain words"]) == ["two  spaces"]

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from tiny import write_documents
 
 from data_prep.errors import DataError
 from data_prep.files import sha256_file
-from data_prep.indexed import memmap_tokens, read_header
+from data_prep.indexed import IndexedWriter, memmap_tokens, read_header
+from data_prep.inspection.text_bytes import count_text_bytes
 from data_prep.inspection.verify import adopt, problems
 from data_prep.manifest import length_histogram, load_manifest, open_checked
 
@@ -120,6 +122,37 @@ def test_a_set_of_megatrons_builder_is_read_and_gets_a_manifest(tiny, tmp_path):
     assert load_manifest(tmp_path / "m") == manifest
     assert (manifest.documents, manifest.text_bytes) == (2, sum(len(text.encode()) for text in texts))
     assert list(problems(tmp_path / "m")) == []
+
+
+def test_a_manifest_of_one_endless_document_takes_little_memory(tiny, tmp_path):
+    """All tokens at once as Python's numbers are 36 bytes each: 140 MB here, and 36 GB of 10^9 tokens."""
+    sentence = "Some words, grüße and 漢字.\n"
+    part = tiny.tokenizer.encode(sentence)
+    ids = np.array(part * (4_000_000 // len(part)) + [tiny.tokenizer.eos_id], dtype="<u2")
+    with IndexedWriter(tmp_path / "long", tiny.tokenizer.vocab_size) as writer:
+        writer.add_encoded(ids.tobytes(), np.array([len(ids)]))
+    tracemalloc.start()
+    manifest = adopt(tmp_path / "long", tiny.tokenizer)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
+    assert manifest.text_bytes == len(sentence.encode()) * (len(ids) // len(part))
+
+
+@pytest.mark.parametrize("settings", [{}, {"add_dummy_prefix": True, "remove_extra_whitespaces": False}])
+def test_text_is_counted_in_pieces_as_it_is_at_once(tiny, monkeypatch, existing_model, settings):
+    """Pieces end inside no character, and no space is lost where one begins; in our models and in Llama's."""
+    model = existing_model(byte_fallback=True, normalization_rule_name="identity", **settings)
+    tokenizers = [tiny.tokenizer, model]
+    text = "Some words   with spaces, grüße, 漢字漢字 and \U0001f600\U0001f600.\n" * 5
+    for tokenizer in tokenizers:
+        documents = [[*tokenizer.encode(part), tokenizer.eos_id] for part in (text, "", " a", "漢" * 9)]
+        tokens = np.array([number for document in documents for number in document])
+        lengths = np.array([len(document) for document in documents])
+        expected = sum(len(tokenizer.decode(document).encode()) for document in documents)
+        for size in (1, 4, 5, 7, 64):
+            monkeypatch.setattr("data_prep.inspection.text_bytes.PIECE_TOKENS", size + 3)
+            assert count_text_bytes(tokens, lengths, tokenizer) == expected
 
 
 def test_foreign_sets_that_would_train_wrongly_are_refused(tiny, tmp_path):
