@@ -155,21 +155,29 @@ class Run:
             while self.step < last and not wishes.signal:
                 self._one_step(log, last)
                 if self.skips.stop:
-                    log.event("STOP", step=self.step, reason=self.skips.stop, in_a_row=self.skips.in_a_row)
-                    return DO_NOT_RESTART
+                    return self._give_up(log, self.skips.stop)
                 wishes = self.saver.wishes(self.stop.requested)
                 beat("save")
                 self.saver.after_step(self.step, self.step == last, wishes, log)
                 if wishes.stop and not wishes.signal:
                     log.event("STOP", step=self.step, reason="the file STOP in the run folder")
-                    return DONE
+                    break
             if wishes.signal:
                 log.event("SIGNAL", name=self.stop.name or "on another rank", agreed_step=self.step)
                 # SIGINT is a person who wants to stop; the others come from a scheduler that can start us again
-                return REQUEUE if groups.any_rank(self.stop.name in ("TERM", "USR1")) else DONE
+                if groups.any_rank(self.stop.name in ("TERM", "USR1")):
+                    return REQUEUE
             beat("exit")
+            if self.skips.doubt:
+                return self._give_up(log, self.skips.doubt)
             log.say(f"done at step {self.step}: {self.folder}")
         return DONE
+
+    def _give_up(self, log: NoLog, reason: str) -> int:
+        """Say where a person can go on from; a restart as it is would come to the same."""
+        skips, last_good = self.skips.in_a_row, self.saver.last_good(log)
+        log.event("STOP", step=self.step, reason=reason, in_a_row=skips, last_good=last_good)
+        return DO_NOT_RESTART
 
     def _one_step(self, log: NoLog, last: int) -> None:
         """Forward, backward, reduce, and either update or skip; then whatever this step logs."""
@@ -251,6 +259,7 @@ class Run:
             "tokens": step * train.tokens_per_step,
             "schedule": {"step": step, "of": train.steps, "lr": rate_at(step, optim, train.steps)},
             "skips": self.skips.state(),
+            "doubt": self.skips.doubt,
             "config": dataclasses.asdict(self.config),
         }
 

@@ -205,6 +205,7 @@ def test_too_many_skips_in_a_row_stop_the_run(tmp_path):
         "step": 5,
         "reason": "nonfinite_gradients",
         "in_a_row": 3,
+        "last_good": "step_00000002",
     }
 
 
