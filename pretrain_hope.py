@@ -23,6 +23,7 @@ from configs.errors import ConfigError
 from configs.schema import Config, load, to_yaml
 from data_prep.errors import DataError
 from data_prep.training.feed import Feed
+from hope.train.console import print_line
 from hope.train.heartbeat import Heartbeat
 from hope.train.instruments import Instruments, Taken
 from hope.train.metrics import NoLog, open_log, record_of_no_step
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         config = load(args.config, args.overrides, world_size=world_size)
         if launch.rank == 0:
             config.model.warn_hazards()
-            print(facts(config, world_size), flush=True)
+            print_line(facts(config, world_size))
         if args.dry_run:
             return DONE
         with StopRequest(usr1=True) as stop:
@@ -240,10 +241,8 @@ class Run:
         return {} if losses is None else self.feed.summary(losses)
 
     def _announce(self, log: NoLog) -> None:
-        if self.ranks.rank == 0:
-            (self.folder / "logs").mkdir(exist_ok=True)
-            (self.folder / "config.yaml").write_text(to_yaml(self.config))
-            (self.folder / "env.txt").write_text(report.environment(self.ranks.device))
+        log.text("config.yaml", to_yaml(self.config))
+        log.text("env.txt", report.environment(self.ranks.device))
         for note in self.notes:
             log.say(f"RESUME note: {note}")
         if self.resumed:
