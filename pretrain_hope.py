@@ -12,6 +12,7 @@ import dataclasses
 import math
 import os
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ from parallel.compute.replica import build_replica
 from parallel.layout import report
 from parallel.layout.memory import StepShape
 from parallel.start import groups, launcher
-from parallel.start.errors import LaunchError
+from parallel.start.errors import LaunchError, NotNow
+from parallel.start.meeting import of_run
+from parallel.start.owner import hold_for_all
 
 DONE, FAILURE, CONFIG_ERROR, REQUEUE, DO_NOT_RESTART = 0, 1, 2, 85, 93
 # Errors whose message says what to do, where a traceback would not: what stands before the message.
@@ -75,12 +78,16 @@ def main(argv: list[str] | None = None) -> int:
             return DONE
         with StopRequest(usr1=True) as stop:
             beat("init")  # from here on signals are safe: the agent holds them back until the first beat
-            with groups.start(config.parallel) as ranks:
-                return Run(config, ranks, stop, beat).train()
+            folder = Path(config.run.dir) / config.run.name
+            with (
+                groups.start(config.parallel, who=of_run(folder, config)) as ranks,
+                hold_for_all(folder, ranks, lambda: beat("init")) as check_owner,
+            ):
+                return Run(config, ranks, stop, beat).train(check_owner)
     except tuple(EXPLAINED) as error:
         kind = next(word for known, word in EXPLAINED.items() if isinstance(error, known))
         print(f"{kind}{error}", file=sys.stderr, flush=True)
-        return FAILURE if isinstance(error, SaveError) else CONFIG_ERROR
+        return FAILURE if isinstance(error, SaveError | NotNow) else CONFIG_ERROR
 
 
 def facts(config: Config, world_size: int) -> str:
@@ -132,8 +139,8 @@ class Run:
             self.skips.restore(self.resumed.manifest.extra["skips"])
         self.saver = Saver(self.folder, config.checkpoint, checkpointer, ranks, models, self.optimizer, self._contents)
 
-    def train(self) -> int:
-        """Run to the last step, `train.stop_after`, or a signal."""
+    def train(self, check_owner: Callable[[], None] = lambda: None) -> int:
+        """Run to the last step, `train.stop_after`, or a signal. `check_owner` raises if the folder is lost."""
         config, beat = self.config, self.instruments.beat
         last = min(config.train.stop_after or config.train.steps, config.train.steps)
         with ExitStack() as stack:
@@ -157,6 +164,7 @@ class Run:
                 self._one_step(log, last)
                 if self.skips.stop:
                     return self._give_up(log, self.skips.stop)
+                check_owner()
                 wishes = self.saver.wishes(self.stop.requested)
                 beat("save")
                 self.saver.after_step(self.step, self.step == last, wishes, log)
