@@ -33,14 +33,14 @@ from hope.train.schedule import rate_at
 from hope.train.signals import StopRequest
 from hope.train.skips import SkipPolicy
 from parallel.checkpoint.errors import CheckpointError, SaveError
-from parallel.checkpoint.resume import check_data, start_from
+from parallel.checkpoint.resume import check_data, check_end, start_from
 from parallel.checkpoint.saving import Saver
 from parallel.compute.evaluation import heldout_losses
 from parallel.compute.pipeline import Report, mean_loss
 from parallel.compute.replica import build_replica
 from parallel.layout import report
 from parallel.layout.memory import StepShape
-from parallel.start import groups, launcher
+from parallel.start import groups, launcher, told
 from parallel.start.errors import LaunchError, NotNow
 from parallel.start.meeting import of_run
 from parallel.start.owner import hold_for_all
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(
             "--devices N, at least 1, goes with --dry-run; a run counts the processes that its launcher started"
         )
-    beat = Heartbeat()
+    beat, launch, met = Heartbeat(), None, False
     try:
         launch = launcher.from_environment(os.environ)
         world_size = args.devices or launch.world_size
@@ -83,11 +83,22 @@ def main(argv: list[str] | None = None) -> int:
                 groups.start(config.parallel, who=of_run(folder, config)) as ranks,
                 hold_for_all(folder, ranks, lambda: beat("init")) as check_owner,
             ):
+                met = True  # what a Run refuses, it refuses on every rank
                 return Run(config, ranks, stop, beat).train(check_owner)
     except tuple(EXPLAINED) as error:
-        kind = next(word for known, word in EXPLAINED.items() if isinstance(error, known))
-        print(f"{kind}{error}", file=sys.stderr, flush=True)
-        return FAILURE if isinstance(error, SaveError | NotNow) else CONFIG_ERROR
+        return refused(error, launch, met)
+
+
+def refused(error: Exception, launch: launcher.Launch | None, met: bool) -> int:
+    """Say once for all ranks why the run ends; the exit code. `met`: the ranks have process groups."""
+    text = next(word for known, word in EXPLAINED.items() if isinstance(error, known)) + str(error)
+    if launch is None or (not met and isinstance(error, LaunchError)):  # a matter between one rank and its launcher
+        print(text, file=sys.stderr, flush=True)
+    elif met:
+        told.after_meeting(text, launch.rank, agreed=not isinstance(error, DataError))
+    else:
+        told.before_meeting(text, launch)
+    return FAILURE if isinstance(error, SaveError | NotNow) else CONFIG_ERROR
 
 
 def facts(config: Config, world_size: int) -> str:
@@ -108,6 +119,7 @@ class Run:
         if self.resumed:
             config, changes = settle(config, self.resumed.manifest.extra["config"], ranks.world_size)
             self.notes += changes
+            check_end(self.resumed, config.train)
         self.config = config
         set_numerics(config.train)
         # 2. this rank's part of the model, and its optimizer
