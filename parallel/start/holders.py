@@ -17,7 +17,7 @@ def judge(holder: Mapping[str, Any], own: Mapping[str, Any], silent_s: float, st
     if own["kernel"] and holder.get("kernel") == own["kernel"]:
         return "alive" if started(holder.get("pid")) == holder.get("started") else "dead"
     job, own_job = holder.get("job", "-"), own["job"]
-    if job == own_job != "-" and int(holder["restart"]) < int(own["restart"]):
+    if job == own_job != "-" and _number(holder.get("restart")) < _number(own["restart"]):
         return "dead"
     state = _job_state(job) if str(job).isdigit() and job != own_job else ""
     if state == "ENDED":
@@ -51,6 +51,10 @@ def started(pid: Any) -> int | None:
     except (OSError, TypeError, ValueError):
         return None
     return None if fields[0] in ("Z", "X") else int(fields[19])
+
+
+def _number(restart: Any) -> int:
+    return int(restart) if str(restart).isdigit() else 0
 
 
 def _job_state(job: str) -> str:
