@@ -11,6 +11,7 @@ import argparse
 import math
 import os
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from configs.schema import Config, load, to_yaml
 from configs.used import recorded
 from data_prep.errors import DataError
 from data_prep.training.feed import Feed
+from hope.train.console import print_line
 from hope.train.heartbeat import Heartbeat
 from hope.train.instruments import Instruments, Taken
 from hope.train.metrics import NoLog, open_log, record_of_no_step
@@ -31,15 +33,17 @@ from hope.train.schedule import rate_at
 from hope.train.signals import StopRequest
 from hope.train.skips import SkipPolicy
 from parallel.checkpoint.errors import CheckpointError, SaveError
-from parallel.checkpoint.resume import check_data, start_from
+from parallel.checkpoint.resume import check_data, check_end, start_from
 from parallel.checkpoint.saving import Saver
 from parallel.compute.evaluation import heldout_losses
 from parallel.compute.pipeline import Report, mean_loss
 from parallel.compute.replica import build_replica
 from parallel.layout import report
 from parallel.layout.memory import StepShape
-from parallel.start import groups, launcher
-from parallel.start.errors import LaunchError
+from parallel.start import groups, launcher, told
+from parallel.start.errors import LaunchError, NotNow
+from parallel.start.meeting import of_run
+from parallel.start.owner import hold_for_all
 
 DONE, FAILURE, CONFIG_ERROR, REQUEUE, DO_NOT_RESTART = 0, 1, 2, 85, 93
 # Errors whose message says what to do, where a traceback would not: what stands before the message.
@@ -62,24 +66,39 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(
             "--devices N, at least 1, goes with --dry-run; a run counts the processes that its launcher started"
         )
-    beat = Heartbeat()
+    beat, launch, met = Heartbeat(), None, False
     try:
         launch = launcher.from_environment(os.environ)
         world_size = args.devices or launch.world_size
         config = load(args.config, args.overrides, world_size=world_size)
         if launch.rank == 0:
             config.model.warn_hazards()
-            print(facts(config, world_size), flush=True)
+            print_line(facts(config, world_size))
         if args.dry_run:
             return DONE
         with StopRequest(usr1=True) as stop:
             beat("init")  # from here on signals are safe: the agent holds them back until the first beat
-            with groups.start(config.parallel) as ranks:
-                return Run(config, ranks, stop, beat).train()
+            folder = Path(config.run.dir) / config.run.name
+            with (
+                groups.start(config.parallel, who=of_run(folder, config)) as ranks,
+                hold_for_all(folder, ranks, lambda: beat("init")) as check_owner,
+            ):
+                met = True  # what a Run refuses, it refuses on every rank
+                return Run(config, ranks, stop, beat).train(check_owner)
     except tuple(EXPLAINED) as error:
-        kind = next(word for known, word in EXPLAINED.items() if isinstance(error, known))
-        print(f"{kind}{error}", file=sys.stderr, flush=True)
-        return FAILURE if isinstance(error, SaveError) else CONFIG_ERROR
+        return refused(error, launch, met)
+
+
+def refused(error: Exception, launch: launcher.Launch | None, met: bool) -> int:
+    """Say once for all ranks why the run ends; the exit code. `met`: the ranks have process groups."""
+    text = next(word for known, word in EXPLAINED.items() if isinstance(error, known)) + str(error)
+    if launch is None or (not met and isinstance(error, LaunchError)):  # a matter between one rank and its launcher
+        print(text, file=sys.stderr, flush=True)
+    elif met:
+        told.after_meeting(text, launch.rank, agreed=not isinstance(error, DataError))
+    else:
+        told.before_meeting(text, launch)
+    return FAILURE if isinstance(error, SaveError | NotNow) else CONFIG_ERROR
 
 
 def facts(config: Config, world_size: int) -> str:
@@ -100,6 +119,7 @@ class Run:
         if self.resumed:
             config, changes = settle(config, self.resumed.manifest.extra["config"], ranks.world_size)
             self.notes += changes
+            check_end(self.resumed, config.train)
         self.config = config
         set_numerics(config.train)
         # 2. this rank's part of the model, and its optimizer
@@ -131,8 +151,8 @@ class Run:
             self.skips.restore(self.resumed.manifest.extra["skips"])
         self.saver = Saver(self.folder, config.checkpoint, checkpointer, ranks, models, self.optimizer, self._contents)
 
-    def train(self) -> int:
-        """Run to the last step, `train.stop_after`, or a signal."""
+    def train(self, check_owner: Callable[[], None] = lambda: None) -> int:
+        """Run to the last step, `train.stop_after`, or a signal. `check_owner` raises if the folder is lost."""
         config, beat = self.config, self.instruments.beat
         last = min(config.train.stop_after or config.train.steps, config.train.steps)
         with ExitStack() as stack:
@@ -155,21 +175,30 @@ class Run:
             while self.step < last and not wishes.signal:
                 self._one_step(log, last)
                 if self.skips.stop:
-                    log.event("STOP", step=self.step, reason=self.skips.stop, in_a_row=self.skips.in_a_row)
-                    return DO_NOT_RESTART
+                    return self._give_up(log, self.skips.stop)
+                check_owner()
                 wishes = self.saver.wishes(self.stop.requested)
                 beat("save")
                 self.saver.after_step(self.step, self.step == last, wishes, log)
                 if wishes.stop and not wishes.signal:
                     log.event("STOP", step=self.step, reason="the file STOP in the run folder")
-                    return DONE
+                    break
             if wishes.signal:
                 log.event("SIGNAL", name=self.stop.name or "on another rank", agreed_step=self.step)
                 # SIGINT is a person who wants to stop; the others come from a scheduler that can start us again
-                return REQUEUE if groups.any_rank(self.stop.name in ("TERM", "USR1")) else DONE
+                if groups.any_rank(self.stop.name in ("TERM", "USR1")):
+                    return REQUEUE
             beat("exit")
+            if self.skips.doubt:
+                return self._give_up(log, self.skips.doubt)
             log.say(f"done at step {self.step}: {self.folder}")
         return DONE
+
+    def _give_up(self, log: NoLog, reason: str) -> int:
+        """Say where a person can go on from; a restart as it is would come to the same."""
+        skips, last_good = self.skips.in_a_row, self.saver.last_good(log)
+        log.event("STOP", step=self.step, reason=reason, in_a_row=skips, last_good=last_good)
+        return DO_NOT_RESTART
 
     def _one_step(self, log: NoLog, last: int) -> None:
         """Forward, backward, reduce, and either update or skip; then whatever this step logs."""
@@ -232,10 +261,8 @@ class Run:
         return {} if losses is None else self.feed.summary(losses)
 
     def _announce(self, log: NoLog) -> None:
-        if self.ranks.rank == 0:
-            (self.folder / "logs").mkdir(exist_ok=True)
-            (self.folder / "config.yaml").write_text(to_yaml(self.config))
-            (self.folder / "env.txt").write_text(report.environment(self.ranks.device))
+        log.text("config.yaml", to_yaml(self.config))
+        log.text("env.txt", report.environment(self.ranks.device))
         for note in self.notes:
             log.say(f"RESUME note: {note}")
         if self.resumed:
@@ -251,6 +278,7 @@ class Run:
             "tokens": step * train.tokens_per_step,
             "schedule": {"step": step, "of": train.steps, "lr": rate_at(step, optim, train.steps)},
             "skips": self.skips.state(),
+            "doubt": self.skips.doubt,
             "config": recorded(self.config),
         }
 

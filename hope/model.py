@@ -100,7 +100,9 @@ class Model(nn.Module):
     def forward(
         self, inputs: Tensor, state: States | None = None, starts: Tensor | None = None, *, keep_state: bool = True
     ) -> tuple[Tensor, States]:
-        """See the class. Raises ValueError for a state of other blocks."""
+        """See the class. Raises ValueError for a state of other blocks, and for what cannot be tokens [T, B]."""
+        if self.has_embedding:
+            _check_tokens(inputs, starts)
         if state is not None and [str(number) for number in state] != list(self.blocks):
             raise ValueError(f"a state of blocks {list(state)} for blocks {', '.join(self.blocks)}")
         x = self.embedding(inputs) if self.has_embedding else inputs
@@ -124,6 +126,16 @@ class Model(nn.Module):
         if self.has_head:
             total = total + Flops(dense=2.0 * self.config.vocab_size * self.config.width)
         return total
+
+
+def _check_tokens(tokens_TB: Tensor, starts_TB: Tensor | None) -> None:
+    """Time comes first. Ids that lie [B, T] cannot be told from these: they give other numbers, and no error."""
+    if tokens_TB.dim() != 2 or tokens_TB.is_floating_point() or tokens_TB.dtype == torch.bool:
+        shown = f"{str(tokens_TB.dtype).removeprefix('torch.')} {list(tokens_TB.shape)}"
+        raise ValueError(f"tokens are {shown}; a model takes whole numbers [time, batch]")
+    if starts_TB is not None and (starts_TB.shape != tokens_TB.shape or starts_TB.dtype != torch.bool):
+        shown = f"{str(starts_TB.dtype).removeprefix('torch.')} {list(starts_TB.shape)}"
+        raise ValueError(f"starts are {shown} for tokens {list(tokens_TB.shape)}; bool [time, batch] is wanted")
 
 
 def next_token_loss(logits_TBV: Tensor, targets_TB: Tensor, weights_TB: Tensor | None = None) -> Tensor:

@@ -17,9 +17,16 @@ def load(folder: str | Path) -> Model:
     """The model that `python -m parallel.checkpoint export` wrote to `folder`, on the CPU, in the file's dtype.
 
     Raises:
+        FileNotFoundError: `folder` is no such export; the message says how to make one.
         ImportError: a module of the exported `model.imports` is not here.
         ValueError: the file is not what it says, or does not fit the configuration beside it, or that cannot be read.
     """
+    absent = [name for name in ("config.json", "model.safetensors") if not (Path(folder) / name).is_file()]
+    if absent:
+        raise FileNotFoundError(
+            f"{folder} has no {' and no '.join(absent)}: exported weights are expected, which `python -m "
+            f"parallel.checkpoint export RUN --out FOLDER` writes from a run's folder or one of its checkpoints"
+        )
     described = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     weights = read_safetensors(Path(folder) / "model.safetensors")
     with torch.device("meta"):

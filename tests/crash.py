@@ -78,7 +78,7 @@ class Crashes:
         self.tally.kills += bool(alive)
         self.tally.in_save += in_save and bool(alive)
         self.tally.of_all += kill_all and bool(alive)
-        unfinished = len(list((self._run / "checkpoints").glob("step_*.tmp")))
+        unfinished = len(list((self._run / "checkpoints").glob(".unfinished-step_*")))
         self.tally.unfinished_saves += unfinished
         how = "ended by itself" if not alive else f"killed {'all' if kill_all else 'one'}{' in a save' * in_save}"
         line = f"resumed at {resumed}, {how}, durable {self._durable()}, {unfinished} unfinished"
@@ -122,7 +122,7 @@ class Crashes:
 
     def _saving(self) -> bool:
         """Whether there is an unfinished save that this start began, not one that the round before left."""
-        for path in (self._run / "checkpoints").glob("step_*.tmp"):
+        for path in (self._run / "checkpoints").glob(".unfinished-step_*"):
             with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
                 if path.stat().st_mtime > self._started:
                     return True

@@ -10,12 +10,14 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from hope.train.console import console_line, event_line, format_event
+from hope.train.board import Board
+from hope.train.console import close_output, console_line, event_line, format_event, print_line
 from hope.train.throughput import Devices
+from hope.train.written import LineFile, keep_lines, move_aside, replace_text
 
 __all__ = ["MetricsLog", "NoLog", "console_line", "event_line", "open_log", "record_of_no_step"]
 
@@ -47,6 +49,9 @@ class NoLog:
     def say(self, text: str) -> None:
         """Print on the console only."""
 
+    def text(self, name: str, content: str) -> None:
+        """Keep a small text file beside the log."""
+
     def close(self) -> None:
         """Close the files."""
 
@@ -57,7 +62,8 @@ class MetricsLog(NoLog):
     `resume_step` None starts a new log: a metrics.jsonl that is there is moved to metrics.jsonl.1 (.2, ...).
     A number continues after that step: later lines, and a line cut off by a crash, are dropped from
     metrics.jsonl, so that it holds every step once. events.jsonl is history and only ever grows.
-    `say` prints a line. Non-finite numbers are null in the files (JSON has none), nan or inf on the console.
+    `say` prints a line. What cannot be written, as on a full disk, is said once and tried again with the next record:
+    no log ends a run. Non-finite numbers are null in the files (JSON has none), nan or inf on the console.
     """
 
     def __init__(
@@ -68,21 +74,25 @@ class MetricsLog(NoLog):
         devices: Devices,
         resume_step: int | None = None,
         tensorboard: bool = True,
-        say: Callable[[str], object] = lambda text: print(text, flush=True),
+        say: Callable[[str], object] = print_line,
     ):
         self._folder = Path(folder)
         self._steps, self._devices, self._print = steps, devices, say
-        self._folder.mkdir(parents=True, exist_ok=True)
         metrics, events = self._folder / "metrics.jsonl", self._folder / "events.jsonl"
-        if resume_step is None:
-            _move_aside(metrics)
-            self._last = -1
-        else:
-            self._last = _keep_lines(metrics, lambda entry: entry["step"] <= resume_step)
-        _keep_lines(events, lambda entry: True)
-        self._metrics: IO[str] = metrics.open("a", encoding="utf-8")
-        self._events: IO[str] = events.open("a", encoding="utf-8")
-        self._board = _open_board(self._folder / "tensorboard", resume_step) if tensorboard else None
+        self._last = -1
+        try:
+            (self._folder / "logs").mkdir(parents=True, exist_ok=True)  # for whoever starts the ranks
+            if resume_step is None:
+                move_aside(metrics)
+            else:
+                self._last = resume_step
+                self._last = keep_lines(metrics, lambda entry: entry["step"] <= resume_step)
+            keep_lines(events, lambda entry: True)
+        except OSError as error:
+            say(f"log: {error.filename} cannot be put in order: {error.strerror}; lines are added to it as it is")
+        self._metrics, self._events = LineFile(metrics, say), LineFile(events, say)
+        self._board = Board(self._folder / "tensorboard", resume_step, say) if tensorboard else None
+        self._texts: dict[str, str] = {}
 
     def scalars(self, record: Mapping[str, Any]) -> None:
         """Write one step to metrics.jsonl, TensorBoard and the console.
@@ -93,36 +103,49 @@ class MetricsLog(NoLog):
             raise ValueError(f"metrics: step {record['step']} after step {self._last}; one record per step")
         self._last = record["step"]
         plain = {key: _plain(value) for key, value in record.items()}
-        _write_line(self._metrics, plain)
+        self._write_texts()
+        self._metrics.write(json.dumps(plain, allow_nan=False))
         if self._board is not None:
             for key, value in plain.items():
                 if key != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-                    self._board.add_scalar(key, value, record["step"])
+                    self._board.scalar(key, value, record["step"])
         self._print(console_line(record, steps=self._steps, devices=self._devices))
 
     def histogram(self, name: str, tensor: torch.Tensor, step: int) -> None:
         """Write the finite entries of `tensor` to TensorBoard, if it is on and there are any."""
-        if self._board is None:
-            return
-        values = tensor.detach().float().flatten().cpu()
-        values = values[values.isfinite()]
-        if len(values):
-            self._board.add_histogram(name, values, step)
+        if self._board is not None:
+            self._board.histogram(name, tensor, step)
 
     def event(self, word: str, **fields: Any) -> None:
         """Write `{"time": ..., "event": word, ...}` to events.jsonl and the event's line to the console."""
         entry = {"time": round(time.time(), 3), "event": word}
-        _write_line(self._events, entry | {key: _plain(value) for key, value in fields.items()})
+        entry |= {key: _plain(value) for key, value in fields.items()}
+        self._events.write(json.dumps(entry, allow_nan=False))
         self._print(format_event(word, fields))
 
     def say(self, text: str) -> None:
         self._print(text)
+
+    def text(self, name: str, content: str) -> None:
+        """Let the file `name` in the run's folder hold `content`; tried again with every record until it does."""
+        self._texts[name] = content
+        self._write_texts(say=True)
+
+    def _write_texts(self, say: bool = False) -> None:
+        for name, content in list(self._texts.items()):
+            try:
+                replace_text(self._folder / name, content)
+                del self._texts[name]
+            except OSError as error:
+                if say:
+                    self._print(f"log: {self._folder / name} cannot be written: {error.strerror}; training goes on")
 
     def close(self) -> None:
         self._metrics.close()
         self._events.close()
         if self._board is not None:
             self._board.close()
+        close_output()
 
 
 def open_log(
@@ -140,14 +163,6 @@ def open_log(
     return MetricsLog(folder, steps=steps, devices=devices, resume_step=resume_step, tensorboard=tensorboard)
 
 
-def _open_board(folder: Path, resume_step: int | None) -> Any:
-    # Imported here: it takes about a second, which processes without a board should not pay.
-    from torch.utils.tensorboard import SummaryWriter
-
-    # TensorBoard hides events of earlier files from this step on.
-    return SummaryWriter(str(folder), purge_step=0 if resume_step is None else resume_step + 1)
-
-
 def _plain(value: Any) -> Any:
     """JSON value: 0-d tensors and NumPy scalars become numbers, non-finite numbers None."""
     if isinstance(value, Mapping):
@@ -159,43 +174,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, str | int | float | None) else str(value)
-
-
-def _write_line(file: IO[str], entry: Mapping[str, Any]) -> None:
-    file.write(json.dumps(entry, allow_nan=False) + "\n")
-    file.flush()
-
-
-def _move_aside(path: Path) -> None:
-    """Rename an existing file to the first free name.1, name.2, ..."""
-    if path.exists() and path.stat().st_size > 0:
-        number = 1
-        while (aside := path.with_name(f"{path.name}.{number}")).exists():
-            number += 1
-        path.rename(aside)
-
-
-def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
-    """Rewrite a .jsonl file with the whole lines that `keep` accepts; returns the last step in it, or -1."""
-    if not path.exists():
-        return -1
-    old = path.read_text(encoding="utf-8", errors="replace")
-    entries = [(line, _parse(line)) for line in old.splitlines(keepends=True)]
-    kept = [(line, entry) for line, entry in entries if entry is not None and line.endswith("\n") and keep(entry)]
-    new = "".join(line for line, _ in kept)
-    if new != old:
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(new)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    return max((entry.get("step", -1) for _, entry in kept), default=-1)
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) else None

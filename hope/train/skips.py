@@ -22,6 +22,7 @@ class SkipPolicy:
         self.max_skips, self.sigma = max_skips, spike_sigma
         self.in_a_row = 0
         self._reason = ""
+        self._loss: float | None = None
         self._losses: deque[float] = deque(maxlen=spike_window)
 
     @property
@@ -44,6 +45,7 @@ class SkipPolicy:
         All ranks must give the same numbers, and then come to the same verdict.
         """
         found: dict[str, Any] | None = None
+        self._loss = loss
         if not math.isfinite(grad_norm):
             found = {"reason": "nonfinite_gradient"}
         elif loss is not None and self.needs_loss and not loss <= self.bound:
@@ -61,6 +63,14 @@ class SkipPolicy:
     def stop(self) -> str | None:
         """Why the run must end, or None."""
         return self._reason if self.in_a_row >= self.max_skips else None
+
+    @property
+    def doubt(self) -> str:
+        """Why what the last step left is neither a good end nor a good place to go on from; empty if it is."""
+        if self.in_a_row:
+            steps = "step was" if self.in_a_row == 1 else f"{self.in_a_row} steps were"
+            return f"the last {steps} skipped" + (f": {self._reason}" if self._reason else "")
+        return "" if self._loss is None or math.isfinite(self._loss) else f"the last loss is {self._loss}"
 
     def state(self) -> dict[str, Any]:
         """Plain JSON, for a checkpoint."""

@@ -8,6 +8,7 @@ with what is wrong.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         path = which(args.path)
+        content = manifest.read(path)
         if args.command == "verify":
             print(verify(path))
-            return 0
-        content = manifest.read(path)
-        if args.command == "inspect":
+        elif args.command == "inspect":
             print(f"{path}\n{contents(content, tensors=args.tensors)}")
         elif args.command == "reshard-plan":
             degrees = {"tensor": args.tensor, "pipeline": args.pipeline, "virtual_pipeline": args.virtual_pipeline}
@@ -35,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             from parallel.checkpoint.export import export
 
             print(export(path, Path(args.out), args.dtype))
+        sys.stdout.flush()
+    except BrokenPipeError:  # `inspect | head`: the reader has what it wanted; nor shall Python flush at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (CheckpointError, OSError) as error:
         print(f"checkpoint error: {error}", file=sys.stderr)
         return 2
@@ -81,8 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("reshard-plan", help="what each rank of another layout would read")
     for name in ("tensor", "pipeline", "virtual-pipeline", "data"):
         plan.add_argument(f"--{name}", type=int, default=1, metavar="N")
-    exported = commands.add_parser("export", help="weights as one safetensors file, with config.json beside it")
-    exported.add_argument("--out", required=True, help="folder to write model.safetensors and config.json into")
+    exported = commands.add_parser("export", help="weights as one safetensors file, with config.json and the tokenizer")
+    exported.add_argument("--out", required=True, help="folder for model.safetensors, config.json and tokenizer.model")
     exported.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     for command in (inspect, verify_parser, plan, exported):
         command.add_argument("path", type=Path)

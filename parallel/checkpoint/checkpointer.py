@@ -20,9 +20,9 @@ from parallel.checkpoint.find import Found, find_newest
 from parallel.checkpoint.manifest import FileEntry, Manifest, TensorEntry
 from parallel.checkpoint.planner import Part, PartsLoadPlanner, PartsSavePlanner
 from parallel.checkpoint.regroup import Shard, Unit, collect, distribute, shards_of, units_of
-from parallel.checkpoint.staging import HostMemory
+from parallel.checkpoint.staging import HostMemory, nonfinite
 from parallel.checkpoint.storage import RawReader, RawWriter
-from parallel.checkpoint.together import host_groups, reason, together
+from parallel.checkpoint.together import first_said, host_groups, reason, together
 from parallel.optimizer.checkpoint_views import ShardedState, StatePiece
 from parallel.start.groups import Ranks
 
@@ -41,12 +41,16 @@ class Staged:
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A durable checkpoint: its folder, how long writing took, and on rank 0 the bytes of its files and notes."""
+    """A durable checkpoint: its folder, how long writing took, and on rank 0 the bytes of its files and notes.
+
+    doubt: why it does not count as a checkpoint; empty if it does.
+    """
 
     path: Path
     seconds: float
     bytes: int
     notes: list[str]
+    doubt: str = ""
 
 
 class Checkpointer:
@@ -77,7 +81,8 @@ class Checkpointer:
     ) -> Staged:
         """Copy this rank's states to host memory; valid until the next call, so write them before.
 
-        `models`: the model, or this rank's parts of it. `extra`: plain JSON, recorded as rank 0 gives it.
+        `models`: the model, or this rank's parts of it. `extra`: plain JSON, recorded as rank 0 gives it; a "doubt" in
+        it says why this is not to be gone on from.
         """
         pieces = self._memory.copy(optimizer.pieces())
         return Staged(
@@ -85,7 +90,9 @@ class Checkpointer:
         )
 
     def write(self, staged: Staged) -> SavedCheckpoint:
-        """Write the checkpoint; durable, and named in `latest`, when this returns.
+        """Write the checkpoint; durable, and named in `latest` unless there is a doubt, when this returns.
+
+        Weights that are not finite are a doubt too. A doubtful one is no reason to remove others.
 
         Raises:
             CheckpointError: on every rank, if any rank could not write; nothing of it stays, older ones do.
@@ -104,7 +111,9 @@ class Checkpointer:
 
     def _write(self, path: Path, staged: Staged) -> SavedCheckpoint:
         began = time.perf_counter()
-        ranks, groups, finish = self._ranks, self._groups, _Finish(path, staged, self._ranks)
+        ranks, groups = self._ranks, self._groups
+        doubt = first_said(staged.extra.get("doubt") or nonfinite(staged.pieces), groups.world)
+        finish = _Finish(path, staged, ranks, doubt)
         together(lambda: folders.prepare(path) if ranks.rank == 0 else None, path, groups.world)
         parts = together(lambda: self._parts(staged), path, groups.world) + rng.parts(staged.rng)
         writer = RawWriter(folders.unfinished(path), ranks.rank, finish)
@@ -112,7 +121,7 @@ class Checkpointer:
         dcp.save({}, storage_writer=writer, planner=planner, process_group=groups.world)
         seconds = time.perf_counter() - began
         notes = folders.prune(self._folder, self._keep, self._keep_every) if ranks.rank == 0 else []
-        return SavedCheckpoint(path, seconds, finish.bytes, notes)
+        return SavedCheckpoint(finish.place, seconds, finish.bytes, notes, doubt)
 
     def load(self, found: Found, models: nn.Module | Sequence[nn.Module], optimizer: ShardedState) -> list[str]:
         """Read the checkpoint into model and optimizer, whatever layout it was saved in; notes, one line each.
@@ -154,9 +163,9 @@ class Checkpointer:
 class _Finish:
     """What the coordinator does when all files are on disk: the manifest, the rename, and `latest`."""
 
-    def __init__(self, path: Path, staged: Staged, ranks: Ranks) -> None:
-        self._path, self._staged, self._ranks = path, staged, ranks
-        self.bytes = 0
+    def __init__(self, path: Path, staged: Staged, ranks: Ranks, doubt: str) -> None:
+        self._path, self._staged, self._ranks, self._doubt = path, staged, ranks, doubt
+        self.place, self.bytes = path, 0
 
     def __call__(
         self,
@@ -168,7 +177,7 @@ class _Finish:
             self._staged.step,
             _layout(self._ranks),
             counters,
-            dict(self._staged.extra),
+            {**self._staged.extra, **({"doubt": self._doubt} if self._doubt else {})},
             tensors,
             dict(sorted(files.items())),
         )
@@ -176,7 +185,7 @@ class _Finish:
         # A node that writes to a disk of its own would be noticed only on resume.
         manifest.check_sizes(unfinished, content)
         content.write(unfinished)
-        folders.publish(self._path)
+        self.place = (folders.publish_doubtful if self._doubt else folders.publish)(self._path)
         self.bytes = content.bytes
 
 

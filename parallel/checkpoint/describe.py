@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from parallel.layout.plan import Plan
 
 _GIB = 2**30
-_RECORDED = ("tokens", "consumed", "schedule", "skips", "next_batch")
+_RECORDED = ("tokens", "consumed", "schedule", "skips", "next_batch", "doubt")
 
 
 def contents(content: Manifest, tensors: bool = False) -> str:
     """Step, layout, what is recorded, clocks, elements and bytes per kind of state; with `tensors` each of them."""
     layout = " x ".join(f"{key} {degree}" for key, degree in content.layout.items())
     rows = [("step", str(content.step)), ("saved in", layout)]
-    rows += [(key, str(content.extra[key])) for key in _RECORDED if key in content.extra]
+    rows += [(key, str(content.extra[key])) for key in _RECORDED if content.extra.get(key)]
     rows.append(("memory state", content.carried_memory_state))
     for name, group in content.counters.items():
         rows.append((f"group {name}", ", ".join(f"{key} {value}" for key, value in group.items())))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from hope.renamed import current_model
@@ -14,16 +18,18 @@ from parallel.checkpoint import manifest
 from parallel.checkpoint.errors import CheckpointError
 from parallel.checkpoint.storage import read_tensor
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.model"
 
 
 def export(path: Path, out: Path, dtype: str = "float32") -> str:
     """Write the fp32 masters of the checkpoint `path`, after a check of all hashes, to `out`; returns what was done.
 
-    `hope.pretrained.load(out)` makes a model of them with torch alone.
+    `hope.pretrained.load(out)` makes a model of them with torch alone. The tokenizer comes along if the data that was
+    trained on is still there and says which it was.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or records no model section that this version can read.
+        CheckpointError: the checkpoint is damaged, or records no model section that this version can read; or `out`
+            cannot be written.
     """
     content = manifest.read(path)
     if "config" not in content.extra:
@@ -40,12 +46,52 @@ def export(path: Path, out: Path, dtype: str = "float32") -> str:
         name.removeprefix("master/"): read_tensor(path, content.tensors[name]).to(kind).contiguous() for name in names
     }
     out.mkdir(parents=True, exist_ok=True)
-    # mapped files are private: what is written here cannot reach the checkpoint
-    save_file(weights, out / f"{WEIGHTS}.tmp", metadata={"format": "pt", "step": str(content.step)})
-    os.replace(out / f"{WEIGHTS}.tmp", out / WEIGHTS)
+    _write_weights(weights, out, content.step)
     described = {"model": model, "step": content.step, "dtype": dtype}
     manifest.write_durably(out / CONFIG, json.dumps(described, indent=1) + "\n")
+    tokenizer = find_tokenizer(content.extra["config"].get("data", {}))
+    if tokenizer is not None:
+        (out / TOKENIZER).write_bytes(tokenizer.read_bytes())
     elements = sum(tensor.numel() for tensor in weights.values())
     return (
         f"{out / WEIGHTS}: {len(weights)} tensors, {elements:,} elements, {dtype}; {out / CONFIG}: step {content.step}"
+        f"; {f'{out / TOKENIZER}: {tokenizer}' if tokenizer else 'no tokenizer: the one of the data was not found'}"
     )
+
+
+def find_tokenizer(data: Mapping[str, Any]) -> Path | None:
+    """The tokenizer.model that the data of this section was made with, beside it or one folder up; None if none is."""
+    for prefix in _prefixes(data):
+        try:
+            known = json.loads(Path(f"{prefix}.manifest.json").read_text(encoding="utf-8"))["sha256_tokenizer"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        for path in (prefix.parent / TOKENIZER, prefix.parent.parent / TOKENIZER):
+            if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == known:
+                return path
+    return None
+
+
+def _prefixes(data: Mapping[str, Any]) -> Iterator[Path]:
+    for source in (data, *(data.get("sources") or ())):
+        if source.get("train"):
+            yield Path(source["train"])
+
+
+def _write_weights(weights: dict[str, torch.Tensor], out: Path, step: int) -> None:
+    temporary = out / f".{WEIGHTS}.{os.getpid()}.tmp"
+    try:
+        # mapped files are private: what is written here cannot reach the checkpoint
+        save_file(weights, temporary, metadata={"format": "pt", "step": str(step)})
+        os.chmod(temporary, 0o666 & ~_umask())  # it makes files that nobody else may read
+        os.replace(temporary, out / WEIGHTS)
+    except SafetensorError as error:
+        raise CheckpointError(f"{out / WEIGHTS} cannot be written: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)  # the only way to read it
+    os.umask(mask)
+    return mask

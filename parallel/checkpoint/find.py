@@ -29,7 +29,8 @@ def find_newest(folder: Path, ranks: Ranks, groups: HostGroups) -> tuple[Found |
     serves, renamed to `step_N.bad`.
 
     Raises:
-        CheckpointError: all are damaged (starting anew silently would lose the run), or one has another format.
+        CheckpointError: all are damaged or doubtful (starting anew silently would lose the run), or one has another
+            format.
     """
     notes, names = first_only(partial(_look, folder), folder, ranks, groups.world)
     damaged: dict[str, str] = {}
@@ -54,15 +55,33 @@ def find_newest(folder: Path, ranks: Ranks, groups: HostGroups) -> tuple[Found |
 
 
 def _look(folder: Path) -> tuple[list[str], list[str]]:
-    """Notes on unfinished saves and a `latest` that leads nowhere; names of the checkpoints, newest first."""
+    """Notes on saves that do not count and a `latest` that leads nowhere; names of the checkpoints, newest first."""
     names = [path.name for path in folders.finished(folder)]
-    notes = [f"skipped {path.name}: the run was killed while saving it" for path in sorted(folder.glob("step_*.tmp"))]
+    newest = max(map(folders.step_of, folders.finished(folder)), default=-1)
+    doubts = [f"{path.name}: {_doubt(path)}" for path in folders.doubtful(folder) if folders.step_of(path) > newest]
+    if doubts and not names:
+        shown = "".join(f"\n  {line}" for line in doubts)
+        raise CheckpointError(
+            f"{folder} holds no checkpoint that can be gone on from, only doubtful ones:{shown}\n"
+            f"  to begin again, take another run.name or move them away; to go on from one after all, take "
+            f"{folders.DOUBTFUL} off its name"
+        )
+    left = folders.left_unfinished(folder)
+    notes = [f"skipped {folders.step_name(path)}: the run was killed while saving it" for path in left]
+    notes += [f"skipped {line}" for line in doubts]
     latest = folder / folders.LATEST
     if latest.is_file():
         named = latest.read_text(encoding="utf-8", errors="replace").strip()
         if named not in names:
             notes.append(f"latest names {named!r}, which is not there; looking for the newest checkpoint instead")
     return notes, names
+
+
+def _doubt(path: Path) -> str:
+    try:
+        return str(manifest.read(path).extra.get("doubt", "it does not say why"))
+    except (CheckpointError, OSError) as error:
+        return str(error)
 
 
 def _open(path: Path) -> Manifest:

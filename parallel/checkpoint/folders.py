@@ -2,9 +2,13 @@
 
 checkpoints/latest               name of the newest folder, for people and tools; written last
 checkpoints/step_00001200/       a durable checkpoint: manifest.json and its files
-            step_00001600.tmp/   being written, or left by a run that was killed while writing it
-            step_00001400.bad/   found damaged on resume and moved aside
-            step_00000800.old/   being removed
+            step_00001500.doubtful/         whole, but its weights are not finite or its last step was skipped
+            step_00001400.bad/              found damaged on resume and moved aside
+            .unfinished-step_00001600/      being written, or left by a run that was killed while writing it
+            .leftover-step_00000800/        being removed
+
+Only the first kind counts: it is resumed from, named in `latest`, and a reason to remove older ones. What a run removes
+without asking begins with a dot, so that no copy which a person made there has such a name.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ from pathlib import Path
 from parallel.checkpoint.manifest import write_durably
 
 LATEST = "latest"
+DOUBTFUL = ".doubtful"
+_UNFINISHED, _LEFTOVER = ".unfinished-", ".leftover-"
 _STEP = re.compile(r"step_(\d{8,})")
 
 
@@ -27,7 +33,23 @@ def step_folder(folder: Path, step: int) -> Path:
 
 def unfinished(path: Path) -> Path:
     """Where the checkpoint `path` lies while it is written."""
-    return path.with_name(path.name + ".tmp")
+    return path.with_name(_UNFINISHED + path.name)
+
+
+def left_unfinished(folder: Path) -> list[Path]:
+    """What runs that were killed while saving left in `folder`, by name."""
+    return sorted(folder.glob(f"{_UNFINISHED}step_*"))
+
+
+def step_name(unfinished_path: Path) -> str:
+    """The name that an unfinished checkpoint would have got."""
+    return unfinished_path.name.removeprefix(_UNFINISHED)
+
+
+def doubtful(folder: Path) -> list[Path]:
+    """The checkpoints in `folder` that do not count, newest first; see `publish`."""
+    found = [path for path in folder.glob(f"step_*{DOUBTFUL}") if _STEP.fullmatch(path.name.removesuffix(DOUBTFUL))]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def finished(folder: Path) -> list[Path]:
@@ -56,17 +78,35 @@ def discard(path: Path) -> None:
     (path.parent / f"{LATEST}.tmp").unlink(missing_ok=True)
 
 
-def publish(path: Path) -> None:
-    """Make the written folder visible as `path`, durably, and then name it in `latest`."""
+def publish(path: Path) -> Path:
+    """Make the written folder visible as `path`, durably, and then name it in `latest`; returns `path`."""
     sync_folder(unfinished(path))
     prepared = _next_latest(path)  # now, while a full disk still means that nothing happened
-    if path.exists():  # the same step saved again, after a fall-back to an older one
-        shutil.rmtree(path.with_name(path.name + ".old"), ignore_errors=True)
-        os.replace(path, path.with_name(path.name + ".old"))
-    os.replace(unfinished(path), path)
-    sync_folder(path.parent)
+    _appear(unfinished(path), path)
     os.replace(prepared, path.parent / LATEST)
     sync_folder(path.parent)
+    return path
+
+
+def publish_doubtful(path: Path) -> Path:
+    """Make the written folder visible as `path`.doubtful, which does not count as a checkpoint; returns that path."""
+    sync_folder(unfinished(path))
+    place = path.with_name(path.name + DOUBTFUL)
+    _appear(unfinished(path), place)
+    return place
+
+
+def _appear(written: Path, place: Path) -> None:
+    if place.exists():  # the same step saved again, after a fall-back to an older one
+        old = _leftover(place)
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(place, old)
+    os.replace(written, place)
+    sync_folder(place.parent)
+
+
+def _leftover(path: Path) -> Path:
+    return path.with_name(_LEFTOVER + path.name)
 
 
 def set_latest(path: Path) -> None:
@@ -83,9 +123,11 @@ def _next_latest(path: Path) -> Path:
 
 def prune(folder: Path, keep: int, keep_every: int) -> list[str]:
     """Remove all checkpoints but the newest `keep` and those whose step is a multiple of `keep_every` (0: none), and
-    what killed runs left. Only between two saves. Returns a line for each that could not be removed."""
-    leftovers = [*folder.glob("step_*.old"), *folder.glob("step_*.tmp")]
+    what killed runs left. Doubtful ones are counted apart. Only between two saves. Returns a line for each that could
+    not be removed."""
+    leftovers = [*folder.glob(f"{_LEFTOVER}step_*"), *left_unfinished(folder)]
     spare = [p for p in finished(folder)[max(1, keep) :] if not (keep_every > 0 and step_of(p) % keep_every == 0)]
+    spare += doubtful(folder)[max(1, keep) :]
     problems = []
     for path in leftovers + spare:
         try:
@@ -118,7 +160,7 @@ def sync_folder(path: Path) -> None:
 
 def _remove(path: Path) -> None:
     """Rename first: a kill in the middle of the removal must not leave what looks like a damaged checkpoint."""
-    old = path.with_name(path.name + ".old")
+    old = _leftover(path)
     shutil.rmtree(old, ignore_errors=True)
     os.replace(path, old)
     shutil.rmtree(old)

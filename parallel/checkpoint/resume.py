@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hope.train.config import CheckpointConfig
+from hope.train.config import CheckpointConfig, TrainConfig
 from parallel.checkpoint.checkpointer import Checkpointer
 from parallel.checkpoint.errors import CheckpointError
 from parallel.checkpoint.find import Found
@@ -36,6 +36,22 @@ def check_data(found: Found, order: Mapping[str, Any], next_batch: Callable[[int
         )
     if next_batch(found.manifest.step) != found.manifest.extra["next_batch"]:
         raise CheckpointError(f"{found.path}: the next batch is not the one that was recorded when it was saved")
+
+
+def check_end(found: Found, train: TrainConfig) -> None:
+    """Refuse to go on from a step after the run's end: it would do nothing, and say that it is done.
+
+    Raises:
+        CheckpointError: train.steps or train.stop_after is before the checkpoint's step.
+    """
+    step = found.manifest.step
+    ends = {"train.steps": train.steps, "train.stop_after": train.stop_after or step}
+    early = [f"{path} {last}" for path, last in ends.items() if last < step]
+    if early:
+        raise CheckpointError(
+            f"{' and '.join(early)}: before step {step}, from which the run would go on ({found.path}); use {step} or "
+            "more, another run.name, or go on from an older checkpoint (docs/checkpoints.md)"
+        )
 
 
 def start_from(folder: Path, config: CheckpointConfig, ranks: Ranks) -> tuple[Checkpointer, Found | None, list[str]]:

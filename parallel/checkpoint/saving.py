@@ -21,6 +21,7 @@ from torch import nn
 
 from hope.train.config import CheckpointConfig
 from hope.train.metrics import NoLog
+from parallel.checkpoint import folders
 from parallel.checkpoint.checkpointer import Checkpointer, SavedCheckpoint, Staged
 from parallel.checkpoint.errors import SaveError
 from parallel.checkpoint.together import reason
@@ -131,6 +132,12 @@ class Saver:
             self._in_flight.thread.join(patience_s)
             self._report(log)
 
+    def last_good(self, log: NoLog) -> str:
+        """Name of the newest checkpoint that a restart would go on from, or none; waits for a save in flight."""
+        self.close(log)
+        found = folders.finished(self._folder / "checkpoints")
+        return found[0].name if found else "none"
+
     def _write(self, save: _InFlight, staged: Staged) -> None:
         try:
             save.written = self._checkpointer.write(staged)
@@ -169,7 +176,11 @@ class Saver:
             log.event("SAVE_FAILED", step=save.step, in_a_row=self._failures + 1, reason=save.error, **waited)
             return
         durable = save.staged_s + save.written.seconds
-        log.event("SAVE", step=save.step, staged_s=save.staged_s, durable_s=durable, bytes=save.written.bytes, **waited)
+        facts = {"staged_s": save.staged_s, "durable_s": durable, "bytes": save.written.bytes, **waited}
+        if save.written.doubt:
+            log.event("DOUBTFUL", step=save.step, reason=save.written.doubt, **facts)
+        else:
+            log.event("SAVE", step=save.step, **facts)
         for note in save.written.notes:
             log.say(f"SAVE note: {note}")
         if save.answers:

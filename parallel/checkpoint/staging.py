@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -46,3 +47,13 @@ class HostMemory:
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
         return staged
+
+
+def nonfinite(pieces: Iterable[StatePiece]) -> str:
+    """The first weight among these pieces that has an infinite value or a NaN, in words; empty if none has."""
+    for piece in pieces:
+        if piece.key == "master" and piece.values.numel():
+            low, high = piece.values.aminmax()  # a NaN anywhere makes both NaN, and no mask is allocated
+            if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+                return f"{piece.name} has values that are not finite"
+    return ""

@@ -76,6 +76,13 @@ def first_only(work: Callable[[], T], path: Path, ranks: Ranks, group: dist.Proc
     return box[0]
 
 
+def first_said(own: str, group: dist.ProcessGroup) -> str:
+    """What the lowest rank of `group` that says something says, on every rank; empty if none does."""
+    everyone = [""] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, own, group=group)
+    return next(filter(None, everyone), "")
+
+
 def reason(error: BaseException) -> str:
     """What went wrong, on one line."""
     if isinstance(error, CheckpointError):

@@ -19,6 +19,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import torch
 
@@ -72,10 +73,34 @@ def check(config: Config, world: int, source: str) -> None:
 
 
 def start_processes(world: int, argv: list[str]) -> int:
-    """The same command under torchrun on this machine."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    return subprocess.run([*command, "-m", "parallel.parity", *argv], env=environment).returncode
+    """The same command in `world` processes on this machine; the exit code that they agree on, or the first failure's.
+
+    Not torchrun: it takes a verdict for a crash, and shows its own stack below it.
+    """
+    command = [sys.executable, "-m", "parallel.parity", *argv]
+    common = {"OMP_NUM_THREADS": "1", **os.environ, "WORLD_SIZE": str(world)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launcher.free_port())}
+    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+    processes = [subprocess.Popen(command, env={**common, **place}) for place in places]
+    try:
+        return _agreed_code(processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _agreed_code(processes: list[subprocess.Popen[bytes]]) -> int:
+    """Of processes that all end; once one has failed, its peers may wait for it, and get a few seconds."""
+    failed_at = None
+    while True:
+        codes = [process.poll() for process in processes]
+        failed = [code for code in codes if code not in (None, 0, 1)]
+        if None not in codes or (failed_at is not None and time.monotonic() - failed_at > 5.0):
+            return failed[0] if failed else max(code for code in codes if code is not None)
+        if failed and failed_at is None:
+            failed_at = time.monotonic()
+        time.sleep(0.05)
 
 
 def referee(config: Config, args: argparse.Namespace) -> int:

@@ -1,5 +1,9 @@
-"""The error of a start that a user can act on; the message says what to do."""
+"""Errors of starting that a user can act on."""
 
 
 class LaunchError(RuntimeError):
-    """The processes were started in a way that cannot form one job."""
+    """The launcher's variables are missing or contradict each other, or another run is in the way."""
+
+
+class NotNow(LaunchError):
+    """This start failed for a reason that a later one may not meet: a port in use, a disk that is full."""

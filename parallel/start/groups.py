@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from parallel.layout.topology import ParallelConfig, ParallelDims
 from parallel.start import cpu, launcher
 from parallel.start.errors import LaunchError
+from parallel.start.meeting import meet
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,19 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def start(config: ParallelConfig, timeout_s: float = 1800.0) -> Iterator[Ranks]:
+def start(config: ParallelConfig, timeout_s: float = 1800.0, who: Mapping[str, str] | None = None) -> Iterator[Ranks]:
     """Join the job and build its process groups; leave them on exit.
 
     NCCL when CUDA is present, else gloo. Works under torchrun, under srun, and with no launcher (one process).
     `timeout_s`: a collective that waits longer fails and names itself, so a lost peer is no endless hang;
-    megatron-core's groups round it to whole minutes, at least one.
+    megatron-core's groups round it to whole minutes, at least one. `who`: what tells this run from others that may be
+    started beside it; ranks of different runs refuse each other.
 
     Raises:
-        LaunchError: the launcher's variables do not fit this machine or the layout.
+        LaunchError: the launcher's variables do not fit this machine or the layout, or another run is in the way.
     """
     launch = launcher.from_environment(os.environ)
+    who = {**launcher.attempt(os.environ), **(who or {})}
     device = _device(launch.local_rank)
     import_quietly()
     # DeepSpeed reads its rank from these three and sets its device to LOCAL_RANK, which under srun with one
@@ -73,7 +76,7 @@ def start(config: ParallelConfig, timeout_s: float = 1800.0) -> Iterator[Ranks]:
     names = {"RANK": launch.rank, "WORLD_SIZE": launch.world_size, "LOCAL_RANK": device.index or 0}
     with _environment({name: str(value) for name, value in names.items()}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*deprecated")  # theirs
-        _init_torch(launch, device, timeout_s)
+        _init_torch(launch, who, device, timeout_s)
         try:
             yield _init_libraries(config, launch, device, timeout_s)
         finally:
@@ -95,6 +98,13 @@ def loss_on_all_ranks(loss: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     known = loss.detach().clone() if ranks.last_stage else torch.zeros_like(loss)
     dist.all_reduce(known)
     return known / (ranks.dp_size * ranks.tp_size)
+
+
+def from_first(own: Any) -> Any:
+    """What rank 0 says, on every rank."""
+    box = [own]
+    dist.broadcast_object_list(box, src=0, device=_collective_device())
+    return box[0]
 
 
 def merged(own: dict[str, float]) -> dict[str, float]:
@@ -182,12 +192,12 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _init_torch(launch: launcher.Launch, device: torch.device, timeout_s: float) -> None:
+def _init_torch(launch: launcher.Launch, who: Mapping[str, str], device: torch.device, timeout_s: float) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
-        init_method=f"tcp://{launch.address}:{launch.port}",
+        store=meet(launch, who, timeout_s),
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=timedelta(seconds=timeout_s),

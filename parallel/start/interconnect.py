@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.start import launcher
+from parallel.start.meeting import meet
 
 TIMEOUT_S, ROUNDS = 120, 5
 GIB = 2**30
@@ -97,7 +98,7 @@ def main() -> int:
         torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        init_method=f"tcp://{place.address}:{place.port}",
+        store=meet(place, launcher.attempt(os.environ), TIMEOUT_S),
         rank=place.rank,
         world_size=place.world_size,
         timeout=timedelta(seconds=TIMEOUT_S),

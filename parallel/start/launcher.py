@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import random
 import re
 import socket
@@ -27,13 +28,26 @@ def from_environment(env: Mapping[str, str]) -> Launch:
     """Read torchrun's variables (RANK ...), else srun's (SLURM_PROCID ...), else start alone.
 
     Raises:
-        LaunchError: a variable that its launcher always sets is missing or not a number.
+        LaunchError: a variable that its launcher always sets is missing or not a number; or an MPI launcher started
+            several processes, whose variables do not say where they meet.
     """
     if "RANK" in env or "WORLD_SIZE" in env:
         return _from_torchrun(env)
     if _is_srun_task(env):
         return _from_srun(env)
+    _refuse_mpi(env)
     return Launch(0, 1, 0, "127.0.0.1", free_port())
+
+
+def attempt(env: Mapping[str, str]) -> dict[str, str]:
+    """What tells this start from every other: SLURM's job, step and restart, and torchrun's run, if it has a name.
+
+    Equal on all ranks of a start: torchrun's own count of restarts may differ between nodes.
+    """
+    named = {"job": "SLURM_JOB_ID", "step": "SLURM_STEP_ID", "restart": "SLURM_RESTART_COUNT"}
+    found = {key: env.get(name, "0" if key == "restart" else "-") for key, name in named.items()}
+    run = env.get("TORCHELASTIC_RUN_ID", "none")
+    return found if run == "none" else {**found, "torchrun": run}
 
 
 def free_port() -> int:
@@ -69,6 +83,26 @@ def _from_torchrun(env: Mapping[str, str]) -> Launch:
     )
 
 
+# what mpirun, mpiexec and their like set: number of processes, rank, rank on the node
+_MPI = (
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
+    ("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),
+)
+
+
+def _refuse_mpi(env: Mapping[str, str]) -> None:
+    """Each process would take itself for the whole run, and all would write to one folder."""
+    for size, rank, local in _MPI:
+        if env.get(size, "1") not in ("", "0", "1"):
+            raise LaunchError(
+                f"{size} is {env[size]}: an MPI launcher started {env[size]} processes, but RANK and WORLD_SIZE are "
+                f"unset; start with torchrun or srun, or set in every process WORLD_SIZE=${size} RANK=${rank} "
+                f"LOCAL_RANK=${local} (its number on the node), MASTER_ADDR (host of rank 0) and MASTER_PORT; "
+                f"to run one process, unset {size}"
+            )
+
+
 def _is_srun_task(env: Mapping[str, str]) -> bool:
     # An sbatch script itself also has SLURM_PROCID=0 and SLURM_NTASKS=n, but no step: a plain
     # `python` in it is one process and would wait for n-1 peers that nobody starts.
@@ -78,16 +112,23 @@ def _is_srun_task(env: Mapping[str, str]) -> bool:
 def _from_srun(env: Mapping[str, str]) -> Launch:
     tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
-    # Two jobs may share a node, so the port follows the job id; 15000-31999 lies below the ephemeral ports
-    # that Linux hands out to others (32768-60999).
-    port = 15000 + int(env.get("SLURM_JOB_ID", "0")) % 17000
     return Launch(
         rank=_number(env, "SLURM_PROCID", "srun"),
         world_size=_number(env, tasks, "srun"),
         local_rank=_number(env, "SLURM_LOCALID", "srun"),
         address=env.get("MASTER_ADDR") or first_host(nodes),
-        port=_number(env, "MASTER_PORT", "srun") if "MASTER_PORT" in env else port,
+        port=_number(env, "MASTER_PORT", "srun") if "MASTER_PORT" in env else _port(env),
     )
+
+
+def _port(env: Mapping[str, str]) -> int:
+    """Of a job's step and restart, since jobs share nodes, steps share a job, and a killed start may hold its port.
+
+    A hash: in a sum of these numbers, a job's restarts would be its neighbours' first starts. 15000 to 31999 lies below
+    the ports that Linux gives to outgoing connections (32768-60999).
+    """
+    start = ".".join(attempt(env).values())
+    return 15000 + int.from_bytes(hashlib.sha256(start.encode()).digest()[:8]) % 17000
 
 
 def first_host(nodelist: str) -> str:

@@ -225,10 +225,10 @@ def test_a_kill_while_saving_leaves_the_last_complete_one(tmp_path: Path, when: 
     with pytest.raises(RankDied, match="rank 0 ended without a result: SIGKILL"):
         run_ranks(killed_while_saving, 2, tmp_path, when)
     assert (tmp_path / "latest").read_text() == "step_00000001\n"
-    assert (tmp_path / "step_00000002.tmp").exists() == (when == "before")
+    assert (tmp_path / ".unfinished-step_00000002").exists() == (when == "before")
     for found, notes in run_ranks(resumed_step, 2, tmp_path):
         assert found == step
-        assert notes == (["skipped step_00000002.tmp: the run was killed while saving it"] if when == "before" else [])
+        assert notes == (["skipped step_00000002: the run was killed while saving it"] if when == "before" else [])
     run_ranks(train_and_save, 2, tmp_path, "fp32", [2])  # saving the same step again works
     assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000001", "step_00000002"]
 

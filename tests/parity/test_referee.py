@@ -262,3 +262,12 @@ def test_the_exit_code_is_the_verdict_under_a_launcher(tmp_path, capfd):
 def test_a_layout_that_cannot_be_is_refused(tmp_path, capfd):
     assert parity.main([config_file(tmp_path), *BASE, "parallel.tensor=3"]) == 2
     assert "parallel.tensor" in capfd.readouterr().err
+
+
+def test_a_difference_is_the_last_word(tmp_path, capfd):
+    """Of processes that it started itself: the exit code, and no stack of a launcher that takes it for a crash."""
+    arguments = [config_file(tmp_path), *BASE, "parallel.tensor=2", "--steps", "1", "--tolerance", "1e-12"]
+    assert parity.main(arguments) == 1
+    told = capfd.readouterr()
+    assert "DIFFERENT" in told.out
+    assert "Traceback" not in told.err

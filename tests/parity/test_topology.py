@@ -190,11 +190,30 @@ def test_launchers_are_read() -> None:
     assert (torchrun.rank, torchrun.world_size, torchrun.local_rank) == (3, 4, 1)
     assert (torchrun.address, torchrun.port) == ("n1", 29400)
     srun = from_environment(SRUN)
-    assert (srun.rank, srun.world_size, srun.local_rank, srun.address, srun.port) == (5, 8, 1, "gpu03", 15005)
+    assert (srun.rank, srun.world_size, srun.local_rank, srun.address, srun.port) == (5, 8, 1, "gpu03", 19934)
     assert from_environment({**SRUN, "MASTER_PORT": "1234", "MASTER_ADDR": "h"}).port == 1234
     assert from_environment({**SRUN, "SLURM_STEP_NUM_TASKS": "6"}).world_size == 6
     assert from_environment(TORCHRUN | SRUN) == torchrun  # torchrun inside an srun step
     assert from_environment({}).world_size == 1
+
+
+def test_ports_of_jobs_steps_and_restarts_that_may_be_at_once_differ() -> None:
+    def port(job: int, step: int = 0, restart: int = 0) -> int:
+        numbers = {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step), "SLURM_RESTART_COUNT": str(restart)}
+        return from_environment({**SRUN, **numbers}).port
+
+    ports = [port(job, step, restart) for job in (17005, 17006) for step in range(3) for restart in range(9)]
+    assert len(set(ports)) == len(ports)
+    assert all(15000 <= number < 32000 for number in ports)
+
+
+@pytest.mark.parametrize("size", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"])
+def test_an_mpi_launcher_is_told_what_to_set(size: str) -> None:
+    with pytest.raises(LaunchError, match=rf"{size} is 2.* WORLD_SIZE=\${size} RANK=\$.*MASTER_ADDR"):
+        from_environment({size: "2"})
+    assert from_environment({size: "1"}).world_size == 1
+    assert from_environment({size: "2", **TORCHRUN}).world_size == 4
+    assert from_environment({size: "2", **SRUN}).world_size == 8
 
 
 def test_python_in_a_batch_script_is_one_process() -> None:

@@ -1,6 +1,9 @@
 """Bad input ends with exit code 2 and a message that says what, where and what would work."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import pretrain_hope
 from configs.errors import ConfigError
 from configs.schema import load
 from parallel.checkpoint import manifest
+from parallel.start import told
 
 
 def run(path: str, *overrides: str) -> int:
@@ -156,3 +160,43 @@ def test_every_config_in_the_project_loads():
         assert {where for where, _, _ in found} <= {"data.train", "data.heldout"}, found
         config = load(str(file), [], check=False)
         assert pretrain_hope.facts(config, 2).startswith("model")
+
+
+def test_an_end_before_the_checkpoint_is_refused_and_nothing_is_rewritten(tmp_path, capfd):
+    path = config_file(tmp_path)
+    assert run_ranks(run, 1, path, "train.stop_after=4", timeout=60) == [0]
+    written = (tmp_path / "runs/tiny/config.yaml").read_text()
+    for flags in (["train.steps=3", "checkpoint.on_change={train.steps: override}"], ["train.stop_after=2"]):
+        assert run_ranks(run, 2, path, *flags, timeout=60) == [2, 2]
+        error = re.sub(r"\s+", " ", capfd.readouterr().err)
+        key, value = flags[0].split("=")
+        assert error.count(f"{key} {value}: before step 4, from which the run would go on") == 1
+        assert "use 4 or more, another run.name, or go on from an older checkpoint" in error
+        assert (tmp_path / "runs/tiny/config.yaml").read_text() == written
+
+
+def test_torchrun_shows_a_refusal_once(tmp_path):
+    """Ended by the launcher, or knowing that rank 0 says it: no other rank repeats it, and none shows its stack."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    program = [str(Path(pretrain_hope.__file__)), config_file(tmp_path), "model.layerz=3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    shown = subprocess.run([*command, *program], capture_output=True, text=True, timeout=120, env=environment)
+    assert shown.stderr.count("config error ") == 1, shown.stderr
+    assert "exitcode  : 2" in shown.stderr
+    assert not re.search(r'File ".*(pretrain_hope|/configs/|/hope/|/parallel/)', shown.stderr)
+
+
+def misled(path: str) -> int:
+    """A start of which rank 1 alone is given an unknown key."""
+    told.PATIENCE_S = 2.0
+    return run(path, *(["model.layerz=3"] if os.environ["RANK"] == "1" else []), "model.heads=3")
+
+
+def test_ranks_without_torchrun_say_the_same_once_and_something_else_with_their_number(tmp_path, capfd):
+    path = config_file(tmp_path)
+    assert run_ranks(run, 3, path, "model.layerz=3", "train.global_batch=12", timeout=60) == [2, 2, 2]
+    assert capfd.readouterr().err.count("config error ") == 1
+    assert run_ranks(misled, 2, path, timeout=60) == [2, 2]
+    error = capfd.readouterr().err
+    assert error.count("config error ") == 2
+    assert "rank 1: config error " in error

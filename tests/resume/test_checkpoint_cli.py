@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -132,3 +133,35 @@ def test_the_command_line_needs_no_process_group(trained):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "step " in done.stdout
+
+
+def test_a_reader_that_has_enough_is_no_error(trained):
+    command = [sys.executable, "-m", "parallel.checkpoint", "inspect", "--tensors", str(checkpoint(trained))]
+    reader = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert reader.stdout is not None
+    assert reader.stderr is not None
+    reader.stdout.close()
+    assert (reader.stderr.read(), reader.wait(60)) == ("", 0)
+
+
+def test_an_export_can_be_read_by_others_and_has_the_tokenizer_of_the_data(trained, capsys, tmp_path):
+    before, model = os.umask(0o022), trained[0] / "tokenizer.model"
+    try:
+        assert main(["export", str(checkpoint(trained)), "--out", str(tmp_path)]) == 0
+        assert "no tokenizer" in capsys.readouterr().out
+        model.write_bytes(b"another")
+        assert main(["export", str(checkpoint(trained)), "--out", str(tmp_path)]) == 0
+        assert not (tmp_path / "tokenizer.model").exists()
+        model.write_bytes(b"counting")  # whose hash the token sets record
+        assert main(["export", str(checkpoint(trained)), "--out", str(tmp_path)]) == 0
+        assert f"{tmp_path}/tokenizer.model: {model}" in capsys.readouterr().out
+    finally:
+        os.umask(before)
+        model.unlink(missing_ok=True)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == dict.fromkeys(("config.json", "model.safetensors", "tokenizer.model"), 0o644)
+
+
+def test_a_run_is_no_export_and_is_told_how_to_become_one(trained):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json and no model\.safetensors: .*checkpoint export RUN"):
+        pretrained.load(trained[0] / "runs/tiny")

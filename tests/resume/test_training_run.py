@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -206,6 +207,7 @@ def test_too_many_skips_in_a_row_stop_the_run(tmp_path):
         "step": 5,
         "reason": "nonfinite_gradients",
         "in_a_row": 3,
+        "last_good": "step_00000002",
     }
 
 
@@ -231,3 +233,22 @@ def test_a_signal_on_one_rank_stops_all_at_one_step_with_everything_saved(tmp_pa
     assert weights(tmp_path, 3)
     assert run_ranks(run, 2, path, timeout=60) == [0, 0]
     assert metrics(tmp_path)[-1]["step"] == 8
+
+
+def full_disk(path: str, *overrides: str) -> int:
+    """A run whose console and logs find no room."""
+    with open("/dev/full", "w") as sys.stdout:
+        return run(path, *overrides)
+
+
+def test_logs_and_a_console_without_room_do_not_end_a_run(tmp_path):
+    path, folder = config_file(tmp_path), tmp_path / "runs/tiny"
+    folder.mkdir(parents=True)
+    for name in ("metrics.jsonl", "events.jsonl"):
+        (folder / name).symlink_to("/dev/full")
+    (folder / "tensorboard").write_text("in the way")
+    assert run_ranks(full_disk, 2, path, "log.tensorboard=true", "checkpoint.every=4", timeout=60) == [0, 0]
+    (folder / "metrics.jsonl").unlink()
+    more = ["train.steps=9", "checkpoint.on_change={train.steps: override}"]
+    assert run_ranks(run, 2, path, *more, timeout=60) == [0, 0]
+    assert [record["step"] for record in metrics(tmp_path)] == [9]

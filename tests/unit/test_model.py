@@ -138,3 +138,17 @@ def test_hope_flops_are_near_torchs_count(memory_kind):
         model(tokens(256, 1, 64))
     assert counter.get_total_flops() == pytest.approx(model.flops(256).forward * 256, rel=0.15)
     assert model.flops(256).writes > 0
+
+
+@pytest.mark.parametrize(
+    ("inputs", "starts", "message"),
+    [
+        (tokens().float(), None, r"tokens are float32 \[33, 4\]; a model takes whole numbers \[time, batch\]"),
+        (tokens()[:, 0], None, r"tokens are int64 \[33\]"),
+        (tokens(), torch.zeros(4, 33, dtype=torch.bool), r"starts are bool \[4, 33\] for tokens \[33, 4\]"),
+        (tokens(), torch.zeros(33, 4), r"starts are float32 \[33, 4\]"),
+    ],
+)
+def test_what_cannot_be_tokens_is_refused(inputs, starts, message):
+    with pytest.raises(ValueError, match=message):
+        Model(config()).initialise(0)(inputs, starts=starts)
