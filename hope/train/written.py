@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 WAITING = 100_000  # lines; about 50 MB of metrics
 
