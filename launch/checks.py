@@ -130,5 +130,11 @@ def _memory(config: Config, job: Job) -> Iterator[Problem]:
 
 def _queue(run: RunFolder) -> Iterator[Problem]:
     """Two jobs in one run folder would overwrite each other."""
-    if (number := slurm.newest_live(run.job_ids())) is not None:
-        yield "run.name", f"job {number} of this run waits or runs", f"another run.name, or `cancel {run.root}` first"
+    fix = f"another run.name, or `cancel {run.root}` first"
+    try:
+        number = slurm.newest_live(run.job_ids())
+    except slurm.SlurmError as error:
+        yield "run.name", str(error), f"the same command once SLURM answers; or {fix}"
+        return
+    if number is not None:
+        yield "run.name", f"job {number} of this run waits or runs", fix

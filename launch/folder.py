@@ -47,8 +47,9 @@ class RunFolder:
         return max(found, default=-1)
 
     def job_ids(self) -> list[str]:
-        """Every job that was submitted for this run, oldest first."""
-        return self.jobs.read_text().split() if self.jobs.exists() else []
+        """Every job that was submitted for this run, oldest first: `NUMBER`, or `NUMBER;CLUSTER`."""
+        words = self.jobs.read_text().split() if self.jobs.exists() else []
+        return [word for word in words if re.fullmatch(r"\d+(;\S+)?", word)]
 
 
 def write_json(path: Path, value: object) -> None:

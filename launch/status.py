@@ -30,7 +30,7 @@ def row(run: RunFolder) -> dict[str, str]:
     from hope.train.console import duration, short  # brings torch, 2 s that the other commands need not wait for
 
     jobs = run.job_ids()
-    known = slurm.state(jobs[-1]) if jobs else {}
+    known = slurm.ask(jobs[-1]) if jobs else slurm.Known("ended")
     last = (records(run.root) or [{}])[-1]
     verdict = read_json(run.verdict, {})
     starts = [r for r in records(run.control, "verdicts.jsonl") if "attempt" in r]
@@ -39,7 +39,7 @@ def row(run: RunFolder) -> dict[str, str]:
     return {
         "run": run.root.name,
         "job": jobs[-1] if jobs else "local",
-        "state": known.get("state", "-") + (f" ({known['reason']})" if known.get("reason", "None") != "None" else ""),
+        "state": _state(known),
         "step": "-" if step is None else f"{step}/{_steps(run)}",
         "tok/s": "-" if last.get("tokens_per_s") is None else short(last["tokens_per_s"]),
         "loss": "-" if last.get("loss") is None else f"{last['loss']:.4f}",
@@ -50,6 +50,13 @@ def row(run: RunFolder) -> dict[str, str]:
         if verdict
         else "cancelled" * run.cancelled.exists() or "-",
     }
+
+
+def _state(known: slurm.Known) -> str:
+    if known.life == "unknown":
+        return "unknown: SLURM does not answer"
+    reason = known.facts.get("reason", "None")
+    return known.facts.get("state", "-") + (f" ({reason})" if reason != "None" else "")
 
 
 def _steps(run: RunFolder) -> str:
@@ -99,12 +106,27 @@ def follow(path: Path) -> None:
 
 
 def cancel(run: RunFolder) -> str:
-    """End the newest job of a run for good: the marker first, so that nothing starts it again; what was done."""
+    """End every job of a run for good: the marker first, so that nothing starts it again; what was done.
+
+    Every number is tried, whatever SLURM says of it: one that it seems to have forgotten may still run.
+
+    Raises:
+        SlurmError: there is no such run, or a job of it may still run.
+    """
+    if not run.launch.is_dir():
+        raise slurm.SlurmError(f"{run.root} is no run that was submitted: it has no folder launch/")
     run.control.mkdir(parents=True, exist_ok=True)
     run.cancelled.touch()
-    ended = [job for job in run.job_ids() if slurm.live(job)]
-    for job in ended:
-        slurm.cancel(job)
+    ended, refused = [], []
+    for job in run.job_ids():
+        over = slurm.ask(job).life == "ended"
+        try:
+            if slurm.cancel(job) and not over:
+                ended.append(job)
+        except slurm.SlurmError as error:
+            refused.append(f"job {job} may still run: {error}")
+    if refused:
+        raise slurm.SlurmError("; ".join([*refused, "no other will be started; `cancel` again when SLURM answers"]))
     return f"cancelled job {', '.join(ended)}" if ended else "no job of this run waits or runs"
 
 

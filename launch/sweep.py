@@ -249,6 +249,7 @@ def _run_jobs(waiting: list[Cell], runs: dict[str, PlannedRun], throttle: int) -
             live[cell.name] = send(runs[cell.name])
             print(f"sweep: {cell.name} is job {live[cell.name]}", flush=True)
         time.sleep(POLL_S)
-        for name in [name for name, number in live.items() if not slurm.live(number)]:
+        # a job of which SLURM says nothing counts as alive: it is asked again
+        for name in [name for name, number in live.items() if slurm.ask(number).life == "ended"]:
             print(f"sweep: {name} {verdict(runs[name].job.run) or 'ended without a verdict'}", flush=True)
             del live[name]
