@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,18 +41,40 @@ def call(*command: str, timeout: float = 60, cwd: Path | None = None) -> str:
     return done.stdout if command[0] != "sbatch" else done.stdout + done.stderr
 
 
+def dropped(env: Mapping[str, str]) -> Iterator[str]:
+    """A note on every option for sbatch in an environment: `call` does not pass them on."""
+    for name in sorted(env):
+        if name.startswith("SBATCH_") or name == "SLURM_CLUSTERS":
+            option = "clusters" if name == "SLURM_CLUSTERS" else name.removeprefix("SBATCH_").lower().replace("_", "-")
+            key = option if option in ("partition", "account", "qos", "exclusive") else f"sbatch=[--{option}=...]"
+            yield f"{name}={env[name]} of this shell is not used: what a job gets stands in its profile (site.{key})"
+
+
+def longest(partition: str) -> str | None:
+    """MaxTime of a partition, or of several with commas between; of the default one if empty. None if unknown."""
+    try:
+        lines = call("scontrol", "-o", "show", "partition", timeout=20).splitlines()
+    except SlurmError:
+        return None
+    shown = [{k: v for k, _, v in (word.partition("=") for word in line.split())} for line in lines]
+    wanted = [p for p in shown if (p.get("PartitionName") in partition.split(",") if partition
+                                   else p.get("Default") == "YES")]  # fmt: skip
+    limits = [p["MaxTime"] for p in wanted if seconds(p.get("MaxTime", "")) is not None]
+    return max(limits, key=lambda text: seconds(text) or 0, default=None)
+
+
 def test_only(script: Path, folder: Path) -> str:
     """What `sbatch --test-only` says: when and where the job would start. Raises SlurmError with its refusal."""
     return call("sbatch", "--test-only", str(script), cwd=folder).strip()
 
 
 def submit(script: Path, folder: Path, *options: str) -> str:
-    """Submit a script; the job's id."""
+    """Submit a script; the job's id, with `;CLUSTER` where sbatch names one."""
     out = call("sbatch", "--parsable", *options, str(script), cwd=folder)
-    match = re.search(r"^(\d+)(;\S+)?$", out, re.MULTILINE)
-    if match is None:
+    numbers = re.findall(r"^(\d+(?:;\S+)?)\s*$", out, re.MULTILINE)  # banners of the site stand before it
+    if not numbers:
         raise SlurmError(f"sbatch gave no job id: {out.strip()}")
-    return match[1]
+    return str(numbers[-1])
 
 
 @dataclass(frozen=True)
@@ -173,8 +196,10 @@ def _place(job: str) -> tuple[str, list[str]]:
     return number, ["-M", cluster] if cluster else []
 
 
-def seconds(limit: str) -> int | None:
-    """Seconds of SLURM's MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS; None if it is none of them."""
+def seconds(limit: str) -> float | None:
+    """Seconds of SLURM's MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS; infinite for UNLIMITED; else None."""
+    if limit.upper() in ("UNLIMITED", "INFINITE"):
+        return math.inf
     match = TIME.fullmatch(limit)
     if match is None:
         return None

@@ -208,9 +208,9 @@ def run(grid: Grid, *, dry_run: bool = False) -> int:
     if grid.where == "local":
         for cell in waiting:
             print(f"sweep: {cell.name}", flush=True)
-            code = run_here(runs[cell.name])
-            if code == 85:  # stopped by a signal: so is the sweep
-                return code
+            ended = run_here(runs[cell.name])
+            if ended.stopped:  # by a signal: so is the sweep
+                return ended.code or 1
     else:
         _run_jobs(waiting, runs, grid.throttle)
     bad = [cell.name for cell in todo if _verdict(runs, cell) != "done"]
