@@ -27,7 +27,8 @@ def problems(config: Config, job: Job, *, ask_slurm: bool) -> list[Problem]:
     found = list(_configuration(config, job))
     # memory and speed are counted from shapes, for which model, layout and batch must fit together
     countable = not found and job.site.gpus_per_node > 0
-    found += [*_names(job), *_folder(job)]
+    found += [problem for problem in _names(job) if problem[0] not in {path for path, _, _ in found}]
+    found += _folder(job)
     found += _time(config, job, countable=countable)
     found += _checkpoint(config, job)
     if countable and job.site.gpu_memory_gb:
@@ -140,7 +141,7 @@ def _time(config: Config, job: Job, *, countable: bool) -> Iterator[Problem]:
 def _estimated_step_s(config: Config, job: Job) -> float | None:
     from launch import estimate  # torch takes 2 s to import, and sites without GPUs need no estimate
 
-    return estimate.step_seconds(config, job.world, job.site.gpu, estimate.ASSUMED_MFU)
+    return estimate.step_seconds(config, job.world, job.site.gpu)
 
 
 def _memory(config: Config, job: Job) -> Iterator[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,23 @@ TITLES = ("run", "job", "state", "step", "tok/s", "loss", "eta", "starts", "save
 
 
 def find_runs(where: list[str]) -> list[RunFolder]:
-    """Run folders that were launched: the ones given, or all below the folders given."""
+    """Run folders, however they were started: the ones given, or all below the folders given.
+
+    Raises:
+        SlurmError: there is none in one of them.
+    """
     found = []
     for word in where:
         path = Path(word)
-        inside = sorted(p.parent.parent for p in path.glob("*/launch/job.json")) if path.is_dir() else []
-        found += [RunFolder(path)] if (path / "launch").is_dir() else [RunFolder(p) for p in inside]
+        inside = [path] if _is_run(path) else [p for p in sorted(path.glob("*")) if _is_run(p)]
+        if not inside:
+            raise slurm.SlurmError(f"no run in {path}: give run folders, or folders that hold them")
+        found += [RunFolder(p) for p in inside]
     return found
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / name).exists() for name in ("launch/job.json", "metrics.jsonl", "events.jsonl"))
 
 
 def row(run: RunFolder) -> dict[str, str]:
@@ -38,7 +49,7 @@ def row(run: RunFolder) -> dict[str, str]:
     saved = run.saved_step()
     return {
         "run": run.root.name,
-        "job": jobs[-1] if jobs else "local",
+        "job": jobs[-1] if jobs else "local" if run.job.exists() else "-",
         "state": _state(known),
         "step": "-" if step is None else f"{step}/{_steps(run)}",
         "tok/s": "-" if last.get("tokens_per_s") is None else short(last["tokens_per_s"]),
@@ -60,10 +71,10 @@ def _state(known: slurm.Known) -> str:
 
 
 def _steps(run: RunFolder) -> str:
-    try:
-        return str(load(str(run.config), [], check=False).train.steps)
-    except ConfigError:
-        return "?"
+    for path in (run.config, run.root / "config.yaml"):  # the latter of any run, the former before its first step
+        with contextlib.suppress(ConfigError):
+            return str(load(str(path), [], check=False).train.steps)
+    return "?"
 
 
 def status_table(runs: list[RunFolder]) -> str:
@@ -86,6 +97,28 @@ def log_file(run: RunFolder, rank: int) -> Path:
     if not files:
         raise slurm.SlurmError(f"no log of rank {rank} in {run.logs}: has the job started?")
     return files[-1]
+
+
+def last_lines(run: RunFolder, rank: int, lines: int) -> str:
+    """The end of the newest log under its name. A run that was started without launch has no log, but its numbers.
+
+    Raises:
+        SlurmError: there is neither.
+    """
+    numbers = records(run.root)
+    if rank or not numbers or next(run.logs.glob("*.out"), None):
+        path = log_file(run, rank)
+        return f"==> {path} <==\n{tail(path, lines)}"
+    from hope.train.console import console_line  # see `row`
+    from hope.train.throughput import Devices
+
+    steps = _steps(run)
+    shown = [
+        console_line(record, steps=int(steps) if steps != "?" else record["step"] or 1, devices=Devices(1, "device"))
+        for record in numbers[-lines:]
+    ]
+    head = f"==> {run.root / 'metrics.jsonl'} (no log: this run printed to its terminal) <=="
+    return "\n".join([head, *shown])
 
 
 def tail(path: Path, lines: int) -> str:

@@ -16,6 +16,7 @@ from parallel.checkpoint import folders, manifest
 from parallel.checkpoint.describe import contents, reshard_plan
 from parallel.checkpoint.errors import CheckpointError
 from parallel.layout.topology import ParallelConfig
+from parallel.start.pipe import piped
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from parallel.checkpoint.export import export
 
             print(export(path, Path(args.out), args.dtype))
+    except BrokenPipeError:  # an OSError, but about the reader of the output
+        raise
     except (CheckpointError, OSError) as error:
         print(f"checkpoint error: {error}", file=sys.stderr)
         return 2
@@ -90,4 +93,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))
