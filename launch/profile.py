@@ -69,7 +69,7 @@ class Profile:
     qos: str = ""
     """Quality of service; empty: the default."""
     time: str = "24:00:00"
-    """Time limit of one job, HH:MM:SS or D-HH:MM:SS."""
+    """Time limit of one job, HH:MM:SS or D-HH:MM:SS; UNLIMITED where the partition has none."""
     gpus_per_node: int = 8
     """GPUs of a node; 0: train on CPUs."""
     tasks_per_node: int = 0
@@ -105,7 +105,7 @@ class Profile:
     modules: list[str] = field(default_factory=list)
     """`module load` these."""
     setup: list[str] = field(default_factory=list)
-    """Shell lines before anything else, for example "source .venv/bin/activate"."""
+    """Shell lines before anything else, for example "source .venv/bin/activate"; one that fails stops the run."""
     env: dict[str, str] = field(default_factory=dict)
     """Environment variables: NCCL's interfaces and the like. No secrets: the script stays in the run folder."""
     shared: list[str] = field(default_factory=list)

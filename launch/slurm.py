@@ -22,6 +22,10 @@ class SlurmError(Exception):
     """A command of SLURM failed; the message holds what it said."""
 
 
+class NoAnswer(SlurmError):
+    """It ran out of time: what it was asked for may have happened or not."""
+
+
 def call(*command: str, timeout: float = 60, cwd: Path | None = None) -> str:
     """Standard output of a command.
 
@@ -35,7 +39,7 @@ def call(*command: str, timeout: float = 60, cwd: Path | None = None) -> str:
     except FileNotFoundError:
         raise SlurmError(f"{command[0]} is not on this machine; submit from a login node, or use `local`") from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"{command[0]} did not answer within {timeout:.0f} s") from None
+        raise NoAnswer(f"{command[0]} did not answer within {timeout:.0f} s") from None
     if done.returncode:
         raise SlurmError(f"{command[0]}: {(done.stderr or done.stdout).strip()}")
     return done.stdout if command[0] != "sbatch" else done.stdout + done.stderr
@@ -69,8 +73,17 @@ def test_only(script: Path, folder: Path) -> str:
 
 
 def submit(script: Path, folder: Path, *options: str) -> str:
-    """Submit a script; the job's id, with `;CLUSTER` where sbatch names one."""
-    out = call("sbatch", "--parsable", *options, str(script), cwd=folder)
+    """Submit a script; the job's id, with `;CLUSTER` where sbatch names one.
+
+    Raises:
+        SlurmError: sbatch refuses, or does not answer, and then the job may be queued all the same.
+    """
+    try:
+        out = call("sbatch", "--parsable", *options, str(script), cwd=folder)
+    except NoAnswer as error:
+        raise SlurmError(
+            f"{error}; the job may be queued all the same: look with `squeue --me`, and scancel it"
+        ) from None
     numbers = re.findall(r"^(\d+(?:;\S+)?)\s*$", out, re.MULTILINE)  # banners of the site stand before it
     if not numbers:
         raise SlurmError(f"sbatch gave no job id: {out.strip()}")

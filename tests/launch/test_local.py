@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from tiny import config_file
 
 from launch.folder import RunFolder, read_json
 from launch.runs import records
+from parallel.start.launcher import free_port
 
 REPOSITORY = Path(__file__).parent.parent.parent
 STAND_IN = Path(__file__).parent / "stand_in.py"
@@ -69,7 +71,8 @@ def started(tmp_path: Path) -> Iterator[Callable[..., Started]]:
     yield start
     for run in runs:
         run.process.kill()
-        run.process.communicate()
+        run.process.wait()
+        run.process.stdout.close()
         for pid in run.trainers:
             if not gone(pid):
                 os.kill(pid, signal.SIGKILL)
@@ -141,3 +144,20 @@ def test_a_data_error_ends_it_with_2(tmp_path):
     done = subprocess.run([sys.executable, "-c", DRIVER, path, str(bad)], cwd=REPOSITORY, timeout=60,
                           env={**os.environ, "PYTHONPATH": str(REPOSITORY)})  # fmt: skip
     assert done.returncode == 2
+
+
+@pytest.mark.slow
+def test_make_train_gives_a_save_more_than_torchruns_thirty_seconds(tmp_path):
+    recipe = next(line for line in (REPOSITORY / "Makefile").read_text().splitlines() if "/torchrun" in line)
+    given = dict(word.split("=") for word in recipe.split() if re.fullmatch(r"[A-Z_]+=\d+", word))
+    env = {**os.environ, **given, "PYTHONPATH": str(REPOSITORY), "HOPE_RUN": str(tmp_path), "SAVE_S": "33"}
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    process = subprocess.Popen([*words, str(STAND_IN)], env=env, start_new_session=True)
+    try:
+        wait_for("both ranks", lambda: len(list(tmp_path.glob("pid.*"))) == 2)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+    finally:
+        process.kill()
+    assert [path.read_text() for path in sorted(tmp_path.glob("saved.*"))] == ["INT\n", "INT\n"]

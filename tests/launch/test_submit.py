@@ -187,3 +187,10 @@ def test_never_resuming_beside_checkpoints_is_refused_before_the_queue(tmp_path,
 
 def test_infinite_times():
     assert slurm.seconds("UNLIMITED") == slurm.seconds("infinite") == float("inf")
+
+
+def test_an_sbatch_that_does_not_answer_may_have_queued_the_job(run, fake_slurm, tmp_path, monkeypatch):
+    monkeypatch.setattr(slurm.call, "__kwdefaults__", {"timeout": 1, "cwd": None})
+    fake_slurm.says(sbatch='case "$*" in *--test-only*) ;; *) exec sleep 5;; esac')
+    with pytest.raises(slurm.SlurmError, match="may be queued all the same"):
+        slurm.submit(run.script, tmp_path)

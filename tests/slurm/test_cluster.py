@@ -111,7 +111,7 @@ def test_a_save_of_more_than_thirty_seconds_is_finished_under_torchrun(submitted
 
 @pytest.mark.parametrize("name", ["a b", "q'uote", "p%j", "hash#1"])
 def test_odd_names_keep_their_log(submitted, name):
-    job = submitted(f'"{name}"', behaviour={"steps": 2}, nodes=1)
+    job = submitted(f'"{name}"', behaviour={"steps": 8}, nodes=1)
     job.wait("COMPLETED")
     assert job.run.root.name == name
     assert "every rank finished" in (job.run.logs / f"{job.job}.out").read_text()
@@ -119,7 +119,7 @@ def test_odd_names_keep_their_log(submitted, name):
 
 @pytest.mark.parametrize("export", ["NONE", "A=b"])
 def test_sbatch_export_starts_the_ranks_all_the_same(submitted, export):
-    job = submitted(f"export-{export[0]}", f"site.sbatch=['--export={export}']", behaviour={"steps": 2})
+    job = submitted(f"export-{export[0]}", f"site.sbatch=['--export={export}']", behaviour={"steps": 8})
     job.wait("COMPLETED", seconds=60)
     assert job.words() == ["done"]
 
@@ -127,7 +127,7 @@ def test_sbatch_export_starts_the_ranks_all_the_same(submitted, export):
 def test_the_shells_own_ranks_do_not_reach_the_tasks(submitted, monkeypatch):
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "PMI_RANK": "0"}.items():
         monkeypatch.setenv(key, value)
-    job = submitted("foreign", behaviour={"steps": 2})
+    job = submitted("foreign", behaviour={"steps": 8})
     job.wait("COMPLETED", seconds=60)
     assert [e["rank"] for e in job.exits(f"{job.job}.0")] == [0, 1, 2, 3]
 
@@ -149,7 +149,7 @@ def test_a_controller_that_does_not_answer_is_not_taken_for_an_ended_job(submitt
 
 
 def test_a_line_of_the_site_that_fails_is_named_in_the_verdict(submitted):
-    job = submitted("unready", "site.setup=['source nowhere.sh']", behaviour={"steps": 2})
+    job = submitted("unready", "site.setup=['source nowhere.sh']", behaviour={"steps": 8})
     job.wait("FAILED", seconds=60)
     assert job.words() == ["stop"]
     assert job.verdicts()[0]["cause"] == "site.setup: source nowhere.sh ended with 1"
