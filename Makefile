@@ -7,8 +7,9 @@ PROCESSES ?= 2
 
 .PHONY: train test parity crash-test matrix slurm-test lint format bench clean kill-test
 
+# at Ctrl-C torchrun gives its workers 30 s, or what this says: a step and a save may need more
 train: $(DATA)/heldout.manifest.json
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(PROCESSES) pretrain_hope.py configs/quickstart.yaml
+	TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(PROCESSES) pretrain_hope.py configs/quickstart.yaml
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"

@@ -14,6 +14,7 @@ from launch import collect, local, preflight_cli, profile, status, submit, sweep
 from launch.folder import RunFolder
 from launch.placement import Request, split_overrides
 from launch.slurm import SlurmError
+from parallel.start.pipe import piped
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -72,7 +73,7 @@ def _local(acts: Commands) -> None:
     def act(args: argparse.Namespace) -> int:
         return local.local(args.config, args.overrides, args.processes, dry_run=args.dry_run)
 
-    parser = _command(acts, "local", "the same on this machine, with torchrun", act)
+    parser = _command(acts, "local", "the same on this machine", act)
     _configured(parser)
     parser.add_argument("--processes", type=int, default=1, help="ranks; one per GPU")
     parser.add_argument("--dry-run", action="store_true", help="check, and print the command")
@@ -89,11 +90,11 @@ def _status(acts: Commands) -> None:
 
 def _logs(acts: Commands) -> None:
     def act(args: argparse.Namespace) -> int:
-        path = status.log_file(RunFolder(args.run), args.rank)
-        print(f"==> {path} <==\n{status.tail(path, args.lines)}")
+        run = RunFolder(args.run)
+        print(status.last_lines(run, args.rank, args.lines), flush=True)
         if args.follow:
             with contextlib.suppress(KeyboardInterrupt):
-                status.follow(path)
+                status.follow(status.log_file(run, args.rank))
         return 0
 
     parser = _command(acts, "logs", "the end of a run's newest log", act)
@@ -128,7 +129,8 @@ def _estimate(acts: Commands) -> None:
         site = profile.load(args.profile, sites)
         config = load(args.config, own, check=False)
         tokens = args.tokens or config.train.steps * config.train.tokens_per_step
-        print(estimate.describe(config, args.nodes * site.ranks_per_node, site, tokens, args.mfu))
+        say = lambda text: print(f"estimate: {text}", file=sys.stderr, flush=True)
+        print(estimate.describe(config, args.nodes * site.ranks_per_node, site, tokens, args.mfu, say))
         return 0
 
     parser = _command(acts, "estimate", "parameters, memory per rank, days for a token budget, layouts that fit", act)
@@ -136,7 +138,7 @@ def _estimate(acts: Commands) -> None:
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--profile", required=True, help="name in launch/profiles/, or a YAML file")
     parser.add_argument("--tokens", type=float, help="token budget; default: train.steps")
-    parser.add_argument("--mfu", type=float, default=0.30, help="assumed model FLOPs utilisation, 0 to 1")
+    parser.add_argument("--mfu", type=float, help="model FLOPs utilisation, 0 to 1; default: the nearest measured")
 
 
 def _preflight(acts: Commands) -> None:
@@ -169,4 +171,4 @@ def _collect(acts: Commands) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

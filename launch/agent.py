@@ -17,13 +17,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from hope.train import heartbeat
 from launch import hang
 from launch.folder import append_line, first, read_json, write_json
-from parallel.start.launcher import from_environment
+from parallel.start.launcher import Launch, from_environment
 
 OK = (0, 2, 85, 93)  # ends that the trainer chose: done, config error, requeue, do not restart
 HUNG, PEER_FAILED = 86, 87
@@ -34,9 +35,9 @@ PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class Agent:
     """Starts and watches the trainer of one rank. `control`: the attempt's folder, shared by all ranks."""
 
-    def __init__(self, command: list[str], control: Path, rank: int, world: int, local_rank: int) -> None:
+    def __init__(self, command: list[str], control: Path, rank: int, world: int) -> None:
         self.control, self.rank, self.world, self.host = control, rank, world, socket.gethostname()
-        self.limits: dict[str, float] = read_json(control / "limits.json", {})
+        self.limits = limits_of(control)
         self.poll_s = 1.0 + world / 250  # all agents together look into the shared folder at most 750 times a second
         self.signalled: str | None = None
         self.waiting: list[int] = []  # signals not passed on yet
@@ -48,6 +49,7 @@ class Agent:
         out = self._log_file()
         for number in PASSED_ON:
             signal.signal(number, self._pass_on)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)  # `launch local` blocks them: one that waits comes now
         self.child = subprocess.Popen(
             command,
             env={**os.environ, **names},
@@ -207,6 +209,42 @@ class Agent:
             time.sleep(PAUSE_S)
 
 
+def limits_of(control: Path) -> dict[str, float]:
+    """Seconds per phase, as the attempt's `begin` wrote them; the defaults, with a word, if it did not."""
+    limits: dict[str, float] | None = read_json(control / "limits.json")
+    if limits is not None:
+        return limits
+    from configs.launch_section import LimitsConfig
+
+    print(f"launch: no limits.json in {control}: watching with the default limits", file=sys.stderr, flush=True)
+    return dict(vars(LimitsConfig()))
+
+
+def refusal(place: Launch, control: Path) -> str | None:
+    """Why this rank must not start: its launcher counts other ranks than the job has. None if it may."""
+    expected = read_json(control.parent.parent / "launch" / "job.json", {}).get("world", place.world_size)
+    if place.world_size == expected and 0 <= place.rank < expected:
+        return None
+    return (f"this is rank {place.rank} of {place.world_size}, but the job has {expected} ranks: RANK, WORLD_SIZE or "
+            "SLURM_* come from another launcher; unset them")  # fmt: skip
+
+
+def refuse(why: str, place: Launch, control: Path) -> int:
+    """Write down that this rank did not start, which ends the job for good; its exit code."""
+    print(f"launch error: {why}", file=sys.stderr, flush=True)
+    facts = {"rank": place.rank, "host": socket.gethostname(), "code": 2, "how": "refused", "signalled": None}
+    write_json(control / "exit" / f"{place.rank:05d}.json", {**facts, "why": why, "time": time.time()})
+    return 2
+
+
+def returned(code: int, env: Mapping[str, str]) -> int:
+    """The agent's exit code for its trainer's: the same, but for a torchrun above it 0 instead of 85.
+
+    torchrun takes 85 for a failure and kills the other ranks 30 s later, though they may still be saving.
+    """
+    return 0 if code == 85 and "TORCHELASTIC_RUN_ID" in env else code
+
+
 def process_state(pid: int) -> str:
     """R, S, D, T, Z ... of /proc/PID/stat; ? if it is gone."""
     try:
@@ -229,9 +267,11 @@ def main(argv: list[str]) -> int:
     """Run the trainer `argv` under an agent; the exit code of this rank."""
     place = from_environment(os.environ)
     control = Path(os.environ["HOPE_CONTROL"])
+    if (why := refusal(place, control)) is not None:
+        return refuse(why, place, control)
     command = [sys.executable, "-u", *argv]
     with contextlib.suppress(KeyboardInterrupt):
-        return Agent(command, control, place.rank, place.world_size, place.local_rank).watch()
+        return returned(Agent(command, control, place.rank, place.world_size).watch(), os.environ)
     return 130
 
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from configs.changes import settle
 from configs.errors import ConfigError
 from configs.schema import Config, validate
 from hope.sections import Problem
@@ -27,8 +28,10 @@ def problems(config: Config, job: Job, *, ask_slurm: bool) -> list[Problem]:
     found = list(_configuration(config, job))
     # memory and speed are counted from shapes, for which model, layout and batch must fit together
     countable = not found and job.site.gpus_per_node > 0
+    found += [problem for problem in _names(job) if problem[0] not in {path for path, _, _ in found}]
     found += _folder(job)
     found += _time(config, job, countable=countable)
+    found += _checkpoint(config, job)
     if countable and job.site.gpu_memory_gb:
         found += _memory(config, job)
     if ask_slurm:
@@ -53,6 +56,37 @@ def _configuration(config: Config, job: Job) -> Iterator[Problem]:
         validate(config, max(job.world, job.site.ranks_per_node))
     except ConfigError as error:
         yield from error.problems
+
+
+def _checkpoint(config: Config, job: Job) -> Iterator[Problem]:
+    """Would the run go on from its newest checkpoint? Its ranks ask the same, after days in the queue."""
+    folder = job.run.root / "checkpoints"
+    if config.checkpoint.resume == "never" and any(folder.glob("step_*")):
+        what = f"is never, but {folder} holds checkpoints, which this run would mix with its own"
+        yield Problem("checkpoint.resume", what, "auto, another run.name, or remove the folder")
+    saved = job.run.saved_config()
+    if saved is None or config.checkpoint.resume == "never":
+        return
+    try:
+        settle(config, saved, job.world)
+    except ConfigError as error:
+        where = f"step {job.run.saved_step()} in {folder}"
+        yield from (Problem(path, f"{what} ({where})", fix) for path, what, fix in error.problems)
+
+
+def _names(job: Job) -> Iterator[Problem]:
+    """Can sbatch, PYTHONPATH and the container read the path of the run folder?"""
+    unreadable = {"\\": "sbatch", '"': "sbatch", ":": "PYTHONPATH"}
+    if job.site.container.kind != "none":
+        unreadable[","] = "the container's list of mounts"
+    path = str(job.run.root)
+    bad = {char: who for char, who in unreadable.items() if char in path}
+    bad |= {char: "sbatch" for char in path if not char.isprintable()}
+    for char, who in bad.items():
+        key = "run.name" if char in job.run.root.name else "run.dir"
+        yield Problem(
+            key, f"{path!r} contains {char!r}, which {who} misreads", "letters, digits, blanks, - _ . + % # '"
+        )
 
 
 def _folder(job: Job) -> Iterator[Problem]:
@@ -112,7 +146,7 @@ def _time(config: Config, job: Job, *, countable: bool) -> Iterator[Problem]:
 def _estimated_step_s(config: Config, job: Job) -> float | None:
     from launch import estimate  # torch takes 2 s to import, and sites without GPUs need no estimate
 
-    return estimate.step_seconds(config, job.world, job.site.gpu, estimate.ASSUMED_MFU)
+    return estimate.step_seconds(config, job.world, job.site.gpu)
 
 
 def _memory(config: Config, job: Job) -> Iterator[Problem]:
@@ -131,9 +165,25 @@ def _memory(config: Config, job: Job) -> Iterator[Problem]:
     yield Problem("parallel", estimate.excess(worst, job.site), fix)
 
 
+def time_limit(job: Job) -> Iterator[Problem]:
+    """Does the partition allow the time? Most sites queue a job of more, and never start it."""
+    site = job.site
+    allowed = slurm.longest(site.partition)
+    if allowed is None or site.qos:  # a quality of service may lift it
+        return
+    limit = slurm.seconds(allowed)
+    if limit is not None and site.seconds > limit:
+        what = f"{site.time} is above the {allowed} of partition {site.partition or '(default)'}"
+        yield Problem("site.time", f"{what}: the job would wait for ever", allowed)
+
+
 def _queue(run: RunFolder) -> Iterator[Problem]:
     """Two jobs in one run folder would overwrite each other."""
-    if (number := slurm.newest_live(run.job_ids())) is not None:
-        yield Problem(
-            "run.name", f"job {number} of this run waits or runs", f"another run.name, or `cancel {run.root}` first"
-        )
+    fix = f"another run.name, or `cancel {run.root}` first"
+    try:
+        number = slurm.newest_live(run.job_ids())
+    except slurm.SlurmError as error:
+        yield Problem("run.name", str(error), f"the same command once SLURM answers; or {fix}")
+        return
+    if number is not None:
+        yield Problem("run.name", f"job {number} of this run waits or runs", fix)

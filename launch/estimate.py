@@ -1,18 +1,20 @@
 """Will it fit, how long will it take: `python -m launch estimate CONFIG --nodes N --profile SITE`.
 
 Memory is counted from shapes (parallel/layout/memory.py runs the rank's part of the model on the meta device); time is
-model FLOPs over the GPU's dense bf16 peak at an ASSUMED utilisation, which is printed, times the pipeline's bubble.
+model FLOPs over the GPU's dense bf16 peak at the utilisation of the nearest measured model (launch/speeds.py), which is
+printed, or at the one that is given; times the pipeline's bubble.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from configs.schema import Config
 from hope.train.console import duration
 from hope.train.throughput import peak_flops
+from launch import speeds
 from launch.profile import Profile
 from parallel.layout.advice import divisors
 from parallel.layout.memory import GIB, RankMemory, StepShape, rank_memory
@@ -20,7 +22,6 @@ from parallel.layout.report import micro_batches_in_flight, model_facts
 from parallel.layout.stages import split
 from parallel.layout.topology import ParallelConfig, ParallelDims
 
-ASSUMED_MFU = 0.30
 USABLE = 0.92  # of a device's memory: CUDA context, NCCL buffers and allocator slack take the rest
 
 
@@ -74,17 +75,27 @@ def bubble(config: Config, layout: ParallelConfig, world: int) -> float:
     return (layout.pipeline - 1) / (layout.virtual_pipeline * max(micro_batches(config, layout, world), 1))
 
 
-def useful_seconds(config: Config, world: int, gpu: str, mfu: float) -> float | None:
-    """Seconds of a step without the bubble, in any layout; None if the GPU is not in the table of peaks."""
+def measured(config: Config) -> speeds.Speed:
+    """The measurement that times rest on."""
+    levels, _, _ = model_facts(config.model, _whole(config))
+    return speeds.nearest(config, sum(size for _, size in levels.values()))
+
+
+def useful_seconds(config: Config, world: int, gpu: str, mfu: float | None = None) -> float | None:
+    """Seconds of a step without the bubble, in any layout; None if the GPU is not in the table of peaks.
+
+    `mfu`: utilisation, 0 to 1; None for the measured one.
+    """
     peak = peak_flops(gpu)
     if peak is None:
         return None
+    mfu = measured(config).mfu if mfu is None else mfu
     _, flops, _ = model_facts(config.model, _whole(config))
     return config.train.tokens_per_step * flops / (world * peak * mfu)
 
 
-def step_seconds(config: Config, world: int, gpu: str, mfu: float) -> float | None:
-    """Seconds of an optimizer step at an assumed utilisation; None if the GPU is not in the table of peaks."""
+def step_seconds(config: Config, world: int, gpu: str, mfu: float | None = None) -> float | None:
+    """Seconds of an optimizer step, see `useful_seconds`, with the bubble of the configuration's layout."""
     useful = useful_seconds(config, world, gpu, mfu)
     return None if useful is None else useful * (1 + bubble(config, config.parallel, world))
 
@@ -93,13 +104,19 @@ def _whole(config: Config) -> StepShape:
     return StepShape.of(config.train, config.parallel, ParallelDims(1))
 
 
-def layouts(config: Config, world: int, site: Profile, mfu: float = ASSUMED_MFU) -> list[Row]:
+def layouts(
+    config: Config, world: int, site: Profile, mfu: float | None = None, say: Callable[[str], object] = str
+) -> list[Row]:
     """Every (tensor, pipeline) layout of `world` devices that the model and the batch allow: best first.
 
-    Those that fit in memory first; then tensor ranks inside a node, the shorter step, less memory.
+    Those that fit in memory first; then tensor ranks inside a node, the shorter step, less memory. `say` is told of
+    every layout before it is counted, which takes seconds.
     """
     useful = useful_seconds(config, world, site.gpu, mfu)
-    rows = [_row(config, layout, world, site, useful) for layout in _candidates(config, world)]
+    rows, candidates = [], list(_candidates(config, world))
+    for number, layout in enumerate(candidates, 1):
+        say(f"memory of layout {number} of {len(candidates)}: tensor {layout.tensor} pipeline {layout.pipeline}")
+        rows.append(_row(config, layout, world, site, useful))
     return sorted(rows, key=lambda r: (not r.fits, r.across, r.bubble, r.layout.tensor, r.memory.peak))
 
 
@@ -138,8 +155,10 @@ def excess(memory: RankMemory, site: Profile) -> str:
             f"more than {USABLE:.0%} of {site.gpu_memory_gb:g} GiB")  # fmt: skip
 
 
-def describe(config: Config, world: int, site: Profile, tokens: float, mfu: float) -> str:
-    """The page that `estimate` prints."""
+def describe(
+    config: Config, world: int, site: Profile, tokens: float, mfu: float | None, say: Callable[[str], object] = str
+) -> str:
+    """The page that `estimate` prints. `mfu`: None for the measured one; `say`: see `layouts`."""
     levels, flops, writes = model_facts(config.model, _whole(config))
     total = sum(size for _, size in levels.values())
     clocks = "  ".join(f"{name} {size:,} every {period}" for name, (period, size) in levels.items())
@@ -154,11 +173,12 @@ def describe(config: Config, world: int, site: Profile, tokens: float, mfu: floa
     if peak is None:
         lines.append(f"speed       no peak is known for {site.gpu!r}: no times")
     else:
-        lines.append(f"speed       {world} x {site.gpu}, {peak / 1e12:.0f} TFLOP/s dense bf16 each, at an ASSUMED "
-                     f"model FLOPs utilisation of {mfu:.0%}")  # fmt: skip
+        where = f"{world} x {site.gpu}, {peak / 1e12:.0f} TFLOP/s dense bf16 each"
+        given = f"{mfu:.1%} of it, as --mfu says" if mfu is not None else f"as measured: {measured(config)}"
+        lines += [f"speed       {where}", f"            {given}"]
     lines += ["", f"GiB on the fullest rank; a device has {site.gpu_memory_gb:g}, of which {USABLE:.0%} count"]
     lines.append(TITLES)
-    for row in layouts(config, world, site, mfu):
+    for row in layouts(config, world, site, mfu, say):
         copies = 1 if config.optim.accumulate == "local" else row.data  # local sums are whole on every data rank
         steps = tokens / config.train.tokens_per_step
         accumulators = 4 * slow / (row.layout.tensor * row.layout.pipeline * copies)

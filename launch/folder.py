@@ -27,6 +27,7 @@ class RunFolder:
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root).absolute()
         self.launch, self.control, self.logs = (self.root / name for name in ("launch", "control", "logs"))
+        self.fresh = self.root / "launch.new"  # becomes `launch` once SLURM has taken the job
         self.code, self.config, self.script = (self.launch / name for name in ("code", "config.yaml", "job.sbatch"))
         self.job, self.jobs = self.launch / "job.json", self.launch / "jobs.txt"
         self.budget, self.verdict = self.control / "budget.json", self.control / "verdict.json"
@@ -46,9 +47,18 @@ class RunFolder:
         ]
         return max(found, default=-1)
 
+    def saved_config(self) -> dict[str, Any] | None:
+        """The configuration that the newest complete checkpoint recorded, None if it cannot be read here."""
+        manifest = read_json(self.root / "checkpoints" / f"step_{self.saved_step():08d}" / "manifest.json", {})
+        extra = manifest.get("extra") if isinstance(manifest, dict) else None
+        config = extra.get("config") if isinstance(extra, dict) else None
+        return config if isinstance(config, dict) else None
+
     def job_ids(self) -> list[str]:
-        """Every job that was submitted for this run, oldest first."""
-        return self.jobs.read_text().split() if self.jobs.exists() else []
+        """Every job that was submitted for this run, oldest first: `NUMBER`, or `NUMBER;CLUSTER`."""
+        files = [path for path in (self.jobs, self.fresh / self.jobs.name) if path.exists()]
+        words = [word for path in files for word in path.read_text().split()]
+        return [word for word in words if re.fullmatch(r"\d+(;\S+)?", word)]
 
 
 def write_json(path: Path, value: object) -> None:

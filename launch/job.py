@@ -1,4 +1,5 @@
-"""What the batch script asks: `python -m launch.job begin` may this attempt run, `... end` what happens now.
+"""What the batch script asks: `python -m launch.job begin` may this attempt run, `... end` what happens now,
+`... stop` that none can.
 
 An attempt is one start of the job, `JOB.RESTART`. `end` reads how every rank ended (exit/RANK.json; srun's own code is
 143 whenever it killed a task), writes the verdict to control/verdict.json and prints one word for the script: done,
@@ -49,7 +50,7 @@ def classify(control: Path, world: int, code: int, *, signalled: bool) -> Verdic
     for fatal, cause in CAUSES.items():
         for e in exits:
             if e["code"] == fatal:
-                return Verdict(STOP, cause, e)
+                return Verdict(STOP, e.get("why", cause), e)
     if (control / "parity.json").exists():
         return Verdict(STOP, "the referee finds this layout different from one device, see the log")
     if (control / "bad_nodes.json").exists():
@@ -135,6 +136,12 @@ def end(run: RunFolder, attempt: str, code: int, *, signalled: bool, in_slurm: b
     return spent.word
 
 
+def stop(run: RunFolder, attempt: str, cause: str) -> None:
+    """The verdict of a job that cannot start a program at all: its site's own lines fail, and would again."""
+    budget = read_json(run.budget, {"step": run.saved_step(), "left": read_json(run.job, {}).get("attempts", 0)})
+    _write(run, attempt, Verdict(STOP, cause), {**budget, "open": None})
+
+
 def _write(run: RunFolder, attempt: str, verdict: Verdict, budget: dict[str, Any]) -> None:
     facts = {"attempt": attempt, "verdict": verdict.word, "cause": verdict.cause, "step": budget["step"],
              "left": budget["left"], "first": verdict.first, "time": round(time.time(), 3)}  # fmt: skip
@@ -162,14 +169,18 @@ def _is_cancelled(attempt: str) -> bool:
 def main(argv: list[str]) -> int:
     """Open or close an attempt; the exit code, which the batch script reads after `begin`."""
     parser = argparse.ArgumentParser(prog="launch.job", description=__doc__)
-    parser.add_argument("act", choices=("begin", "end"))
+    parser.add_argument("act", choices=("begin", "end", "stop"))
     parser.add_argument("--run", required=True)
     parser.add_argument("--attempt", required=True)
     parser.add_argument("--code", type=int, default=0)
     parser.add_argument("--signalled", default="", help="the signal that the batch script got")
     parser.add_argument("--parity", action="store_true", help="the referee's step, not the trainer's, ended")
+    parser.add_argument("--cause", default="", help="of stop")
     args = parser.parse_args(argv)
     run = RunFolder(args.run)
+    if args.act == "stop":
+        stop(run, args.attempt, args.cause)
+        return 0
     if args.act == "begin":
         return begin(run, args.attempt, dict(os.environ))
     if args.parity and not args.signalled:

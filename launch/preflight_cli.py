@@ -15,7 +15,8 @@ from launch import profile
 from launch.folder import RunFolder, snapshot, write_json
 from launch.placement import SITE, Job
 from launch.prepare import SOURCE, facts
-from launch.script import srun, task_python
+from launch.script import prepared_by, srun, task_python
+from parallel.start.launcher import without_launchers
 
 
 def check_site(site_name: str, overrides: list[str], nodes: int, config: str | None) -> int:
@@ -45,7 +46,9 @@ def check_site(site_name: str, overrides: list[str], nodes: int, config: str | N
 def _allocate(job: Job, lines: list[str]) -> str:
     """The steps, under salloc unless this is an allocation already."""
     head = 'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
-    script = "\n".join([head, *job.site.setup, *lines[:2], *(f"{line} || exit" for line in lines[2:])])
+    first = [f"eval {shlex.quote(line)} || {{ echo {shlex.quote(f'{key}: {line} failed')} >&2; exit 1; }}"
+             for key, line in prepared_by(job.site)]  # fmt: skip
+    script = "\n".join([*first, head, *lines[:2], *(f"{line} || exit" for line in lines[2:])])
     if "SLURM_JOB_ID" in os.environ:
         return script
     site = job.site
@@ -63,4 +66,4 @@ def _environment(job: Job) -> dict[str, str]:
     own = {**job.site.env, "PYTHONPATH": str(job.run.code), "PYTHONSAFEPATH": "1", "HOPE_RUN": str(job.run.root),
            "HOPE_CONTROL": str(job.run.attempt("preflight")), "OMP_NUM_THREADS": "1",
            "MASTER_PORT": str(15000 + int(time.time()) % 17000)}  # fmt: skip
-    return {**os.environ, **own}
+    return {**without_launchers(os.environ), **own}

@@ -14,18 +14,39 @@ from launch.placement import Job, PlannedRun
 SOURCE = Path(__file__).resolve().parent.parent
 
 
-def prepare(planned: PlannedRun, script: str) -> None:
-    """Write the launch folder of a run. An earlier one is set aside; its verdict no longer counts."""
+def prepare(planned: PlannedRun, script: str | None) -> Path:
+    """Write the launch folder of a run beside the one that is there, and return it; `install` puts it in its place.
+
+    Until then nothing of an earlier submission has changed.
+    """
     run, train = planned.job.run, planned.config.train
-    _set_aside(run)
-    run.launch.mkdir(parents=True)
+    if (run.fresh / run.jobs.name).exists():  # killed between the job's number and the swap
+        install(run)
+    shutil.rmtree(run.fresh, ignore_errors=True)
+    run.fresh.mkdir(parents=True)
     run.logs.mkdir(exist_ok=True)
-    snapshot(SOURCE, run.code)
-    run.config.write_text(to_yaml(planned.config))
-    (run.launch / "git.txt").write_text(describe_source(SOURCE))
+    snapshot(SOURCE, run.fresh / run.code.name)
+    (run.fresh / run.config.name).write_text(to_yaml(planned.config))
+    (run.fresh / "git.txt").write_text(describe_source(SOURCE))
     last = min(train.stop_after or train.steps, train.steps)
-    write_json(run.job, {**facts(planned.job), "steps": last})
-    run.script.write_text(script)
+    write_json(run.fresh / run.job.name, {**facts(planned.job), "steps": last})
+    if script is not None:  # without one, nothing submits it
+        (run.fresh / run.script.name).write_text(script)
+    return run.fresh
+
+
+def install(run: RunFolder, number: str | None = None) -> None:
+    """Swap the launch folder that `prepare` wrote into its place; an earlier one becomes launch.1 (.2 ...).
+
+    `number`: of the job that was submitted from it. The job waits until it finds its number in launch/jobs.txt, so
+    that the last rename is the one moment at which everything is new.
+    """
+    if number is not None:
+        (run.fresh / run.jobs.name).write_text(f"{number}\n")
+    if run.launch.exists():
+        run.launch.rename(_aside(run))
+    reopen(run)
+    run.fresh.rename(run.launch)
 
 
 def facts(job: Job) -> dict[str, Any]:
@@ -43,14 +64,12 @@ def facts(job: Job) -> dict[str, Any]:
     }
 
 
-def _set_aside(run: RunFolder) -> None:
-    """Rename the launch folder of an earlier submission to launch.1 (.2 ...), and forget its verdict."""
-    if run.launch.exists():
-        number = 1
-        while (aside := run.launch.with_name(f"launch.{number}")).exists():
-            number += 1
-        shutil.move(run.launch, aside)
-    reopen(run)
+def _aside(run: RunFolder) -> Path:
+    """The first of launch.1, launch.2 ... that is free."""
+    number = 1
+    while (aside := run.launch.with_name(f"launch.{number}")).exists():
+        number += 1
+    return aside
 
 
 def reopen(run: RunFolder) -> None:

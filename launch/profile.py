@@ -20,6 +20,18 @@ from launch.slurm import seconds
 
 FOLDER = Path(__file__).parent / "profiles"
 
+# what the script says itself, and what says it here
+OWN_OPTIONS = {
+    **dict.fromkeys(("--time", "-t"), "site.time"),
+    **dict.fromkeys(("--array", "-a"), "site.requeue=array and site.chain"),
+    **dict.fromkeys(("--nodes", "-N"), "the option --nodes of `launch submit`"),
+    **dict.fromkeys(("--ntasks-per-node", "--ntasks", "-n"), "site.tasks_per_node"),
+    **dict.fromkeys(("--job-name", "-J"), "run.name"),
+    **dict.fromkeys(("--output", "-o", "--open-mode"), "nothing: `launch logs` reads RUN/logs/JOB.out"),
+    "--signal": "launch.checkpoint_s and launch.margin_s",
+    **dict.fromkeys(("--wait", "-W", "--wrap", "--test-only", "--parsable"), "nothing: `launch submit` calls sbatch"),
+}
+
 
 @dataclass(kw_only=True)
 class ContainerConfig:
@@ -60,7 +72,7 @@ class Profile:
     qos: str = ""
     """Quality of service; empty: the default."""
     time: str = "24:00:00"
-    """Time limit of one job, HH:MM:SS or D-HH:MM:SS."""
+    """Time limit of one job, HH:MM:SS or D-HH:MM:SS; UNLIMITED where the partition has none."""
     gpus_per_node: int = 8
     """GPUs of a node; 0: train on CPUs."""
     tasks_per_node: int = 0
@@ -96,7 +108,7 @@ class Profile:
     modules: list[str] = field(default_factory=list)
     """`module load` these."""
     setup: list[str] = field(default_factory=list)
-    """Shell lines before anything else, for example "source .venv/bin/activate"."""
+    """Shell lines before anything else, for example "source .venv/bin/activate"; one that fails stops the run."""
     env: dict[str, str] = field(default_factory=dict)
     """Environment variables: NCCL's interfaces and the like. No secrets: the script stays in the run folder."""
     shared: list[str] = field(default_factory=list)
@@ -114,8 +126,8 @@ class Profile:
         return self.tasks_per_node or self.gpus_per_node
 
     @property
-    def seconds(self) -> int:
-        """The time limit in seconds; 0 if `time` is none."""
+    def seconds(self) -> float:
+        """The time limit in seconds, infinite for UNLIMITED; 0 if `time` is none."""
         return seconds(self.time) or 0
 
     def problems(self, path: str = "site") -> Iterator[Problem]:
@@ -134,12 +146,25 @@ class Profile:
             yield Problem(f"{path}.container.image", f"{self.container.kind} needs an image", "/images/hope.sqsh")
         if self.requeue == "array" and self.chain < 2:
             yield Problem(f"{path}.chain", f"{self.chain} elements are no chain", "20")
+        yield from self._option_problems(path)
         for name in self.env:
             if not re.fullmatch(r"[A-Za-z_]\w*", name):
                 yield Problem(f"{path}.env", f"{name!r} is not the name of a variable", "NCCL_SOCKET_IFNAME")
             elif re.search(r"TOKEN|SECRET|PASSWORD|API_?KEY", name):
                 yield Problem(
                     f"{path}.env", f"{name} looks like a secret; the script keeps it readable", "a file of your own"
+                )
+
+    def _option_problems(self, path: str) -> Iterator[Problem]:
+        """Options of sbatch that would undo what the script relies on."""
+        for option in self.sbatch:
+            word = re.split(r"[=\s]", option, maxsplit=1)[0]
+            if word == "--no-requeue" and self.requeue == "requeue":
+                what = f"{option} contradicts {path}.requeue=requeue: the job could not start again"
+                yield Problem(f"{path}.sbatch", what, f"{path}.requeue of array or singleton")
+            elif word in OWN_OPTIONS:
+                yield Problem(
+                    f"{path}.sbatch", f"{option} is set by the script", OWN_OPTIONS[word].replace("site", path, 1)
                 )
 
 

@@ -10,6 +10,8 @@ import jinja2
 
 from launch.folder import PROGRAM
 from launch.placement import Job
+from launch.profile import Profile
+from parallel.start.launcher import LAUNCHER_PREFIXES, LAUNCHERS
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -25,6 +27,7 @@ def render(job: Job, program: str | None = None) -> str:
         autoescape=False,  # a shell script
     )
     environment.filters["quote"] = shlex.quote
+    environment.filters["sbatch_quote"] = sbatch_quote
     python = task_python(job)
     return environment.get_template("job.sbatch.j2").render(
         site=job.site,
@@ -42,9 +45,28 @@ def render(job: Job, program: str | None = None) -> str:
         parity=job.parity,
         host_python=job.site.host_python or job.site.python,
         python=python,
+        lines=prepared_by(job.site),
+        launcher_variables=unset_words(),
         srun_rank=srun(job, job.site.ranks_per_node),
         srun_node=srun(job, 1),
     )
+
+
+def prepared_by(site: Profile) -> list[tuple[str, str]]:
+    """What a site runs before the program: (key of the profile, shell line)."""
+    loads = [("site.modules", f"module load {shlex.quote(name)}") for name in site.modules]
+    return [*(("site.setup", line) for line in site.setup), *loads]
+
+
+def unset_words() -> str:
+    """Names for bash's `unset`: all that another launcher may have set."""
+    return " ".join([*LAUNCHERS, *(f"${{!{prefix}@}}" for prefix in LAUNCHER_PREFIXES)])
+
+
+def sbatch_quote(text: str) -> str:
+    """A path as it stands in an #SBATCH line: sbatch splits at blanks, ends at #, and replaces % and a letter."""
+    text = text.replace("%", "%%")
+    return text if re.fullmatch(r"[\w./+,=@:%-]+", text) else f'"{text}"'
 
 
 def srun(job: Job, tasks: int) -> str:
@@ -55,7 +77,7 @@ def srun(job: Job, tasks: int) -> str:
     # srun has not inherited --cpus-per-task from sbatch since SLURM 22.05
     words.append(f"--cpus-per-task={site.cpus_per_task * (site.ranks_per_node // tasks)}")
     # a rank that has saved leaves with 85 while others still write: the agents end the others when a rank FAILS
-    words += ["--kill-on-bad-exit=0", "--wait=120", *site.srun]
+    words += ["--kill-on-bad-exit=0", f"--wait={max(120, job.launch.checkpoint_s)}", *site.srun]
     if site.container.kind == "pyxis":
         words += [f"--container-image={site.container.image}", f"--container-workdir={job.folder}"]
         words.append(f"--container-mounts={','.join(_mounts(job))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,23 @@ TITLES = ("run", "job", "state", "step", "tok/s", "loss", "eta", "starts", "save
 
 
 def find_runs(where: list[str]) -> list[RunFolder]:
-    """Run folders that were launched: the ones given, or all below the folders given."""
+    """Run folders, however they were started: the ones given, or all below the folders given.
+
+    Raises:
+        SlurmError: there is none in one of them.
+    """
     found = []
     for word in where:
         path = Path(word)
-        inside = sorted(p.parent.parent for p in path.glob("*/launch/job.json")) if path.is_dir() else []
-        found += [RunFolder(path)] if (path / "launch").is_dir() else [RunFolder(p) for p in inside]
+        inside = [path] if _is_run(path) else [p for p in sorted(path.glob("*")) if _is_run(p)]
+        if not inside:
+            raise slurm.SlurmError(f"no run in {path}: give run folders, or folders that hold them")
+        found += [RunFolder(p) for p in inside]
     return found
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / name).exists() for name in ("launch/job.json", "metrics.jsonl", "events.jsonl"))
 
 
 def row(run: RunFolder) -> dict[str, str]:
@@ -30,7 +41,7 @@ def row(run: RunFolder) -> dict[str, str]:
     from hope.train.console import duration, short  # brings torch, 2 s that the other commands need not wait for
 
     jobs = run.job_ids()
-    known = slurm.state(jobs[-1]) if jobs else {}
+    known = slurm.ask(jobs[-1]) if jobs else slurm.Known("ended")
     last = (records(run.root) or [{}])[-1]
     verdict = read_json(run.verdict, {})
     starts = [r for r in records(run.control, "verdicts.jsonl") if "attempt" in r]
@@ -38,8 +49,8 @@ def row(run: RunFolder) -> dict[str, str]:
     saved = run.saved_step()
     return {
         "run": run.root.name,
-        "job": jobs[-1] if jobs else "local",
-        "state": known.get("state", "-") + (f" ({known['reason']})" if known.get("reason", "None") != "None" else ""),
+        "job": jobs[-1] if jobs else "local" if run.job.exists() else "-",
+        "state": _state(known),
         "step": "-" if step is None else f"{step}/{_steps(run)}",
         "tok/s": "-" if last.get("tokens_per_s") is None else short(last["tokens_per_s"]),
         "loss": "-" if last.get("loss") is None else f"{last['loss']:.4f}",
@@ -52,11 +63,18 @@ def row(run: RunFolder) -> dict[str, str]:
     }
 
 
+def _state(known: slurm.Known) -> str:
+    if known.life == "unknown":
+        return "unknown: SLURM does not answer"
+    reason = known.facts.get("reason", "None")
+    return known.facts.get("state", "-") + (f" ({reason})" if reason != "None" else "")
+
+
 def _steps(run: RunFolder) -> str:
-    try:
-        return str(load(str(run.config), [], check=False).train.steps)
-    except ConfigError:
-        return "?"
+    for path in (run.config, run.root / "config.yaml"):  # the latter of any run, the former before its first step
+        with contextlib.suppress(ConfigError):
+            return str(load(str(path), [], check=False).train.steps)
+    return "?"
 
 
 def status_table(runs: list[RunFolder]) -> str:
@@ -81,6 +99,28 @@ def log_file(run: RunFolder, rank: int) -> Path:
     return files[-1]
 
 
+def last_lines(run: RunFolder, rank: int, lines: int) -> str:
+    """The end of the newest log under its name. A run that was started without launch has no log, but its numbers.
+
+    Raises:
+        SlurmError: there is neither.
+    """
+    numbers = records(run.root)
+    if rank or not numbers or next(run.logs.glob("*.out"), None):
+        path = log_file(run, rank)
+        return f"==> {path} <==\n{tail(path, lines)}"
+    from hope.train.console import console_line  # see `row`
+    from hope.train.throughput import Devices
+
+    steps = _steps(run)
+    shown = [
+        console_line(record, steps=int(steps) if steps != "?" else record["step"] or 1, devices=Devices(1, "device"))
+        for record in numbers[-lines:]
+    ]
+    head = f"==> {run.root / 'metrics.jsonl'} (no log: this run printed to its terminal) <=="
+    return "\n".join([head, *shown])
+
+
 def tail(path: Path, lines: int) -> str:
     """The last lines of a file."""
     return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
@@ -99,12 +139,27 @@ def follow(path: Path) -> None:
 
 
 def cancel(run: RunFolder) -> str:
-    """End the newest job of a run for good: the marker first, so that nothing starts it again; what was done."""
+    """End every job of a run for good: the marker first, so that nothing starts it again; what was done.
+
+    Every number is tried, whatever SLURM says of it: one that it seems to have forgotten may still run.
+
+    Raises:
+        SlurmError: there is no such run, or a job of it may still run.
+    """
+    if not run.launch.is_dir():
+        raise slurm.SlurmError(f"{run.root} is no run that was submitted: it has no folder launch/")
     run.control.mkdir(parents=True, exist_ok=True)
     run.cancelled.touch()
-    ended = [job for job in run.job_ids() if slurm.live(job)]
-    for job in ended:
-        slurm.cancel(job)
+    ended, refused = [], []
+    for job in run.job_ids():
+        over = slurm.ask(job).life == "ended"
+        try:
+            if slurm.cancel(job) and not over:
+                ended.append(job)
+        except slurm.SlurmError as error:
+            refused.append(f"job {job} may still run: {error}")
+    if refused:
+        raise slurm.SlurmError("; ".join([*refused, "no other will be started; `cancel` again when SLURM answers"]))
     return f"cancelled job {', '.join(ended)}" if ended else "no job of this run waits or runs"
 
 

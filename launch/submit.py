@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
+from configs.errors import ConfigError
 from launch import slurm
-from launch.checks import notes
+from launch.checks import notes, time_limit
 from launch.folder import RunFolder, append_line, read_json
 from launch.placement import PlannedRun, Request
 from launch.plan import plan
-from launch.prepare import prepare, reopen
+from launch.prepare import install, prepare, reopen
 from launch.script import render
 
 
@@ -21,7 +24,7 @@ def submit(request: Request, *, dry_run: bool) -> str:
         SlurmError: with what sbatch says.
     """
     planned = plan(request, ask_slurm=not dry_run)
-    for note in notes(planned.config, planned.job):
+    for note in [*notes(planned.config, planned.job), *slurm.dropped(os.environ)]:
         print(f"note: {note}")
     if dry_run:
         return render(planned.job)
@@ -29,35 +32,55 @@ def submit(request: Request, *, dry_run: bool) -> str:
 
 
 def send(planned: PlannedRun, program: str | None = None) -> str:
-    """Write the launch folder and submit its script; the job's id. `program`: see `render`."""
+    """Write a launch folder, submit its script, and put the folder in its place; the job's id.
+
+    `program`: see `render`. A refusal leaves the run as it was.
+
+    Raises:
+        ConfigError: the partition allows less time.
+        SlurmError: with what sbatch says.
+    """
     job = planned.job
-    prepare(planned, render(job, program))
-    print(slurm.test_only(job.run.script, job.folder).splitlines()[-1])
-    return queue(job.run, job.folder)
+    if found := list(time_limit(job)):
+        raise ConfigError("the site", found)
+    fresh = prepare(planned, render(job, program))
+    try:
+        if said := slurm.test_only(fresh / job.run.script.name, job.folder):
+            print(said.splitlines()[-1])
+        number = queue(job.run, fresh, job.folder)
+    except BaseException:
+        shutil.rmtree(fresh)
+        raise
+    install(job.run, number)
+    append_line(job.run.history, {"submitted": number})
+    return number
 
 
-def queue(run: RunFolder, folder: Path) -> str:
-    """Submit the script of a run; the job's id, also in launch/jobs.txt."""
+def queue(run: RunFolder, launch: Path, folder: Path) -> str:
+    """Submit the script in a launch folder of a run; the job's id. Nothing is written."""
     found = run.exclude.read_text().split() if run.exclude.exists() else []
     # on the command line it replaces the script's own list
-    options = [f"--exclude={','.join([*read_json(run.job)['exclude'], *found])}"] if found else []
-    number = slurm.submit(run.script, folder, *options)
-    with run.jobs.open("a") as file:
-        file.write(f"{number}\n")
-    append_line(run.history, {"submitted": number})
-    return number
+    excluded = [*read_json(launch / run.job.name)["exclude"], *found]
+    options = [f"--exclude={','.join(excluded)}"] if found else []
+    return slurm.submit(launch / run.script.name, folder, *options)
 
 
 def resume(root: str) -> str:
     """Submit the script of an existing run again, with the same code and configuration; the new job's id.
 
     Raises:
-        SlurmError: it has no script, or a job of it still waits or runs.
+        SlurmError: it has no script, a job of it still waits or runs, or sbatch refuses: then nothing has changed.
     """
     run = RunFolder(root)
     if not run.script.exists():
-        raise slurm.SlurmError(f"{run.script} is not there: this run was not submitted; use `submit`")
+        raise slurm.SlurmError(f"{run.script} is not there: this run was not submitted; use `submit`, or `local` again")
     if (number := slurm.newest_live(run.job_ids())) is not None:
         raise slurm.SlurmError(f"job {number} of this run waits or runs: nothing to resume")
+    for note in slurm.dropped(os.environ):
+        print(f"note: {note}")
+    number = queue(run, run.launch, Path(read_json(run.job)["folder"]))
     reopen(run)
-    return queue(run, Path(read_json(run.job)["folder"]))
+    with run.jobs.open("a") as file:  # last: the job waits until its number is there
+        file.write(f"{number}\n")
+    append_line(run.history, {"submitted": number})
+    return number

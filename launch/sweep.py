@@ -210,9 +210,9 @@ def run(grid: Grid, *, dry_run: bool = False) -> int:
     if grid.where == "local":
         for cell in waiting:
             print(f"sweep: {cell.name}", flush=True)
-            code = run_here(runs[cell.name])
-            if code == 85:  # stopped by a signal: so is the sweep
-                return code
+            ended = run_here(runs[cell.name])
+            if ended.stopped:  # by a signal: so is the sweep
+                return ended.code or 1
     else:
         _run_jobs(waiting, runs, grid.throttle)
     bad = [cell.name for cell in todo if _verdict(runs, cell) != "done"]
@@ -251,6 +251,7 @@ def _run_jobs(waiting: list[Cell], runs: dict[str, PlannedRun], throttle: int) -
             live[cell.name] = send(runs[cell.name])
             print(f"sweep: {cell.name} is job {live[cell.name]}", flush=True)
         time.sleep(POLL_S)
-        for name in [name for name, number in live.items() if not slurm.live(number)]:
+        # a job of which SLURM says nothing counts as alive: it is asked again
+        for name in [name for name, number in live.items() if slurm.ask(number).life == "ended"]:
             print(f"sweep: {name} {verdict(runs[name].job.run) or 'ended without a verdict'}", flush=True)
             del live[name]

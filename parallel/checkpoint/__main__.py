@@ -8,7 +8,6 @@ with what is wrong.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from parallel.checkpoint import folders, manifest
 from parallel.checkpoint.describe import contents, reshard_plan
 from parallel.checkpoint.errors import CheckpointError
 from parallel.layout.topology import ParallelConfig
+from parallel.start.pipe import piped
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,9 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from parallel.checkpoint.export import export
 
             print(export(path, Path(args.out), args.dtype))
-        sys.stdout.flush()
-    except BrokenPipeError:  # `inspect | head`: the reader has what it wanted; nor shall Python flush at its exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # an OSError, but about the reader of the output
+        raise
     except (CheckpointError, OSError) as error:
         print(f"checkpoint error: {error}", file=sys.stderr)
         return 2
@@ -93,4 +92,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

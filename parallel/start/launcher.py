@@ -12,6 +12,12 @@ from dataclasses import dataclass
 
 from parallel.start.errors import LaunchError
 
+# Who I am, in the words of torchrun and of MPI's launchers. A job or a program that starts ranks itself must not pass
+# on those of the shell that it was started from.
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
+             "ROLE_NAME", "ROLE_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # fmt: skip
+LAUNCHER_PREFIXES = ("TORCHELASTIC_", "OMPI_", "PMI_", "PMIX_", "MV2_COMM_WORLD_", "MPI_LOCAL")
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -48,6 +54,11 @@ def attempt(env: Mapping[str, str]) -> dict[str, str]:
     found = {key: env.get(name, "0" if key == "restart" else "-") for key, name in named.items()}
     run = env.get("TORCHELASTIC_RUN_ID", "none")
     return found if run == "none" else {**found, "torchrun": run}
+
+
+def without_launchers(env: Mapping[str, str]) -> dict[str, str]:
+    """An environment in which no launcher has said who this process is."""
+    return {k: v for k, v in env.items() if k not in LAUNCHERS and not k.startswith(LAUNCHER_PREFIXES)}
 
 
 def free_port() -> int:
@@ -132,9 +143,8 @@ def _port(env: Mapping[str, str]) -> int:
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of a SLURM node list: `gpu[03-07,11],x1` gives `gpu03`."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodelist)
-    if match is None:
+    """The first host of a SLURM node list: `gpu[03-07,11],x1` gives `gpu03`, `rack[1-2]node[3-4]` `rack1node3`."""
+    first = re.match(r"(?:[^\[\],\s]|\[[^\[\],\s-]+[^\[\]]*\])+", nodelist)
+    if first is None:
         raise LaunchError(f"cannot read a host name out of SLURM's node list {nodelist!r}; set MASTER_ADDR")
-    prefix, number, suffix = match.groups()
-    return prefix + (number or "") + (suffix or "")
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from hope.train import heartbeat
+from launch import agent as agents
 from launch import hang, job
 from launch.folder import RunFolder, first, read_json, write_json
 
@@ -26,13 +27,15 @@ beat("init")
 """
 
 
-def agent(control: Path, body: str, rank: int = 0, world: int = 1, handles: str = "") -> subprocess.Popen:
+def agent(
+    control: Path, body: str, rank: int = 0, world: int = 1, handles: str = "", **environment: str
+) -> subprocess.Popen:
     """An agent around a small program."""
     program = control.parent.parent / f"program{rank}.py"
     program.parent.mkdir(parents=True, exist_ok=True)
     program.write_text(PRELUDE.format(handles=handles) + body)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
-    env = {**os.environ, **{k: str(v) for k, v in place.items()}, "HOPE_CONTROL": str(control)}
+    env = {**os.environ, **{k: str(v) for k, v in place.items()}, "HOPE_CONTROL": str(control), **environment}
     env["PYTHONPATH"] = str(REPOSITORY)
     return subprocess.Popen([sys.executable, "-m", "launch.agent", str(program)], env=env, cwd=REPOSITORY)
 
@@ -55,6 +58,33 @@ def test_the_exit_code_and_the_place_are_written_down(control):
     assert {key: found[key] for key in ("rank", "code", "how", "signalled", "step", "phase")} == {
         "rank": 0, "code": 7, "how": "failed", "signalled": None, "step": 3, "phase": "forward"}  # fmt: skip
     assert read_json(control / "failed")["rank"] == 0
+
+
+@pytest.mark.parametrize("place", [{}, {"RANK": "3", "WORLD_SIZE": "2"}])
+def test_a_rank_of_another_world_does_not_start_and_ends_the_run(control, place):
+    """RANK=0 WORLD_SIZE=1 in the shell made every task of a job rank 0 of a world of one, all in one folder."""
+    write_json(control.parent.parent / "launch" / "job.json", {"world": 2})
+    assert agent(control, "sys.exit(0)", **place).wait(20) == 2
+    assert exit_of(control, int(place.get("RANK", 0)))["how"] == "refused"
+    verdict = job.classify(control, 2, 0, signalled=False)
+    assert verdict.word == "stop"
+    assert "but the job has 2 ranks" in verdict.cause
+    assert "unset them" in verdict.cause
+
+
+def test_without_limits_the_defaults_watch_and_it_is_said(control, capfd):
+    (control / "limits.json").unlink()
+    assert agent(control, "sys.exit(0)").wait(20) == 0
+    assert f"no limits.json in {control}: watching with the default limits" in capfd.readouterr().err
+    assert agents.limits_of(control)["data"] == 600
+
+
+def test_torchrun_is_not_told_that_85_is_a_failure(control):
+    """It would kill the ranks that still save 30 s later."""
+    write_json(control.parent.parent / "launch" / "job.json", {"world": 1})
+    assert agent(control, "sys.exit(85)", TORCHELASTIC_RUN_ID="x").wait(20) == 0
+    assert exit_of(control)["code"] == 85
+    assert agent(control, "sys.exit(2)", TORCHELASTIC_RUN_ID="x").wait(20) == 2
 
 
 def test_a_fault_in_c_code_leaves_its_stack(control):

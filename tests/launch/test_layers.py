@@ -9,7 +9,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent.parent
 # numbers and shapes only: tests/unit/test_house.py checks that nothing in parallel.layout makes a process group
-ALLOWED = ("launch", "configs", "hope", "parallel.layout", "parallel.start.launcher")
+ALLOWED = ("launch", "configs", "hope", "parallel.layout", "parallel.start.launcher", "parallel.start.pipe")
 OWN = ("launch", "configs", "hope", "parallel", "data_prep", "pretrain_hope")
 
 

@@ -48,6 +48,7 @@ def test_bash_accepts_the_script(name):
 def test_names_with_blanks_survive_the_shell():
     run, folder = RunFolder("/shared/my runs/a b"), Path("/shared/my code")
     text = render(Job(run, profile.load("h100", []), LaunchConfig(), 1, folder))
-    assert "cd '/shared/my code' || exit 1" in text
+    assert "cd '/shared/my code' || unready" in text
+    assert '#SBATCH --output="/shared/my runs/a b/logs/"%j.out' in text
     assert "'/shared/my runs/a b/launch/config.yaml'" in text
     assert "#SBATCH --job-name=a-b" in text

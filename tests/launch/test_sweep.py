@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from xml.etree import ElementTree
@@ -17,9 +20,11 @@ from tiny import config_file
 from configs.errors import ConfigError
 from configs.schema import load
 from hope.train.stragglers import BusyTimer
-from launch import collect, estimate, preflight, profile, sweep
+from launch import collect, estimate, preflight, profile, speeds, sweep
+from launch.__main__ import main
 from launch.folder import write_json
 from launch.status import find_runs, status_table
+from parallel.checkpoint.manifest import Manifest
 from parallel.start.interconnect import partners
 
 SWEEPS = sorted((Path(sweep.__file__).parent / "sweeps").glob("*.yaml"))
@@ -124,7 +129,7 @@ def test_estimate_counts_what_the_shapes_say(tmp_path):
     assert rows[-1].step_s == pytest.approx(1.25 * rows[0].step_s)
     config.parallel.pipeline = 2
     page = estimate.describe(config, 2, site, 1e6, 0.4)
-    assert "ASSUMED model FLOPs utilisation of 40%" in page
+    assert "40.0% of it, as --mfu says" in page
     assert re.search(r"^ +1 +2 +1 .* \*$", page, re.MULTILINE)
 
 
@@ -230,3 +235,71 @@ def test_status_reads_a_run_that_never_started(tmp_path):
     shown = status_table(find_runs([str(tmp_path / "runs")])).splitlines()
     assert shown[0].split()[:3] == ["run", "job", "state"]
     assert shown[1].split()[:2] == ["a", "local"]
+
+
+def test_runs_that_launch_did_not_start_are_shown_too(tmp_path, capsys):
+    """`make train` leaves numbers but no launch folder; of a run under `local` the folder is there before a number."""
+    run = tmp_path / "runs" / "quickstart"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(Path(config_file(tmp_path)).read_text())
+    lines = [{"step": step, "loss": 4.0 - step, "tokens_per_s": 99.0} for step in (1, 2, 3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["status", str(tmp_path / "runs")]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:5] == ["quickstart", "-", "-", "3/8", "99.0"]
+    assert main(["logs", str(run), "--lines", "2"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert "no log: this run printed to its terminal" in shown[0]
+    assert [line.split()[:2] for line in shown[1:]] == [["step", "2/8"], ["step", "3/8"]]
+
+
+def test_no_run_is_an_error_not_an_empty_table(tmp_path, capsys):
+    assert main(["status", str(tmp_path / "rusn")]) == 1
+    assert "no run in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "row"),
+    [
+        (["train.seq_len=1024"], "hope matrix, 345M parameters, sequence 1024, one H200: 22,659 tokens/s, 5.1%"),
+        (["train.seq_len=4096"], "hope matrix, 345M parameters, sequence 4096, one H100: 16,100 tokens/s, 3.6%"),
+        (["model.pattern=[attention]"], "attention, 334M parameters, sequence 4096, one H100: 105,600 tokens/s, 27.8%"),
+        (["model.mixers.hope.memory=mlp"], "hope mlp, 20M parameters, sequence 1024, one H200: 62,000 tokens/s, 1.1%"),
+        (["model.pattern=[hope, attention]"], "hope matrix, 345M"),  # the slow one decides
+    ],
+)
+def test_an_estimate_rests_on_the_nearest_measurement(overrides, row):
+    config = load("configs/hope_340m.yaml", overrides, check=False)
+    assert str(speeds.nearest(config, 340_000_000)).startswith(row)
+
+
+def test_measured_utilisations_are_what_tokens_and_flops_say():
+    config = load("configs/hope_340m.yaml", ["train.seq_len=1024"], check=False)
+    row = estimate.measured(config)
+    seconds = estimate.useful_seconds(config, 1, "NVIDIA H200", row.mfu)
+    assert config.train.tokens_per_step / seconds == pytest.approx(row.tokens_per_s, rel=0.01)
+
+
+def test_estimate_says_what_it_does_and_what_it_rests_on(tmp_path, capsys):
+    words = [config_file(tmp_path), "--profile", "h100", "site.gpus_per_node=2"]
+    assert main(["estimate", *words]) == 0
+    printed = capsys.readouterr()
+    assert "memory of layout 1 of" in printed.err
+    assert "as measured: hope matrix, 19M parameters" in printed.out
+    assert main(["estimate", *words, "--mfu", "0.5"]) == 0
+    assert "50.0% of it, as --mfu says" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", ["launch", "parallel.checkpoint"])
+def test_a_reader_that_stops_is_no_error(module, tmp_path):
+    """`... | head -1`: the pipe is closed before anything is written."""
+    saved = tmp_path / "runs" / "a" / "checkpoints" / "step_00000004"
+    saved.mkdir(parents=True)
+    Manifest(4, {}, {}, {"config": {}}, {}, {}).write(saved)
+    write_json(tmp_path / "runs" / "a" / "launch" / "job.json", {})
+    does = ["status", str(tmp_path / "runs")] if module == "launch" else ["verify", str(saved)]
+    reads, writes = os.pipe()
+    os.close(reads)
+    words = [sys.executable, "-m", module, *does]
+    done = subprocess.run(words, stdout=writes, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "")

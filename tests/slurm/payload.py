@@ -2,7 +2,7 @@
 
 Ranks meet in files: at every step each writes a flag and waits for the others', as an all-reduce would. What it does
 wrong, and when, is in RUN/behaviour.json: steps (of the whole run), first (the same in the first attempt), step_s, exit
-(the last code), and fail {rank, step, code} in the numbers of `attempts`.
+(the last code), lingers_s (of rank 0 after a save), and fail {rank, step, code} in the numbers of `attempts`.
 """
 
 import json
@@ -79,6 +79,8 @@ with StopRequest(usr1=True) as stop:
         if stopping:
             save(step)
             note(f"saved {step}")
-            sys.exit(85)
+            time.sleep(wanted.get("lingers_s", 0) * (place.rank == 0))  # as the rank that finishes a save
+            note("left")
+            sys.exit(0 if any_rank(stop.name == "INT", "interrupted") else 85)
     save(step)
 sys.exit(wanted.get("exit", 0))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from tiny import config_file
 
+from launch.__main__ import main
 from launch.folder import RunFolder, read_json
 from launch.runs import records
 from launch.sweep import verdict
@@ -75,6 +76,83 @@ def test_all_starters_give_the_same_losses(submitted, tmp_path):
     assert len(here) == 7
     for name, job in jobs.items():
         assert losses(job.run.root) == here, name
+
+
+@pytest.mark.parametrize("name", ["INT", "TERM", "USR1"])
+@pytest.mark.parametrize("starter", ["srun", "torchrun", "c10d"])
+def test_every_signal_under_every_starter(submitted, starter, name):
+    """To the tasks, as `scancel --signal` and preemption send it. Rank 0 leaves 4 s after the others."""
+    behaviour = {"first": 10**6, "steps": 60, "step_s": 0.05, "lingers_s": 4}
+    job = submitted(f"{starter}-{name}", f"site.starter={starter}", behaviour=behaviour)
+    job.wait_for("some steps", lambda: len(job.steps(3)) > 3)
+    job.cluster.run("scancel", f"--signal={name}", job.job)
+    job.wait_for("the verdict", lambda: job.words()[-1:] in (["done"], ["cancelled"]), 90)
+    assert [job.steps(rank).count("left") for rank in range(4)] == [1, 1, 1, 1], job.log()
+    assert {e["signalled"] for e in job.exits(f"{job.job}.0")} == {name}
+    if name == "INT":
+        assert job.words() == ["cancelled"]
+        assert job.verdicts()[0]["cause"].startswith("ended on request at step")
+    else:
+        assert job.words() == ["requeue", "done"]
+        assert job.verdicts()[0]["cause"] == f"saved on signal {name}"
+
+
+@pytest.mark.parametrize("starter", ["torchrun", "c10d"])
+def test_a_save_of_more_than_thirty_seconds_is_finished_under_torchrun(submitted, starter):
+    """torchrun kills its workers 30 s after the first has left with anything but 0."""
+    behaviour = {"first": 10**6, "steps": 60, "step_s": 0.05, "lingers_s": 40}
+    job = submitted(f"long-{starter}", f"site.starter={starter}", nodes=1, behaviour=behaviour)
+    job.wait_for("some steps", lambda: len(job.steps(1)) > 3)
+    job.cluster.run("scancel", "--signal=USR1", "--batch", job.job)
+    job.wait_for("the verdict", lambda: job.words(), 90)
+    assert job.verdicts()[0]["cause"] == "saved on signal USR1"
+    assert [job.steps(rank).count("left") for rank in range(2)] == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["a b", "q'uote", "p%j", "hash#1"])
+def test_odd_names_keep_their_log(submitted, name):
+    job = submitted(f'"{name}"', behaviour={"steps": 8}, nodes=1)
+    job.wait("COMPLETED")
+    assert job.run.root.name == name
+    assert "every rank finished" in (job.run.logs / f"{job.job}.out").read_text()
+
+
+@pytest.mark.parametrize("export", ["NONE", "A=b"])
+def test_sbatch_export_starts_the_ranks_all_the_same(submitted, export):
+    job = submitted(f"export-{export[0]}", f"site.sbatch=['--export={export}']", behaviour={"steps": 8})
+    job.wait("COMPLETED", seconds=60)
+    assert job.words() == ["done"]
+
+
+def test_the_shells_own_ranks_do_not_reach_the_tasks(submitted, monkeypatch):
+    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "PMI_RANK": "0"}.items():
+        monkeypatch.setenv(key, value)
+    job = submitted("foreign", behaviour={"steps": 8})
+    job.wait("COMPLETED", seconds=60)
+    assert [e["rank"] for e in job.exits(f"{job.job}.0")] == [0, 1, 2, 3]
+
+
+def test_a_controller_that_does_not_answer_is_not_taken_for_an_ended_job(submitted, capsys):
+    job = submitted("mute", behaviour={"steps": 10**6})
+    job.wait_for("some steps", lambda: len(job.steps(3)) > 3)
+    controller = job.cluster.daemons["slurmctld"]
+    controller.send_signal(signal.SIGSTOP)
+    try:
+        assert main(["resume", str(job.run.root)]) == 1
+        assert f"SLURM does not say whether job {job.job} is over" in capsys.readouterr().err
+        assert main(["cancel", str(job.run.root)]) == 1
+        assert f"job {job.job} may still run" in capsys.readouterr().err
+    finally:
+        controller.send_signal(signal.SIGCONT)
+    assert main(["cancel", str(job.run.root)]) == 0
+    job.wait("CANCELLED")
+
+
+def test_a_line_of_the_site_that_fails_is_named_in_the_verdict(submitted):
+    job = submitted("unready", "site.setup=['source nowhere.sh']", behaviour={"steps": 8})
+    job.wait("FAILED", seconds=60)
+    assert job.words() == ["stop"]
+    assert job.verdicts()[0]["cause"] == "site.setup: source nowhere.sh ended with 1"
 
 
 @pytest.mark.parametrize("starter", ["torchrun", "c10d"])

@@ -1,0 +1,60 @@
+"""Measured speeds: model FLOPs utilisation of one device, for estimates of the time that a run takes.
+
+All are of the PyTorch loop, without a fused kernel. MFU is tokens/s x FLOPs per trained token (`report.model_facts`)
+over the dense bf16 peak. A larger model or a faster loop does better, so that the row which was used is always printed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from configs.schema import Config
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One measurement. `mixer`: attention, or hope with the kind of its memory; `mfu`: a fraction."""
+
+    mixer: str
+    parameters: float
+    seq_len: int
+    device: str
+    tokens_per_s: float
+    mfu: float
+    source: str
+
+    def __str__(self) -> str:
+        return (f"{self.mixer}, {self.parameters / 1e6:.0f}M parameters, sequence {self.seq_len}, one {self.device}: "
+                f"{self.tokens_per_s:,.0f} tokens/s, {self.mfu:.1%} ({self.source})")  # fmt: skip
+
+
+MEASURED = (
+    Speed("hope matrix", 345.3e6, 1024, "H200", 22_659, 0.0507, "docs/performance.md, layouts on GPUs"),
+    Speed("hope matrix", 345.3e6, 4096, "H100", 16_100, 0.0360, "chunk 128, recompute block, 98k tokens per step"),
+    Speed("hope matrix", 18.7e6, 1024, "H200", 55_000, 0.0072, "docs/results.md, speed and memory of these runs"),
+    Speed("hope mlp", 19.7e6, 1024, "H200", 62_000, 0.0111, "an experiment under one CUDA graph, not this program"),
+    Speed("attention", 334.0e6, 4096, "H100", 105_600, 0.2784, "beside hope matrix in the same call, micro-batch 4"),
+    Speed("attention", 17.3e6, 1024, "H200", 380_000, 0.0471, "docs/results.md, 350-410k beside other runs"),
+)
+
+
+def nearest(config: Config, parameters: int) -> Speed:
+    """The row that an estimate rests on: of the slowest mixer of the pattern, the nearest number of parameters.
+
+    Of equally large models the one with the nearest sequence. A mixer that was never measured counts as hope's.
+    """
+    names = {_measured_as(config, name) for name in config.model.pattern}
+    slow = names - {"attention"} or names
+    rows = [row for row in MEASURED if row.mixer in slow]
+    return min(rows, key=lambda row: (_apart(row.parameters, parameters), _apart(row.seq_len, config.train.seq_len)))
+
+
+def _measured_as(config: Config, name: str) -> str:
+    if name == "attention":
+        return name
+    return f"hope {getattr(config.model.mixers.get(name), 'memory', 'matrix')}" if name == "hope" else "hope matrix"
+
+
+def _apart(a: float, b: float) -> float:
+    return abs(math.log(a / b))
