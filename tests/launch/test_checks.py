@@ -147,7 +147,7 @@ def test_a_file_among_the_overrides_reaches_the_job(tmp_path):
     path = config_file(tmp_path, "attention")
     (tmp_path / "short.yaml").write_text("train: {steps: 5}\nmodel: {cms: {periods: [1]}}\n")
     planned = plan(local_request(path, [str(tmp_path / "short.yaml"), "optim.lr=2e-2"], 1), ask_slurm=False)
-    prepare(planned, render(planned.job))
-    config = load(str(planned.job.run.config), [])
+    fresh = prepare(planned, render(planned.job))
+    config = load(str(fresh / planned.job.run.config.name), [])
     assert config == planned.config
     assert (config.train.steps, config.model.cms.periods, config.optim.lr) == (5, [1], 2e-2)
