@@ -14,14 +14,15 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from parallel.checkpoint import folders, manifest, rng
+from parallel.checkpoint import rng
 from parallel.checkpoint.errors import CheckpointError
 from parallel.checkpoint.find import Found, find_newest
-from parallel.checkpoint.manifest import FileEntry, Manifest, TensorEntry
-from parallel.checkpoint.planner import Part, PartsLoadPlanner, PartsSavePlanner
+from parallel.checkpoint.format import folders, manifest
+from parallel.checkpoint.format.manifest import FileEntry, Manifest, TensorEntry
+from parallel.checkpoint.format.planner import Part, PartsLoadPlanner, PartsSavePlanner
+from parallel.checkpoint.format.storage import RawReader, RawWriter
 from parallel.checkpoint.regroup import Shard, Unit, collect, distribute, shards_of, units_of
 from parallel.checkpoint.staging import HostMemory, nonfinite
-from parallel.checkpoint.storage import RawReader, RawWriter
 from parallel.checkpoint.together import first_said, host_groups, reason, together
 from parallel.optimizer.checkpoint_views import ShardedState, StatePiece
 from parallel.start.groups import Ranks

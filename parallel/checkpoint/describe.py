@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from parallel.checkpoint.errors import CheckpointError
-from parallel.checkpoint.manifest import Manifest, TensorEntry
+from parallel.checkpoint.format.manifest import Manifest, TensorEntry
 from parallel.layout.topology import ParallelConfig
 
 if TYPE_CHECKING:

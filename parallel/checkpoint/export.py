@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from hope.renamed import current_model
-from parallel.checkpoint import manifest
 from parallel.checkpoint.errors import CheckpointError
-from parallel.checkpoint.storage import read_tensor
+from parallel.checkpoint.format import manifest
+from parallel.checkpoint.format.storage import read_tensor
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.model"
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.checkpoint.errors import CheckpointError
-from parallel.checkpoint.planner import Part
+from parallel.checkpoint.format.planner import Part
 from parallel.layout.plan import layout_of
 from parallel.optimizer.checkpoint_views import Scope, StatePiece
 from parallel.start.groups import Ranks

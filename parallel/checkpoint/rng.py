@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parallel.checkpoint.manifest import TensorEntry
-from parallel.checkpoint.planner import Part
+from parallel.checkpoint.format.manifest import TensorEntry
+from parallel.checkpoint.format.planner import Part
 from parallel.start.groups import Ranks
 
 

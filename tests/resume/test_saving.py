@@ -16,8 +16,8 @@ from test_training_run import events, metrics, run, same_curve, weights
 from tiny import config_file
 
 import pretrain_hope
-from parallel.checkpoint import folders, manifest
-from parallel.checkpoint.storage import RawWriter
+from parallel.checkpoint.format import folders, manifest
+from parallel.checkpoint.format.storage import RawWriter
 
 
 def names(folder: Path) -> list[str]:

@@ -5,11 +5,13 @@ Every checker is also shown something bad, which it must refuse: see `house`.
 
 import itertools
 import statistics
+from collections import Counter
 
 import pytest
 from house import ROOT, circle, folder_edges, group_makers, imports, impure, lengths_of_functions, own_files
 
 MEDIAN_FILE, LONGEST_FILE, LONGEST_FUNCTION = 200, 500, 80  # lines
+WING = 12  # files
 
 
 def test_hope_imports_torch_only():
@@ -145,3 +147,11 @@ def test_lengths_count_from_def_to_the_end_wherever_a_function_is():
         "class A:\n    @x\n    def f(\n        self,\n    ):\n        def g(): pass\n        return 1\ndef f(): 2\n"
     )
     assert lengths_of_functions(source) == {"f": 5, "g": 1}
+
+
+def test_wings_are_small():
+    """At most twelve files in a folder of parallel/, `__init__` and `__main__` apart."""
+    files = [path for path in own_files() if path.is_relative_to(ROOT / "parallel") and not path.name.startswith("__")]
+    counts = Counter(path.parent.name for path in files)
+    assert set(counts) >= {"layout", "start", "optimizer", "compute", "checkpoint", "referee"}
+    assert {wing: count for wing, count in counts.items() if count > WING} == {}

@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from parallel.checkpoint.manifest import Chunk, FileEntry, Manifest, TensorEntry
-from parallel.checkpoint.planner import narrowed
+from parallel.checkpoint.format.manifest import Chunk, FileEntry, Manifest, TensorEntry
+from parallel.checkpoint.format.planner import narrowed
 
 _ALIGNMENT = 64  # bytes: a chunk can be mapped as any dtype
 _BLOCK = 1 << 24  # bytes hashed and written at a time
