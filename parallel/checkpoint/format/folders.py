@@ -41,9 +41,9 @@ def left_unfinished(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{_UNFINISHED}step_*"))
 
 
-def step_name(unfinished_path: Path) -> str:
-    """The name that an unfinished checkpoint would have got."""
-    return unfinished_path.name.removeprefix(_UNFINISHED)
+def step_name(path: Path) -> str:
+    """The name of a checkpoint, or the one that an unfinished one would have got."""
+    return path.name.removeprefix(_UNFINISHED)
 
 
 def doubtful(folder: Path) -> list[Path]:
@@ -59,8 +59,8 @@ def finished(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The step in a folder's name."""
-    match = _STEP.match(path.name)
+    """The step in a checkpoint's name, also of an unfinished or a doubtful one."""
+    match = _STEP.match(step_name(path))
     if match is None:
         raise ValueError(f"{path.name} is not the name of a checkpoint")
     return int(match[1])
