@@ -174,7 +174,9 @@ def _rank(flags: list[str], rank: int, ranks: int, port: int, output: Path) -> N
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
+    with contextlib.suppress(FileNotFoundError):  # also one that a new start moves aside at this moment
+        return path.read_text().splitlines()
+    return []
 
 
 def _events(run: Path) -> list[dict]:
