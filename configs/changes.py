@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from configs.errors import ConfigError, Problem
 from configs.schema import Config, validate
+from hope.config import as_recorded
 
 FREE = (
     "run.name",
@@ -72,6 +73,7 @@ def settle(config: Config, saved: Mapping[str, Any], world_size: int) -> tuple[C
         ConfigError: a key differs and may not, nothing says what to do about it, or what is kept does not fit the rest;
             all of them at once.
     """
+    saved = {**saved, "model": as_recorded(saved["model"])}
     found = differences(saved, dataclasses.asdict(config), config.checkpoint.on_change)
     problems = list(_problems(found))
     if problems:

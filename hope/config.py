@@ -5,7 +5,7 @@ Every mixer owns its section (`model.mixers.NAME`, hope/mixers/). The paper's op
 
 import importlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +14,17 @@ import torch
 from hope.mixers import MIXERS, Mixer, Trunk
 from hope.parameters import UndeclaredParameter, declarations
 from hope.sections import MixerSection, Problem
+
+
+def as_recorded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded model section with what its version did where today's default is another.
+
+    Memories forgot towards zero before there was a key `forget`.
+    """
+    mixers = dict(values.get("mixers", {}))
+    if "hope" in values.get("pattern", ()) or "hope" in mixers:
+        mixers["hope"] = {"forget": "zero", **(mixers.get("hope") or {})}
+    return {**values, "mixers": mixers}
 
 
 @dataclass
@@ -74,7 +85,8 @@ class ModelConfig:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> "ModelConfig":
-        """The section that `dataclasses.asdict` turned into `values`."""
+        """The section that `dataclasses.asdict` turned into `values`, maybe in an earlier version."""
+        values = as_recorded(values)
         return cls(**{**values, "cms": CmsConfig(**values["cms"])})
 
     @property
