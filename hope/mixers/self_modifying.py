@@ -32,7 +32,7 @@ from hope.memory.config import MemoryConfig
 from hope.memory.kernels import scan_for
 from hope.memory.matrix import MatrixMemories
 from hope.memory.mlp import MlpMemories
-from hope.memory.scan import GATE_SCALE, Memories, Scanned, Sequences, States, join_gates
+from hope.memory.scan import Given, Memories, Scanned, States, join_gates
 from hope.mixers.base import Mixer, Report, State, Trunk, mixer
 from hope.parameters import constant, new_parameter, normal
 
@@ -117,8 +117,9 @@ class SelfModifyingTitans(Mixer):
             else documents.layout(window, pending)
         )
         before = None if state is None else States(state.projections, state.main)
-        sequences = self._sequences(layout.spread(x_BHTK), layout.spread(q_BHTK))
-        found = scan_for(self.config, device).scan(self.config, self._memories(dtype), sequences, layout, before)
+        loop = scan_for(self.config, device, x_TBD.dtype, self.head_dim).scan
+        given = self._given(layout.spread(x_BHTK), layout.spread(q_BHTK))
+        found = loop(self.config, self._memories(dtype), given, layout, before)
         if self.watched:
             self._collected = summary(found)
         y_BHTK = self.norm_heads(layout.collect(found.y)).to(x_TBD.dtype)
@@ -149,20 +150,11 @@ class SelfModifyingTitans(Mixer):
     def _heads(self, x_TBD: Tensor) -> Tensor:
         return x_TBD.unflatten(-1, (-1, self.head_dim)).permute(1, 2, 0, 3)
 
-    def _sequences(self, x: Tensor, q: Tensor) -> Sequences:
-        """What the loop needs of the whole sequence at once: static paths and static parts of the gates."""
-        static_k, static_v = self._static(x)
-        logit = lambda w, b: GATE_SCALE * (x @ w.to(x.dtype).unsqueeze(-1)) + b.to(x.dtype)[:, None, None]
-        eta, alpha = logit(self.eta_weight, self.eta_bias), logit(self.alpha_weight, self.alpha_bias)
-        return Sequences(x, q, static_k, static_v, eta, alpha)
-
-    def _static(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Static path of k and v, [B, H, L, K] each."""
-        if self.config.static == "learned":
-            return x @ self.static_k.to(x.dtype).mT, x @ self.static_v.to(x.dtype).mT
-        if self.config.static == "identity":
-            return x, x
-        return torch.zeros_like(x), torch.zeros_like(x)
+    def _given(self, x: Tensor, q: Tensor) -> Given:
+        """What the loop takes of the whole sequence, and of this module apart from its memories."""
+        learned = self.config.static == "learned"
+        static = (self.static_k, self.static_v) if learned else (None, None)
+        return Given(x, q, *static, self.eta_bias, self.alpha_bias)
 
     def _memories(self, dtype: torch.dtype) -> Memories:
         """With equal chunk sizes one bank holds every memory, and is written once."""
@@ -197,9 +189,9 @@ class SelfModifyingTitans(Mixer):
         boundary (matrix: P and R). Histograms of eta and alpha [B, H, L]."""
         return self._collected
 
-    def kernels(self, device: torch.device) -> str:
+    def kernels(self, device: torch.device, dtype: torch.dtype) -> str:
         """The form of the memory loop."""
-        return str(scan_for(self.config, device))
+        return str(scan_for(self.config, device, dtype, self.head_dim))
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from interpreted import GPU, interpreting
+from interpreted import GPU, calls
 
 from hope.optim import coordinate_memory as memory
 from hope.optim import dmgd, fused, kernels
@@ -57,21 +57,7 @@ cases = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
-    """Triton 3.6's makes a number of an array [1], which numpy 2.4 refuses."""
-    if GPU:
-        yield
-        return
-    from triton.runtime import interpreter
-
-    original = interpreter._patch_lang_tensor
-
-    def patched(tensor, scope):
-        original(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
-    with interpreting():
-        yield
+    yield from calls(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
