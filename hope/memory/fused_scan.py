@@ -166,9 +166,10 @@ def memory_loop_backward(
     r = (chunks(x) @ states).flatten(2, 3)
     per_head = lambda t: t.float().sum(0)
     db_k, db_v = per_head(found["dzk"].mT @ r), per_head(found["dzv"].mT @ r)
+    # cloned: with one head the two halves are contiguous already, and outputs must not share memory
     de_eta, de_alpha = per_head(torch.stack([dle, dla], 2).to(x.dtype) @ r).unbind(1)
     return (dx, found["dq"], found["dzk"], found["dzv"], dle, dla, db_k, db_v,
-            de_eta.contiguous(), de_alpha.contiguous(), found["ds0"])  # fmt: skip
+            de_eta.clone(), de_alpha.clone(), found["ds0"])  # fmt: skip
 
 
 @memory_loop_backward.register_fake

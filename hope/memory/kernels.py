@@ -16,7 +16,7 @@ from hope.memory.scan import Scanned, scan
 HEADS = {torch.bfloat16: (64, 128), torch.float32: (64,)}
 """Widths of heads by the weights' dtype. In fp32 a head of 128 needs 288 KB of shared memory, an H100 has 227."""
 CHUNK = 64
-"""The one chunk that was checked on a GPU."""
+"""The one chunk that was checked on a GPU. At 128 the inverse alone would fill the registers."""
 _SHORT = {torch.float64: "fp64", torch.float16: "fp16"}
 
 
@@ -33,7 +33,9 @@ class ScanChoice(NamedTuple):
 
 def scan_for(config: MemoryConfig, device: torch.device, dtype: torch.dtype, head_dim: int) -> ScanChoice:
     """The fastest form of the loop that fits the memory, the device and the weights' dtype."""
-    if reason := _against_memory(config, head_dim) or _against_machine(device.type, dtype, head_dim):
+    if device.type != "cuda":
+        return ScanChoice(scan, "plain", device.type.upper())
+    if reason := _against_memory(config, head_dim) or _against_type(dtype, head_dim):
         return ScanChoice(scan, "plain", reason)
     return ScanChoice(partial(fused_scan, operands=dtype, precision="tf32"), "fused")
 
@@ -56,9 +58,7 @@ def _against_memory(config: MemoryConfig, head_dim: int) -> str:
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 
-def _against_machine(device: str, dtype: torch.dtype, head_dim: int) -> str:
-    if device != "cuda":
-        return device.upper()
+def _against_type(dtype: torch.dtype, head_dim: int) -> str:
     if dtype not in HEADS:
         return _SHORT.get(dtype, str(dtype).removeprefix("torch."))
     if head_dim not in HEADS[dtype]:
