@@ -152,9 +152,10 @@ class SelfModifyingTitans(Mixer):
 
     def _given(self, x: Tensor, q: Tensor) -> Given:
         """What the loop takes of the whole sequence, and of this module apart from its memories."""
-        learned = self.config.static == "learned"
-        static = (self.static_k, self.static_v) if learned else (None, None)
-        return Given(x, q, *static, self.eta_bias, self.alpha_bias)
+        static_k = static_v = None
+        if self.config.static == "learned":
+            static_k, static_v = self.static_k, self.static_v
+        return Given(x, q, static_k, static_v, self.eta_bias, self.alpha_bias)
 
     def _memories(self, dtype: torch.dtype) -> Memories:
         """With equal chunk sizes one bank holds every memory, and is written once."""
