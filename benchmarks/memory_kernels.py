@@ -6,8 +6,8 @@
 
 `check` compares with float64: each kernel's tensors with formulas on what the kernels stored, then outputs, end state
 and all gradients with the plain loop, then two runs with each other. Every configuration has a process and a time limit
-of its own, since a wrong kernel may hang or crash. Keys of `one`: K, kind (bf16, tf32, tf32x3, ieee), L, B, H, documents,
-alpha (logit of the retention), same (how alike tokens are), stages (0: end to end only), device.
+of its own, since a wrong kernel may hang or crash. Keys of `one`: K, kind (bf16, tf32, tf32x3, ieee), L, B, H,
+documents, alpha (logit of the retention), same (how alike tokens are), stages (0: end to end only), device.
 """
 
 from __future__ import annotations
@@ -202,16 +202,16 @@ def timed(step: Callable[[], list[torch.cuda.Event]], repeat: int) -> list[float
 
 def layer(case: Case, loop: Callable[..., Scanned] | None, repeat: int) -> Case:
     """ms forward and backward of one whole mixer in bf16, and GiB beyond its weights; loop None: the plain one."""
-    width = 1536
+    width, device = case["width"], torch.device(case["device"])
     mixer = SelfModifyingTitans(Trunk(width, width // case["K"], 1), MemoryConfig())
     initialise(mixer, 0)
-    mixer = mixer.bfloat16().cuda()
+    mixer = mixer.to(device, torch.bfloat16)
     choice = ScanChoice(scan if loop is None else loop, "")
     self_modifying.scan_for = lambda *_: choice  # type: ignore[assignment]
-    generator = torch.Generator(device="cuda").manual_seed(0)
-    draw = lambda: torch.randn(case["L"], case["B"], width, generator=generator, device="cuda").bfloat16()
+    generator = torch.Generator(device).manual_seed(0)
+    draw = lambda: torch.randn(case["L"], case["B"], width, generator=generator, device=device).bfloat16()
     x, dy = draw().requires_grad_(), draw()
-    starts = torch.rand(case["L"], case["B"], generator=generator, device="cuda") < 1e-3
+    starts = torch.rand(case["L"], case["B"], generator=generator, device=device) < 1e-3
     documents = Documents(starts) if case.get("documents") else None
 
     def step() -> list[torch.cuda.Event]:
@@ -254,7 +254,7 @@ def measure(case: Case) -> Case:
 
 
 def one(mode: str, case: Case) -> None:
-    found = (check if mode == "check" else measure)({**DEFAULTS, "repeat": 10, **case})
+    found = (check if mode == "check" else measure)({**DEFAULTS, "width": 1536, "repeat": 10, **case})
     print("JSON", json.dumps(found))
     print("RESULT", f"BAD {', '.join(found['bad'])}" if found["bad"] else "ok", flush=True)
 
