@@ -5,8 +5,8 @@ For a head with normalised input x_t and query q_t, and c the contribution facto
 
     k_t = unit(S_k x_t + c M_k(x_t))      v_t = unit(S_v x_t + c M_v(x_t))          S: the static path
     eta_t = eta_max sigmoid(8 w_eta . (x_t + c M_eta(x_t)) + b_eta)                 alpha_t alike, biased to ~1
-    M_box <- M_box (alpha_t I - eta_t k_t k_t^T) - eta_t grad 1/2 |M_box(k_t) - M_box(v_t)|^2      for every box
-    y_t = M_main(q_t)
+    D_box <- D_box (alpha_t I - eta_t k_t k_t^T) - eta_t grad 1/2 |M_box(k_t) - M_box(v_t)|^2      for every box
+    y_t = M_main(q_t),       M_box = M_box,0 + D_box (`forget: initial`; Eq. 88 itself has M_box for D_box: `zero`)
 
 Reads of k, v, eta and alpha and all inner gradients use the state at the chunk's start (Eq. 90); y is read causally
 inside the chunk by default. `hope.memory.scan` is the loop over chunks. Sequential depth is T / projection_chunk: k_t
@@ -187,7 +187,7 @@ class SelfModifyingTitans(Mixer):
 
     def report(self) -> Report:
         """memory_norm: mean over sequences and heads of the Frobenius norm of the main bank's state at the last chunk
-        boundary (matrix: P and R). Histograms of eta and alpha [B, H, L]."""
+        boundary (matrix: R). Histograms of eta and alpha [B, H, L]."""
         return self._collected
 
     def kernels(self, device: torch.device, dtype: torch.dtype) -> str:
