@@ -30,6 +30,17 @@ SAVED = ("k", "v", "u", "inverse", "rk", "rv", "eta", "ell", "states")
 """What the backward needs of the forward, by name in `hope.memory.fused`."""
 OUTPUTS = ("f", "end", "eta", "ell", "k", "v", "u", "inverse", "rk", "rv", "states")
 """What the loop returns: the first two have gradients."""
+# Written out, since what torch infers from annotations differs between its versions.
+_ELEVEN = "(" + ", ".join(["Tensor"] * 11) + ")"
+_LOOP = (
+    "(Tensor x, Tensor q, Tensor a_k, Tensor a_v, Tensor g_eta, Tensor g_alpha, Tensor b_k, Tensor b_v, Tensor e_eta, "
+    "Tensor e_alpha, Tensor state, Tensor? valid, Tensor? resets, Tensor? last, int chunk, float eta_max, "
+    f"str precision) -> {_ELEVEN}"
+)
+_LOOP_BACKWARD = (
+    "(Tensor df, Tensor dend, Tensor x, Tensor q, Tensor b_k, Tensor b_v, Tensor e_eta, Tensor e_alpha, "
+    f"Tensor? resets, Tensor? last, Tensor[] saved, float eta_max, str precision) -> {_ELEVEN}"
+)
 
 
 def fused_scan(
@@ -115,7 +126,7 @@ def _kernels() -> ModuleType:
     return importlib.import_module("hope.memory.fused")
 
 
-@torch.library.custom_op("hope::memory_loop", mutates_args=())
+@torch.library.custom_op("hope::memory_loop", mutates_args=(), schema=_LOOP)
 def memory_loop(
     x: Tensor, q: Tensor, a_k: Tensor, a_v: Tensor, g_eta: Tensor, g_alpha: Tensor, b_k: Tensor, b_v: Tensor,
     e_eta: Tensor, e_alpha: Tensor, state: Tensor, valid: Tensor | None, resets: Tensor | None, last: Tensor | None,
@@ -150,7 +161,7 @@ def _(x, q, a_k, a_v, g_eta, g_alpha, b_k, b_v, e_eta, e_alpha, state, valid, re
     return tile(), torch.empty_like(state), row(), row(), tile(), tile(), tile(), inverse, row(), row(), states
 
 
-@torch.library.custom_op("hope::memory_loop_backward", mutates_args=())
+@torch.library.custom_op("hope::memory_loop_backward", mutates_args=(), schema=_LOOP_BACKWARD)
 def memory_loop_backward(
     df: Tensor, dend: Tensor, x: Tensor, q: Tensor, b_k: Tensor, b_v: Tensor, e_eta: Tensor, e_alpha: Tensor,
     resets: Tensor | None, last: Tensor | None, saved: list[Tensor], eta_max: float, precision: str,
