@@ -27,13 +27,14 @@ def memory_key(old: str) -> str:
 
 
 def current_model(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A recorded model section, as plain values, under today's names. One that has them already comes back as it is.
+    """A recorded model section, as plain values, under today's names. One that has them already comes back as it is, with
+    what its version did where a newer key has another default.
 
     Raises:
         ValueError: its `kind` is none that there was.
     """
     if "kind" not in record:
-        return dict(record)
+        return _as_it_forgot(dict(record))
     kind = record["kind"]
     if kind not in KINDS:
         raise ValueError(f"model.kind {kind!r} is none of {', '.join(KINDS)}")
@@ -43,4 +44,13 @@ def current_model(record: Mapping[str, Any]) -> dict[str, Any]:
         "attention": {"rope_base": record["rope_base"]} if "rope_base" in record else {},
     }
     values |= copy.deepcopy(KINDS[kind])
-    return {**values, "mixers": {name: mixers[name] for name in values["pattern"]}, "imports": []}
+    return _as_it_forgot({**values, "mixers": {name: mixers[name] for name in values["pattern"]}, "imports": []})
+
+
+def _as_it_forgot(values: dict[str, Any]) -> dict[str, Any]:
+    """Memories forgot towards zero before there was a key `forget`, whose default is another."""
+    mixers = dict(values.get("mixers") or {})
+    if "hope" in values.get("pattern", ()) or "hope" in mixers:
+        mixers["hope"] = {"forget": "zero", **(mixers.get("hope") or {})}
+        return {**values, "mixers": mixers}
+    return values

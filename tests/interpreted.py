@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -40,3 +41,24 @@ def interpreting() -> Iterator[None]:
         os.environ.pop(VARIABLE)
         if before is not None:
             os.environ[VARIABLE] = before
+
+
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For a fixture of tests that call kernels. Nothing with a GPU.
+
+    Triton 3.6's interpreter makes a number of an array [1], which numpy 2.4 refuses.
+    """
+    if GPU:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+    with interpreting():
+        yield

@@ -39,6 +39,7 @@ class HeadMemories:
             self.now = {b: [initial[b][head]] for b in self.boxes}
         else:
             self.now = {b: [initial[f"{b}_w1"][head], initial[f"{b}_w2"][head]] for b in self.boxes}
+        self.initial = {b: list(ws) for b, ws in self.now.items()}
         self.momenta = {b: [torch.zeros_like(w) for w in ws] for b, ws in self.now.items()}
 
     def contribution(self, weights: list[Tensor], z: Tensor) -> Tensor:
@@ -78,8 +79,10 @@ class HeadMemories:
         for i, (w, g, key) in enumerate(zip(self.now[box], grads, keys, strict=True)):
             s = self.config.momentum * self.momenta[box][i] - eta * g
             self.momenta[box][i] = s
-            erased = 0.0 if key is None else eta * torch.outer(w @ key, key)
-            updated.append(alpha * w - erased + s)
+            kept = torch.zeros_like(w) if self.config.forget == "zero" else self.initial[box][i]
+            fades = w - kept
+            erased = 0.0 if key is None else eta * torch.outer(fades @ key, key)
+            updated.append(kept + alpha * fades - erased + s)
         self.now[box] = updated
 
 

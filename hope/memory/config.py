@@ -21,7 +21,10 @@ class MemoryConfig(MixerSection):
     """Self-modifying Titans (Eq. 83-91): memories k, v, eta, alpha and main of every head."""
 
     memory: Literal["matrix", "mlp"] = "matrix"
-    """matrix: M(z) = z + M z, all memories of a head share two factors; mlp: M(z) = z + W1 silu(W2 z), Eq. 89."""
+    """matrix: M(z) = z + M z, all memories of a head share their factors; mlp: M(z) = z + W1 silu(W2 z), Eq. 89."""
+    forget: Literal["initial", "zero"] = "initial"
+    """What alpha forgets towards. initial: the meta-learned initial state, M = M_0 + D with D forgotten (0.01 to 0.02
+    nats better, memories stay distinct); zero: Eq. 88 literally, where M_0 itself is gone after some hundred tokens."""
     projection_chunk: int = 64
     """Tokens between writes of the k, v, eta and alpha memories (Eq. 90)."""
     main_chunk: int = 64
@@ -31,8 +34,8 @@ class MemoryConfig(MixerSection):
     eta_max: float | None = None
     """Bound of the write rate eta; null: 1/4 for matrix, 1/16 for mlp."""
     alpha_bias: float | None = None
-    """Initial bias of alpha's sigmoid; null: 4 for matrix (keeps 98 % per token, refreshed by the residual part), 8 for
-    mlp, whose zero state is a fixed point: at 98 % it would be gone after some hundred tokens."""
+    """Initial bias of alpha's sigmoid; null: 4 for matrix (keeps 98 % per token), 8 for mlp, whose zero state is a
+    fixed point: with `forget: zero` and 98 % it would be gone after some hundred tokens."""
     contribution: float = 0.3
     """Factor on the memory's part of every forward read, next to the static path (1.0 narrows the stable range)."""
     static: Literal["learned", "identity", "none"] = "learned"

@@ -2,26 +2,73 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 
 from hope.memory.config import MemoryConfig
+from hope.memory.fused_scan import fused_scan
 from hope.memory.scan import Scanned, scan
+
+HEADS = {torch.bfloat16: (64, 128), torch.float32: (64,)}
+"""Widths of heads by the weights' dtype. In fp32 a head of 128 needs 288 KB of shared memory, an H100 has 227."""
+CHUNK = 64
+"""The one chunk that was checked on a GPU. At 128 the inverse alone would fill the registers."""
+_SHORT = {torch.float64: "fp64", torch.float16: "fp16"}
 
 
 class ScanChoice(NamedTuple):
-    """A form of the loop with `scan`'s signature, its name, and the reason for it."""
+    """A form of the loop with `scan`'s signature, its name, and the reason for it if it is not the fast one."""
 
     scan: Callable[..., Scanned]
     name: str
-    reason: str
+    reason: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.reason})"
+        return f"{self.name} ({self.reason})" if self.reason else self.name
 
 
-def scan_for(config: MemoryConfig, device: torch.device) -> ScanChoice:
-    """The fastest form of the loop that fits the memory and the device."""
-    return ScanChoice(scan, "plain", f"no kernel for {config.memory} memories yet")
+def scan_for(config: MemoryConfig, device: torch.device, dtype: torch.dtype, head_dim: int) -> ScanChoice:
+    """The fastest form of the loop that fits the memory, the device and the weights' dtype."""
+    if device.type != "cuda":
+        return ScanChoice(scan, "plain", device.type.upper())
+    if reason := _against_memory(config, head_dim) or _against_type(dtype, head_dim):
+        return ScanChoice(scan, "plain", reason)
+    return ScanChoice(partial(fused_scan, operands=dtype, precision="tf32"), "fused")
+
+
+def _against_memory(config: MemoryConfig, head_dim: int) -> str:
+    """Why the kernels cannot compute this memory anywhere, or nothing."""
+    chunks = (config.projection_chunk, config.main_chunk)
+    reasons = {
+        f"{config.memory} memories": config.memory != "matrix",
+        f"forget {config.forget}": config.forget != "initial",
+        f"chunks {chunks[0]} and {chunks[1]}": chunks[0] != chunks[1],
+        f"chunk {chunks[0]}": chunks[0] != CHUNK,
+        f"heads of {head_dim}": head_dim not in HEADS[torch.bfloat16],
+        f"read {config.read}": config.read != "causal",
+        "momentum": config.momentum > 0,
+        "adaptive query": config.adaptive_query,
+        f"erase {config.erase}": config.erase not in ("layerwise", "input"),  # one rule for a matrix
+        "values not normalised": not config.normalise_values,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def _against_type(dtype: torch.dtype, head_dim: int) -> str:
+    if dtype not in HEADS:
+        return _SHORT.get(dtype, str(dtype).removeprefix("torch."))
+    if head_dim not in HEADS[dtype]:
+        return f"fp32 heads of {head_dim}"
+    # without it products of 64 x 64 are unrolled into single multiplications: more than 170 s to compile
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        return "fp32 without TF32"
+    return "" if _has_triton() else "no triton"
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -6,7 +6,13 @@ memory is multiplied from the right by the same matrix and receives the same add
     M_box,t = M_box,0 P_t + R_t,     P_0 = I,  R_0 = 0,
 
 with P and R shared by all memories of a head and sequence: N fast weights collapse into one state [2K, K] (P stacked
-on R), and the M_box,0 stay ordinary weights. Exact, not an approximation: tests/unit/test_matrix_memory.py.
+on R), and the M_box,0 stay ordinary weights. That is `forget: zero`. Where alpha forgets and eta erases the difference
+D = M - M_0 only (`forget: initial`), D_t = (M_box,0 + I) R_t with the same R for all memories, hence
+
+    M_box,t + I = (M_box,0 + I)(I + R_t),     R_0 = 0:     P = I + R, and one state [K, K] is enough.
+
+Every form of erasing and momentum multiplies from the right or adds a multiple of (M_s + I), so both hold for all of
+them. Exact, not an approximation: tests/unit/test_self_modifying_reference.py.
 """
 
 from dataclasses import dataclass
@@ -39,14 +45,15 @@ class MatrixMemories(nn.Module):
     def flops(self, read_boxes: int, tokens_per_chunk: int, head_dim: int) -> tuple[float, float]:
         """(reads, writes) per token and head in FLOPs, forward; a multiply-add counts two."""
         k, c = head_dim, tokens_per_chunk
-        reads = 2 * k * 2 * k + 2 * k * k * read_boxes + 2 * k * 2 * k + 2 * c * k + 2 * c * 2 * k + 2 * k * k
-        writes = 2 * 2 * k * 2 * k + 2 * c * k + c * 2 * k + 2 * k * 2 * k
+        rows = k if self.config.forget == "initial" else 2 * k
+        reads = 2 * k * rows + 2 * k * k * read_boxes + 2 * k * rows + 2 * c * k + 2 * c * rows + 2 * k * k
+        writes = 2 * 2 * k * rows + 2 * c * k + c * rows + 2 * k * rows
         return float(reads), float(writes)
 
 
 @dataclass(frozen=True)
 class MatrixBank:
-    """See `hope.memory.bank.Bank`. `stack` is [H, N K, K], `main` [H, K, K]."""
+    """See `hope.memory.bank.Bank`. `stack` is [H, N K, K], `main` [H, K, K]. Features are P q and R q, side by side."""
 
     stack: Tensor | None
     main: Tensor | None
@@ -57,13 +64,15 @@ class MatrixBank:
         heads, width, _ = self.shape
         like = self.stack if self.stack is not None else self.main
         assert like is not None
+        if self.config.forget == "initial":
+            return (DeltaState(like.new_zeros(batch, heads, width, width)),)
         identity = torch.eye(2 * width, width, dtype=like.dtype, device=like.device)
         return (DeltaState(identity.expand(batch, heads, 2 * width, width)),)
 
     def read(self, state: State, inputs: Tensor) -> Tensor:
         assert self.stack is not None
         width = inputs.shape[-1]
-        through_p, through_r = (inputs @ state[0].weight.mT).split(width, -1)
+        through_p, through_r = self._factors(inputs, inputs @ state[0].weight.mT).split(width, -1)
         boxes = (through_p @ self.stack.mT).unflatten(-1, (-1, width))
         reads: Tensor = boxes + through_r.unsqueeze(-2)
         return reads.transpose(-2, -3)
@@ -75,12 +84,17 @@ class MatrixBank:
         difference = (2 * keys if rule == "objective" else keys) - values
         width, length = keys.shape[-1], keys.shape[-2]
         read_keys, errors = (torch.cat([keys, difference], -2) @ state[0].weight.mT).split(length, -2)
-        errors = errors + nn.functional.pad(difference, (width, 0))  # R's error has the residual part of the read
+        residual = errors.shape[-1] - width  # R's error has the residual part of the read, and R is what comes last
+        errors = errors + nn.functional.pad(difference, (residual, 0))
         written = chunk.write(state[0], read_keys, errors)
-        return (written.state,), MatrixReads(written)
+        return (written.state,), MatrixReads(written, self)
 
     def boundary(self, state: State, queries: Tensor) -> Tensor:
-        return queries @ state[0].weight.mT
+        return self._factors(queries, queries @ state[0].weight.mT)
+
+    def _factors(self, inputs: Tensor, read: Tensor) -> Tensor:
+        """[..., 2 K]: P z and R z, from z and what the state says of it."""
+        return read if self.config.forget == "zero" else torch.cat([inputs + read, read], -1)
 
     def output(self, features: Tensor) -> Tensor:
         assert self.main is not None
@@ -91,6 +105,8 @@ class MatrixBank:
 @dataclass(frozen=True)
 class MatrixReads:
     written: Written
+    bank: MatrixBank
 
     def causal(self, queries: Tensor) -> Tensor:
-        return self.written.read(queries, queries @ self.written.start.weight.mT)
+        read = self.written.read(queries, queries @ self.written.start.weight.mT)
+        return self.bank._factors(queries, read)

@@ -3,6 +3,9 @@
 With h = silu(W2 k) and e = M(k) - M(v), the gradients of 1/2 |M(k) - v̂|^2 have rank one per token: c e h^T for W1 and
 (c W1^T e * silu'(W2 k)) k^T for W2. Both layers are therefore gated-delta states: W2 keyed by k, shared by all
 memories of the bank, W1 keyed by each memory's own hidden h (Section 4.5 defines DGD by a layer's own input).
+
+With `forget: initial` a layer is W = W_0 + D. The state is D: it starts at zero, receives the same gradients, and is
+all that alpha forgets and eta erases. With `forget: zero` (Eq. 88 literally) the state is W.
 """
 
 from dataclasses import dataclass
@@ -54,23 +57,31 @@ class MlpBank:
     config: MemoryConfig
 
     def start(self, batch: int) -> State:
+        if self.config.forget == "initial":
+            return tuple(DeltaState(w.new_zeros(batch, *w.shape)) for w in (self.outer, self.inner))
         return tuple(DeltaState(w.expand(batch, *w.shape)) for w in (self.outer, self.inner))
 
-    def _hidden(self, state: State, inputs: Tensor) -> Tensor:
+    def layers(self, state: State) -> tuple[Tensor, Tensor]:
+        """W1 and W2 as the memories are read."""
+        outer, inner = state[0].weight, state[1].weight
+        return (self.outer + outer, self.inner + inner) if self.config.forget == "initial" else (outer, inner)
+
+    def _hidden(self, layer: Tensor, inputs: Tensor) -> Tensor:
         """W2 z of every memory: [B, H, C, K] -> [B, H, N, C, F]."""
-        rows: Tensor = (inputs @ state[1].weight.mT).unflatten(-1, (self.outer.shape[1], -1))
+        rows: Tensor = (inputs @ layer.mT).unflatten(-1, (self.outer.shape[1], -1))
         return rows.transpose(-2, -3)
 
     def read(self, state: State, inputs: Tensor) -> Tensor:
         reads = self.outer.shape[1] - int(self.has_main)
-        outer, inner = state[0].weight[:, :, :reads], state[1].weight[:, :, : reads * self.outer.shape[-1]]
+        outer, inner = self.layers(state)
+        outer, inner = outer[:, :, :reads], inner[:, :, : reads * self.outer.shape[-1]]
         hidden = (inputs @ inner.mT).unflatten(-1, (reads, -1)).transpose(-2, -3)
         return nn.functional.silu(hidden) @ outer.mT
 
     def write(self, state: State, keys: Tensor, values: Tensor, gates: Gates) -> tuple[State, "MlpReads"]:
         rule, scale, length = self.config.erase, self.config.contribution, keys.shape[-2]
-        outer = state[0].weight
-        before = self._hidden(state, torch.cat([keys, values], -2))
+        outer, inner = self.layers(state)
+        before = self._hidden(inner, torch.cat([keys, values], -2))
         before_key, gate = before[..., :length, :], torch.sigmoid(before[..., :length, :])
         hidden = nn.functional.silu(before)
         added = hidden @ outer.mT
@@ -88,14 +99,18 @@ class MlpBank:
         chunk_outer = DeltaChunk(hidden_key, gates.unsqueeze(2), erase=rule == "layerwise", momentum=momentum)
         chunk_inner = DeltaChunk(keys, gates, erase=rule in ("layerwise", "input"), momentum=momentum)
         rows = lambda t: t.transpose(-2, -3).flatten(-2)
-        new_outer = chunk_outer.write(state[0], added_key, errors)
-        new_inner = chunk_inner.write(state[1], rows(before_key), rows(errors_inner))
-        return (new_outer.state, new_inner.state), MlpReads(new_outer, new_inner, scale)
+        erased, erased_inner = added_key, rows(before_key)
+        if self.config.forget == "initial":  # only the difference from the initial state is erased
+            erased, erased_inner = hidden_key @ state[0].weight.mT, keys @ state[1].weight.mT
+        new_outer = chunk_outer.write(state[0], erased, errors)
+        new_inner = chunk_inner.write(state[1], erased_inner, rows(errors_inner))
+        return (new_outer.state, new_inner.state), MlpReads(new_outer, new_inner, self)
 
     def boundary(self, state: State, queries: Tensor) -> Tensor:
         width = self.outer.shape[-1]
-        hidden = nn.functional.silu(queries @ state[1].weight[:, :, -width:].mT)
-        return queries + self.config.contribution * (hidden @ state[0].weight[:, :, -1].mT)
+        outer, inner = self.layers(state)
+        hidden = nn.functional.silu(queries @ inner[:, :, -width:].mT)
+        return queries + self.config.contribution * (hidden @ outer[:, :, -1].mT)
 
     def output(self, features: Tensor) -> Tensor:
         return features
@@ -105,15 +120,20 @@ class MlpBank:
 class MlpReads:
     outer: Written
     inner: Written
-    scale: float
+    bank: MlpBank
 
     def causal(self, queries: Tensor) -> Tensor:
         """The main memory is the last of the bank; its two layers are read one after the other at every token."""
-        width = self.outer.start.weight.shape[-1]
-        inner = last_rows(self.inner, width)
-        hidden = nn.functional.silu(inner.read(queries, queries @ inner.start.weight.mT))
-        outer = last_memory(self.outer)
-        return queries + self.scale * outer.read(hidden, hidden @ outer.start.weight.mT)
+        bank, width = self.bank, self.outer.start.weight.shape[-1]
+        outer, inner = last_memory(self.outer), last_rows(self.inner, width)
+        before = inner.read(queries, queries @ inner.start.weight.mT)
+        if bank.config.forget == "initial":
+            before = before + queries @ bank.inner[:, -width:].mT
+        hidden = nn.functional.silu(before)
+        added = outer.read(hidden, hidden @ outer.start.weight.mT)
+        if bank.config.forget == "initial":
+            added = added + hidden @ bank.outer[:, -1].mT
+        return queries + bank.config.contribution * added
 
 
 def last_rows(written: Written, rows: int) -> Written:

@@ -26,6 +26,18 @@ from hope.memory.delta import Gates
 GATE_SCALE = 8.0
 
 
+class Given(NamedTuple):
+    """What a mixer brings: x, q [B, H, L, K]; the learned static paths S_k, S_v [H, K, K], if the configuration has
+    them; the gates' biases [H]."""
+
+    x: Tensor
+    q: Tensor
+    static_k: Tensor | None
+    static_v: Tensor | None
+    eta_bias: Tensor
+    alpha_bias: Tensor
+
+
 class Sequences(NamedTuple):
     """What a sequence brings to the loop: x, q, static k and v [B, H, L, K], static logits [B, H, L, 1]."""
 
@@ -66,10 +78,9 @@ class Scanned(NamedTuple):
     gates: list[Gates]
 
 
-def scan(
-    config: MemoryConfig, memories: Memories, sequences: Sequences, layout: ChunkLayout, state: States | None
-) -> Scanned:
+def scan(config: MemoryConfig, memories: Memories, given: Given, layout: ChunkLayout, state: States | None) -> Scanned:
     """Run all chunks. `state`: at the first token of the layout; None: the initial states."""
+    sequences = _sequences(config, memories, given)
     batch, dtype = sequences.x.shape[0], sequences.x.dtype
     initial = States(memories.projections.start(batch), memories.main.start(batch))
     now = initial if state is None else state
@@ -91,6 +102,17 @@ def scan(
         elif unfinished is not True:
             now = _both(now, lambda a, b, rows=unfinished: keep_rows(a, b, rows), after)
     return Scanned(memories.main.output(torch.cat(outputs, 2)), now, gates)
+
+
+def _sequences(config: MemoryConfig, memories: Memories, given: Given) -> Sequences:
+    """What the loop needs of the whole sequence at once: static paths and static parts of the gates."""
+    x = given.x
+    static_k, static_v = (x, x) if config.static == "identity" else (torch.zeros_like(x), torch.zeros_like(x))
+    if given.static_k is not None and given.static_v is not None:
+        static_k, static_v = x @ given.static_k.to(x.dtype).mT, x @ given.static_v.to(x.dtype).mT
+    logit = lambda w, b: GATE_SCALE * (x @ w.to(x.dtype).unsqueeze(-1)) + b.to(x.dtype)[:, None, None]
+    eta, alpha = logit(memories.eta_weight, given.eta_bias), logit(memories.alpha_weight, given.alpha_bias)
+    return Sequences(x, given.q, static_k, static_v, eta, alpha)
 
 
 def _both(states: States, change, others: States) -> States:  # type: ignore[no-untyped-def]

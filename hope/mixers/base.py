@@ -151,8 +151,9 @@ class Mixer(nn.Module):
         """What the last forward pass collected while `watched`."""
         return Report()
 
-    def kernels(self, device: torch.device) -> str | None:
-        """Which kernel would run on `device`, and why, such as `plain (CPU)`; None for a mixer that has one form."""
+    def kernels(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Which kernel would run on `device` with weights of `dtype`, and why, such as `plain (CPU)`; None for a mixer
+        that has one form."""
         return None
 
 

@@ -5,8 +5,8 @@ For a head with normalised input x_t and query q_t, and c the contribution facto
 
     k_t = unit(S_k x_t + c M_k(x_t))      v_t = unit(S_v x_t + c M_v(x_t))          S: the static path
     eta_t = eta_max sigmoid(8 w_eta . (x_t + c M_eta(x_t)) + b_eta)                 alpha_t alike, biased to ~1
-    M_box <- M_box (alpha_t I - eta_t k_t k_t^T) - eta_t grad 1/2 |M_box(k_t) - M_box(v_t)|^2      for every box
-    y_t = M_main(q_t)
+    D_box <- D_box (alpha_t I - eta_t k_t k_t^T) - eta_t grad 1/2 |M_box(k_t) - M_box(v_t)|^2      for every box
+    y_t = M_main(q_t),       M_box = M_box,0 + D_box (`forget: initial`; Eq. 88 itself has M_box for D_box: `zero`)
 
 Reads of k, v, eta and alpha and all inner gradients use the state at the chunk's start (Eq. 90); y is read causally
 inside the chunk by default. `hope.memory.scan` is the loop over chunks. Sequential depth is T / projection_chunk: k_t
@@ -32,7 +32,7 @@ from hope.memory.config import MemoryConfig
 from hope.memory.kernels import scan_for
 from hope.memory.matrix import MatrixMemories
 from hope.memory.mlp import MlpMemories
-from hope.memory.scan import GATE_SCALE, Memories, Scanned, Sequences, States, join_gates
+from hope.memory.scan import Given, Memories, Scanned, States, join_gates
 from hope.mixers.base import Mixer, Report, State, Trunk, mixer
 from hope.parameters import constant, new_parameter, normal
 
@@ -117,8 +117,9 @@ class SelfModifyingTitans(Mixer):
             else documents.layout(window, pending)
         )
         before = None if state is None else States(state.projections, state.main)
-        sequences = self._sequences(layout.spread(x_BHTK), layout.spread(q_BHTK))
-        found = scan_for(self.config, device).scan(self.config, self._memories(dtype), sequences, layout, before)
+        loop = scan_for(self.config, device, x_TBD.dtype, self.head_dim).scan
+        given = self._given(layout.spread(x_BHTK), layout.spread(q_BHTK))
+        found = loop(self.config, self._memories(dtype), given, layout, before)
         if self.watched:
             self._collected = summary(found)
         y_BHTK = self.norm_heads(layout.collect(found.y)).to(x_TBD.dtype)
@@ -150,20 +151,12 @@ class SelfModifyingTitans(Mixer):
         heads: Tensor = x_TBD.unflatten(-1, (-1, self.head_dim))
         return heads.permute(1, 2, 0, 3)
 
-    def _sequences(self, x: Tensor, q: Tensor) -> Sequences:
-        """What the loop needs of the whole sequence at once: static paths and static parts of the gates."""
-        static_k, static_v = self._static(x)
-        logit = lambda w, b: GATE_SCALE * (x @ w.to(x.dtype).unsqueeze(-1)) + b.to(x.dtype)[:, None, None]
-        eta, alpha = logit(self.eta_weight, self.eta_bias), logit(self.alpha_weight, self.alpha_bias)
-        return Sequences(x, q, static_k, static_v, eta, alpha)
-
-    def _static(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Static path of k and v, [B, H, L, K] each."""
+    def _given(self, x: Tensor, q: Tensor) -> Given:
+        """What the loop takes of the whole sequence, and of this module apart from its memories."""
+        static_k = static_v = None
         if self.config.static == "learned":
-            return x @ self.static_k.to(x.dtype).mT, x @ self.static_v.to(x.dtype).mT
-        if self.config.static == "identity":
-            return x, x
-        return torch.zeros_like(x), torch.zeros_like(x)
+            static_k, static_v = self.static_k, self.static_v
+        return Given(x, q, static_k, static_v, self.eta_bias, self.alpha_bias)
 
     def _memories(self, dtype: torch.dtype) -> Memories:
         """With equal chunk sizes one bank holds every memory, and is written once."""
@@ -195,12 +188,12 @@ class SelfModifyingTitans(Mixer):
 
     def report(self) -> Report:
         """memory_norm: mean over sequences and heads of the Frobenius norm of the main bank's state at the last chunk
-        boundary (matrix: P and R). Histograms of eta and alpha [B, H, L]."""
+        boundary (matrix: R). Histograms of eta and alpha [B, H, L]."""
         return self._collected
 
-    def kernels(self, device: torch.device) -> str:
+    def kernels(self, device: torch.device, dtype: torch.dtype) -> str:
         """The form of the memory loop."""
-        return str(scan_for(self.config, device))
+        return str(scan_for(self.config, device, dtype, self.head_dim))
 
 
 @torch.no_grad()

@@ -85,11 +85,11 @@ def kernel_facts(choices: Iterable[tuple[str, str]]) -> str:
     return "  ".join(f"{part}: {choice}" for part, choice in choices)
 
 
-def _mixer_kernels(config: ModelConfig, device: str) -> Iterator[tuple[str, str]]:
+def _mixer_kernels(config: ModelConfig, device: str, bf16: bool) -> Iterator[tuple[str, str]]:
     """(mixer's name, what it would run and why) of every mixer that has a choice."""
     for name in dict.fromkeys(config.mixer_of_layer):
         with torch.device("meta"):
-            choice = config.build_mixer(name).kernels(torch.device(device))
+            choice = config.build_mixer(name).kernels(torch.device(device), torch.bfloat16 if bf16 else torch.float32)
         if choice is not None:
             yield name, choice
 
@@ -123,7 +123,7 @@ def describe(
         ("traffic", f"{_traffic(config, dims, shape, optim) / GIB:.3f} GiB of gradients reduced per step and rank "
                     f"(optim.accumulate {optim.accumulate})"),
         ("FLOPs", f"{flops:.3e} per trained token, {writes / flops:.1%} of them memory writes"),
-        ("kernels", kernel_facts([*_mixer_kernels(config, device), _optimizer_kernels(optim, device)])),
+        ("kernels", kernel_facts([*_mixer_kernels(config, device, shape.bf16), _optimizer_kernels(optim, device)])),
     ]  # fmt: skip
     text = [f"{name:<11} {fact}" for name, fact in rows]
     if dims.pipeline > 1:

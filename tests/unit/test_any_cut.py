@@ -19,11 +19,13 @@ LENGTH, BATCH, VOCAB = 23, 3, 32
 BOUND = 1e-12
 MEMORIES = {
     "matrix": MemoryConfig(projection_chunk=4, main_chunk=4, eta_max=0.5),
+    "matrix-zero": MemoryConfig(forget="zero", projection_chunk=4, main_chunk=4, eta_max=0.5),
     "matrix-two-clocks": MemoryConfig(projection_chunk=2, main_chunk=8, eta_max=0.5),
     "matrix-long-projections": MemoryConfig(projection_chunk=8, main_chunk=4, momentum=0.5),
     "matrix-boundary": MemoryConfig(projection_chunk=4, main_chunk=4, read="boundary", adaptive_query=True),
     "matrix-no-conv": MemoryConfig(projection_chunk=4, main_chunk=4, conv_width=1),
     "mlp": MemoryConfig(memory="mlp", projection_chunk=4, main_chunk=4, eta_max=0.25),
+    "mlp-zero": MemoryConfig(memory="mlp", forget="zero", projection_chunk=4, main_chunk=4, eta_max=0.25),
     "mlp-momentum": MemoryConfig(memory="mlp", projection_chunk=2, main_chunk=4, momentum=0.5),
 }
 PATTERNS = {name: (["hope"], {"hope": memory}) for name, memory in MEMORIES.items()} | {

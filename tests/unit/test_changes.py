@@ -89,6 +89,16 @@ def test_what_is_kept_must_fit_the_rest() -> None:
     assert "optim.warmup" in [path for path, _, _ in error.value.problems]
 
 
+def test_a_record_of_before_forget_was_a_key_says_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("configs.changes.validate", lambda *args: None)  # there is no data to find
+    saved = copy.deepcopy(SAVED)
+    del saved["model"]["mixers"]["hope"]["forget"]
+    with pytest.raises(ConfigError, match=r"model\.mixers\.hope\.forget"):
+        settle(config(), saved, 1)
+    settled, _ = settle(config(model="keep"), saved, 1)
+    assert settled.model.mixers["hope"].forget == "zero"
+
+
 def test_keys_that_one_side_does_not_know() -> None:
     """From another version: a new key has its default, a dropped one is shown."""
     saved = copy.deepcopy(SAVED)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from interpreted import GPU, interpreting
+from interpreted import GPU, calls
 from optims import with_dmgd
 
 from hope.optim import coordinate_memory as memory
@@ -56,21 +56,7 @@ cases = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
-    """Triton 3.6's makes a number of an array [1], which numpy 2.4 refuses."""
-    if GPU:
-        yield
-        return
-    from triton.runtime import interpreter
-
-    original = interpreter._patch_lang_tensor
-
-    def patched(tensor, scope):
-        original(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
-    with interpreting():
-        yield
+    yield from calls(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@ protocol and parameters declared themselves. tests/golden/models.json was writte
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,18 +20,19 @@ from parallel.layout.plan import plan_of
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "models.json").read_text())
 CMS = CmsConfig(periods=[1, 2])
+zero = partial(MemoryConfig, forget="zero")  # what their memories forgot towards
 MODELS = {
     "hope matrix": (
-        "hope", {"memory": MemoryConfig(projection_chunk=4, main_chunk=8, adaptive_query=True), "cms": CMS},
+        "hope", {"memory": zero(projection_chunk=4, main_chunk=8, adaptive_query=True), "cms": CMS},
     ),
     "hope matrix shared chunk, momentum": (
         "hope",
-        {"memory": MemoryConfig(projection_chunk=8, main_chunk=8, momentum=0.5, static="identity"), "cms": CMS},
+        {"memory": zero(projection_chunk=8, main_chunk=8, momentum=0.5, static="identity"), "cms": CMS},
     ),
     "hope mlp, independent": (
         "hope",
         {
-            "memory": MemoryConfig(memory="mlp", projection_chunk=8, main_chunk=8),
+            "memory": zero(memory="mlp", projection_chunk=8, main_chunk=8),
             "cms": CmsConfig(variant="independent", periods=[1, 2]),
         },
     ),

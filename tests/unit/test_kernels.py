@@ -85,18 +85,18 @@ def test_parts_are_joined():
 @pytest.mark.parametrize(
     ("optim", "device", "line"),
     [
-        (MLP, "cpu", "kernels     hope: plain (no kernel for matrix memories yet)  optimizer: plain (CPU)"),
-        (MLP, "cuda", "kernels     hope: plain (no kernel for matrix memories yet)  optimizer: fused"),
+        (MLP, "cpu", "kernels     hope: plain (CPU)  optimizer: plain (CPU)"),
+        (MLP, "cuda", "kernels     hope: fused  optimizer: fused"),
         (
             OptimConfig(name="muon"),
             "cuda",
-            "kernels     hope: plain (no kernel for matrix memories yet)  muon of all but matrices: fused",
+            "kernels     hope: fused  muon of all but matrices: fused",
         ),
     ],
 )
 def test_the_table_at_the_start_has_the_line(optim, device, line):
-    model = ModelConfig(vocab_size=64, width=32, layers=2, heads=2)
-    shape = StepShape(seq_len=32, micro_batch=2, bf16=False)
+    model = ModelConfig(vocab_size=64, width=128, layers=2, heads=2)
+    shape = StepShape(seq_len=64, micro_batch=2, bf16=True)
     assert line in describe(model, ParallelDims(world_size=1), shape, 4, optim, device).splitlines()
 
 

@@ -79,21 +79,24 @@ VARIANTS = [
     {"momentum": 0.7, "eta_max": 0.2, "read": "boundary", "main_chunk": 8},
     {"expansion": 2},
 ]
+FORGET = pytest.mark.parametrize("forget", ["initial", "zero"])
 
 
+@FORGET
 @pytest.mark.parametrize("kind", ["matrix", "mlp"])
 @pytest.mark.parametrize(("chunks", "length"), CASES)
-def test_equals_token_loop(kind, chunks, length):
-    mixer = build(memory=kind, **chunks)
+def test_equals_token_loop(kind, chunks, length, forget):
+    mixer = build(memory=kind, forget=forget, **chunks)
     fast = outputs_and_gradients(lambda x: mixer(x)[0], mixer, inputs(length))
     slow = outputs_and_gradients(lambda x: mixer_reference(mixer, x), mixer, inputs(length))
     assert_equal(fast, slow)
 
 
+@FORGET
 @pytest.mark.parametrize("kind", ["matrix", "mlp"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(f"{k}={x}" for k, x in v.items()))
-def test_variants_equal_token_loop(kind, variant):
-    mixer = build(memory=kind, **{"projection_chunk": 4, "main_chunk": 4, **variant})
+def test_variants_equal_token_loop(kind, variant, forget):
+    mixer = build(memory=kind, forget=forget, **{"projection_chunk": 4, "main_chunk": 4, **variant})
     fast = outputs_and_gradients(lambda x: mixer(x)[0], mixer, inputs(11))
     slow = outputs_and_gradients(lambda x: mixer_reference(mixer, x), mixer, inputs(11))
     assert_equal(fast, slow)
@@ -102,9 +105,11 @@ def test_variants_equal_token_loop(kind, variant):
 @pytest.mark.parametrize("kind", ["matrix", "mlp"])
 @pytest.mark.parametrize("momentum", [0.0, 0.6])
 @pytest.mark.parametrize("chunks", [(4, 4), (2, 4), (4, 2)])
-def test_state_carried_across_a_split(kind, momentum, chunks):
+@FORGET
+def test_state_carried_across_a_split(kind, momentum, chunks, forget):
     """forward(x) equals forward(x[:a]) then forward(x[a:], state) where a is a multiple of both chunks."""
-    mixer = build(memory=kind, projection_chunk=chunks[0], main_chunk=chunks[1], momentum=momentum, eta_max=0.2)
+    clocks = {"projection_chunk": chunks[0], "main_chunk": chunks[1]}
+    mixer = build(memory=kind, forget=forget, momentum=momentum, eta_max=0.2, **clocks)
 
     def split(x):
         first, state = mixer(x[:8])
@@ -117,10 +122,12 @@ def test_state_carried_across_a_split(kind, momentum, chunks):
 
 @pytest.mark.parametrize("kind", ["matrix", "mlp"])
 @pytest.mark.parametrize("momentum", [0.0, 0.6])
-def test_packed_documents_equal_documents_alone(kind, momentum):
+@FORGET
+def test_packed_documents_equal_documents_alone(kind, momentum, forget):
     from hope.documents import Documents
 
-    mixer = build(memory=kind, projection_chunk=4, main_chunk=4, momentum=momentum, eta_max=0.2)
+    clocks = {"projection_chunk": 4, "main_chunk": 4}
+    mixer = build(memory=kind, forget=forget, momentum=momentum, eta_max=0.2, **clocks)
     starts = torch.zeros(17, 2, dtype=torch.bool)
     for t, b in [(0, 0), (5, 0), (6, 0), (14, 0), (0, 1), (9, 1)]:
         starts[t, b] = True

@@ -1,0 +1,109 @@
+"""Which form of the memory loop is taken, and the reason that it gives for the plain one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from interpreted import VARIABLE
+
+from hope.memory import kernels
+from hope.memory.config import MemoryConfig
+from hope.memory.kernels import scan_for
+from hope.memory.scan import scan
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def chosen(device: str = "cuda", dtype: torch.dtype = BF16, head_dim: int = 64, **memory) -> kernels.ScanChoice:
+    return scan_for(MemoryConfig(**memory), torch.device(device), dtype, head_dim)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("static", ["learned", "identity", "none"])
+def test_a_bf16_model_on_a_gpu_takes_the_kernels(head_dim, static):
+    choice = chosen(head_dim=head_dim, static=static)
+    assert str(choice) == "fused"
+    assert choice.scan.keywords["operands"] == BF16
+
+
+@pytest.mark.parametrize(
+    ("reason", "settings"),
+    [
+        ("CPU", {"device": "cpu"}),
+        ("META", {"device": "meta"}),
+        ("mlp memories", {"memory": "mlp"}),
+        ("forget zero", {"forget": "zero"}),
+        ("chunk 128", {"projection_chunk": 128, "main_chunk": 128}),
+        ("chunks 64 and 128", {"main_chunk": 128}),
+        ("heads of 32", {"head_dim": 32}),
+        ("read boundary", {"read": "boundary"}),
+        ("momentum", {"momentum": 0.5}),
+        ("adaptive query", {"adaptive_query": True}),
+        ("erase objective", {"erase": "objective"}),
+        ("erase none", {"erase": "none"}),
+        ("values not normalised", {"normalise_values": False}),
+        ("fp64", {"dtype": torch.float64}),
+        ("fp16", {"dtype": torch.float16}),
+        ("fp32 heads of 128", {"dtype": FP32, "head_dim": 128}),
+        ("fp32 without TF32", {"dtype": FP32}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_all_else_is_plain_and_says_why(reason, settings):
+    choice = chosen(**settings)
+    assert str(choice) == f"plain ({reason})"
+    assert choice.scan is scan
+
+
+def test_an_fp32_model_may_where_torch_may_use_tf32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        choice = chosen(dtype=FP32)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert str(choice) == "fused"
+    assert choice.scan.keywords == {"operands": FP32, "precision": "tf32"}
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(kernels, "_has_triton", lambda: False)
+    assert str(chosen()) == "plain (no triton)"
+
+
+def test_no_kernel_is_imported_before_one_is_called():
+    program = "import sys, hope.model; print('hope.memory.fused' in sys.modules, 'triton.language' in sys.modules)"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=100)
+    assert done.stdout.split() == ["False", "False"], done.stderr
+
+
+# Bytes that a kernel may spill, by its name. Triton 3.6 and 3.9: 96 and 132, 408 and 336, nothing of the others.
+SPILLS = {"_sequential": 256, "_outputs": 0, "_outputs_backward": 0, "_sequential_backward": 640}
+
+
+def test_kernels_compile_for_hopper(tmp_path):
+    """At heads of 64 and with documents, in a process of its own, since kernels are interpreted here.
+
+    A product with a transposed left operand gives wrong gradients on Triton 3.4 to 3.7, and nothing says so.
+    """
+    program = Path(__file__).parents[1] / "compile_memory_kernels.py"
+    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    done = subprocess.run(
+        [sys.executable, program, "64,bf16,documents"],
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    found = {name: list(map(int, numbers)) for name, _, *numbers in map(str.split, done.stdout.splitlines())}
+    assert found.keys() == SPILLS.keys()
+    for name, (registers, spilled, shared, products, transposed) in found.items():
+        assert registers <= 255
+        assert spilled <= SPILLS[name], name
+        assert shared <= 227 * 1024  # what a block of an H100 can have
+        assert (products >= 3, transposed) == (True, 0), name
