@@ -79,8 +79,9 @@ with StopRequest(usr1=True) as stop:
         if stopping:
             save(step)
             note(f"saved {step}")
-            time.sleep(wanted.get("lingers_s", 0) * (place.rank == 0))  # as the rank that finishes a save
-            note("left")
+            if "lingers_s" in wanted:
+                time.sleep(wanted["lingers_s"] * (place.rank == 0))  # as the rank that finishes a save
+                note("left")
             sys.exit(0 if any_rank(stop.name == "INT", "interrupted") else 85)
     save(step)
 sys.exit(wanted.get("exit", 0))
