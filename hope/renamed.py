@@ -27,8 +27,9 @@ def memory_key(old: str) -> str:
 
 
 def current_model(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A recorded model section, as plain values, under today's names. One that has them already comes back as it is, with
-    what its version did where a newer key has another default.
+    """A recorded model section, as plain values, under today's names. One that has them already comes back as it is.
+
+    Where a newer key has another default, it says what the recording version did.
 
     Raises:
         ValueError: its `kind` is none that there was.

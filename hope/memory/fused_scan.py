@@ -148,7 +148,7 @@ def memory_loop(
         x, q, a_k, a_v, g_eta, g_alpha, b_k.to(x.dtype), b_v.to(x.dtype), e_eta, e_alpha, state,
         valid, resets, last, chunk, eta_max, precision,
     )  # fmt: skip
-    return tuple(found[name] for name in OUTPUTS)  # type: ignore[return-value]
+    return tuple(found[name] for name in OUTPUTS)
 
 
 @memory_loop.register_fake
