@@ -79,9 +79,10 @@ with StopRequest(usr1=True) as stop:
         if stopping:
             save(step)
             note(f"saved {step}")
-            if "lingers_s" in wanted:
+            interrupted = any_rank(stop.name == "INT", "interrupted")
+            if "lingers_s" in wanted:  # the last meeting is over: the others leave now
                 time.sleep(wanted["lingers_s"] * (place.rank == 0))  # as the rank that finishes a save
                 note("left")
-            sys.exit(0 if any_rank(stop.name == "INT", "interrupted") else 85)
+            sys.exit(0 if interrupted else 85)
     save(step)
 sys.exit(wanted.get("exit", 0))
