@@ -1,7 +1,8 @@
 """Measured speeds: model FLOPs utilisation of one device, for estimates of the time that a run takes.
 
-All are of the PyTorch loop, without a fused kernel. MFU is tokens/s x FLOPs per trained token (`report.model_facts`)
-over the dense bf16 peak. A larger model or a faster loop does better, so that the row which was used is always printed.
+`matrix` memories are with the fused kernels, `mlp` memories are of the PyTorch loop. MFU is tokens/s x FLOPs per
+trained token (`report.model_facts`) over the dense bf16 peak. A larger model or a faster loop does better, so that the
+row which was used is always printed.
 """
 
 from __future__ import annotations
@@ -30,9 +31,24 @@ class Speed:
 
 
 MEASURED = (
-    Speed("hope matrix", 345.3e6, 1024, "H200", 22_659, 0.0507, "docs/performance.md, layouts on GPUs"),
-    Speed("hope matrix", 345.3e6, 4096, "H100", 16_100, 0.0360, "chunk 128, recompute block, 98k tokens per step"),
-    Speed("hope matrix", 18.7e6, 1024, "H200", 55_000, 0.0072, "docs/results.md, speed and memory of these runs"),
+    Speed(
+        "hope matrix",
+        345.3e6,
+        4096,
+        "H100",
+        42_400,
+        0.0920,
+        "with kernels: docs/performance.md",
+    ),
+    Speed(
+        "hope matrix",
+        18.7e6,
+        1024,
+        "H100",
+        331_300,
+        0.0410,
+        "with kernels: docs/performance.md",
+    ),
     Speed("hope mlp", 19.7e6, 1024, "H200", 62_000, 0.0111, "an experiment under one CUDA graph, not this program"),
     Speed("attention", 334.0e6, 4096, "H100", 105_600, 0.2784, "beside hope matrix in the same call, micro-batch 4"),
     Speed("attention", 17.3e6, 1024, "H200", 380_000, 0.0471, "docs/results.md, 350-410k beside other runs"),

@@ -94,7 +94,7 @@ class LayoutRun:
         tied = config.tie_embeddings and ranks.pp_size > 1
         place = {"tp_rank": ranks.tp_rank, "first_stage": ranks.first_stage, "tied": tied}
         self.inner = Recording(parameter_groups(self.models, 0.1), OPTIM)
-        counts = lambda name, _: gradients.counted(name, **place)
+        counts = lambda name, parameter: gradients.counted(name, parameter, **place)
         self.optimizer = ZeroOptimizer(self.models, self.inner, precision, ranks, counts=counts)
         self.stages = stages_of(self.models, precision, layout, config.width)
 

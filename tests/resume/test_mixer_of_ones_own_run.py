@@ -12,7 +12,7 @@ from parallel.checkpoint.format.manifest import read
 
 ROOT = Path(__file__).parents[2]
 NAME = "gated_delta_of_a_test"
-OWN = ["model.imports=[gated_delta]", f"model.pattern=[{NAME},attention]", "model.mixers={}"]
+OWN = ["model.imports=[gated_delta]", f"model.pattern=[{NAME},attention]"]
 
 
 def run(path: str, *words: str) -> subprocess.CompletedProcess:
@@ -23,7 +23,9 @@ def run(path: str, *words: str) -> subprocess.CompletedProcess:
 
 
 def test_the_dry_run_tells_the_truth_about_it(tmp_path):
-    done = run(config_file(tmp_path), "--dry-run", "model.layers=3", "parallel.pipeline=2", "--devices", "2")
+    done = run(
+        config_file(tmp_path, "attention"), "--dry-run", "model.layers=3", "parallel.pipeline=2", "--devices", "2"
+    )
     assert done.returncode == 0, done.stderr
     assert f"model       2 {NAME} + 1 attention" in done.stdout
     assert "% of them memory writes" in done.stdout
@@ -32,7 +34,7 @@ def test_the_dry_run_tells_the_truth_about_it(tmp_path):
 
 
 def test_it_trains_is_logged_saved_and_resumed(tmp_path):
-    path = config_file(tmp_path)
+    path = config_file(tmp_path, "attention")
     short = ["train.stop_after=4", "checkpoint.every=4"]
     first = run(path, *short)
     assert first.returncode == 0, first.stderr
@@ -55,7 +57,7 @@ def test_it_trains_is_logged_saved_and_resumed(tmp_path):
 
 def test_what_it_cannot_do_is_a_problem_of_the_configuration(tmp_path):
     """A chunk of zero, by the section's own check; exit code 2, no traceback."""
-    done = run(config_file(tmp_path), f"model.mixers.{NAME}.chunk=0", "--dry-run")
+    done = run(config_file(tmp_path, "attention"), f"model.mixers.{NAME}.chunk=0", "--dry-run")
     assert done.returncode == 2, done.stdout
     assert f"model.mixers.{NAME}.chunk" in done.stderr
     assert "Traceback" not in done.stderr
