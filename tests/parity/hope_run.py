@@ -21,7 +21,7 @@ from hope.optim.levels import parameter_groups
 from parallel.compute import gradients
 from parallel.compute.pipeline import forward_backward, mean_loss, stages_of
 from parallel.compute.tensor import shard_model, sharded_loss
-from parallel.layout.plan import plan_of_config
+from parallel.layout.plan import Plan, plan_of_config
 from parallel.layout.stages import split
 from parallel.layout.topology import ParallelConfig
 from parallel.optimizer.zero import ZeroOptimizer
@@ -174,8 +174,14 @@ def train_in_layout(
     return Outcome(losses, norms, _joined(gradients, layout.tensor), _joined(weights, layout.tensor))
 
 
+def _plan_of_all() -> Plan:
+    """Of every model that a test here makes: their parameters of one name have one layout."""
+    models = [model_config(), model_config(tied=False), model_config(memory="mlp"), model_config(kind="hope_attention")]
+    return {name: layout for config in models for name, layout in plan_of_config(config).items()}
+
+
 def _joined(shards: dict[tuple[str, int], torch.Tensor], tensor: int) -> Tensors:
-    names, plan = dict.fromkeys(name for name, _ in shards), plan_of_config(model_config())
+    names, plan = dict.fromkeys(name for name, _ in shards), _plan_of_all()
     return {name: plan[name].join([shards[name, rank] for rank in range(tensor)]) for name in names}
 
 
