@@ -25,6 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from curves import draw
 from quality import KINDS, ROOT, run, summarise
 
+from configs.errors import ConfigError
+from configs.schema import load
+
 OPTIMIZERS = {
     "adamw": ["optim.name=adamw"],
     "dmgd_linear": ["optim.dmgd.objective=dot", "optim.dmgd.normalise=value"],  # Eq. 47
@@ -48,9 +51,20 @@ OPTIMIZERS = {
 RATE = {"dmgd_linear": 0.1, "dmgd_mlp_dot": 0.1}
 
 
+def used(words: list[str], config: str, chosen: list[str]) -> list[str]:
+    """Of `words`, those whose key the chosen model and optimizer use: the program refuses the others by name."""
+    try:
+        load(config, [*chosen, *words], check=False)
+    except ConfigError as error:
+        unused = {problem.path for problem in error.problems if problem.what.startswith("is not used")}
+        return [word for word in words if word.partition("=")[0] not in unused]
+    return words
+
+
 def cell(model: str, optimizer: str, rate: float, seed: int, steps: int, args: argparse.Namespace) -> dict:
     lr = rate * RATE.get(optimizer, 1.0)
-    extra = [*OPTIMIZERS[optimizer], f"run.seed={seed}", f"data.seed={seed}", "checkpoint.every=0", *args.set]
+    settings = used(args.set, args.config, [*KINDS[model], *OPTIMIZERS[optimizer]])
+    extra = [*OPTIMIZERS[optimizer], f"run.seed={seed}", f"data.seed={seed}", "checkpoint.every=0", *settings]
     name = f"{model}_{optimizer}_{rate:g}_{seed}_{steps}"
     return {"kind": model, "optimizer": optimizer, "steps": steps, "lr": lr, "rate": rate, "seed": seed,
             "extra": [*extra, f"run.name={name}"], "run": name}  # fmt: skip
@@ -134,9 +148,7 @@ def seeds_of(results: list[dict], model: str, optimizer: str, args: argparse.Nam
 
 
 def tokens_per_step(args: argparse.Namespace) -> int:
-    from configs.schema import load
-
-    return load(args.config, args.set, check=False).train.tokens_per_step
+    return load(args.config, used(args.set, args.config, []), check=False).train.tokens_per_step
 
 
 def main() -> int:
@@ -151,7 +163,9 @@ def main() -> int:
     parser.add_argument("--tune-steps", type=int, default=0, help="of the grid's runs; 0: as --steps")
     parser.add_argument("--grid", nargs="+", type=float, default=[1.5e-3, 3e-3, 6e-3])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--set", nargs="*", default=[], metavar="A.B=C", help="overrides for every run")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="A.B=C", help="overrides for every run whose choices use the key"
+    )
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time on one device")
     args = parser.parse_args()
