@@ -28,6 +28,7 @@ FREE = (
     "data.sources",
     "data.cache",
     "data.index",
+    "model.mixers.hope.kernel",
     "train.stop_after",
     "train.micro_batch",
     "train.deterministic",

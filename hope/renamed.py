@@ -17,6 +17,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 """What a `model.kind` set."""
 
+NEWER_KEYS = {"forget": "zero", "kernel": "auto"}
+"""Keys of `model.mixers.hope` that earlier records lack. Memories forgot towards zero."""
+
 OLD_KEYS = ("kind", "memory", "rope_base")
 """What the model section no longer has."""
 
@@ -35,7 +38,7 @@ def current_model(record: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: its `kind` is none that there was.
     """
     if "kind" not in record:
-        return _as_it_forgot(dict(record))
+        return _with_newer_keys(dict(record))
     kind = record["kind"]
     if kind not in KINDS:
         raise ValueError(f"model.kind {kind!r} is none of {', '.join(KINDS)}")
@@ -45,13 +48,13 @@ def current_model(record: Mapping[str, Any]) -> dict[str, Any]:
         "attention": {"rope_base": record["rope_base"]} if "rope_base" in record else {},
     }
     values |= copy.deepcopy(KINDS[kind])
-    return _as_it_forgot({**values, "mixers": {name: mixers[name] for name in values["pattern"]}, "imports": []})
+    return _with_newer_keys({**values, "mixers": {name: mixers[name] for name in values["pattern"]}, "imports": []})
 
 
-def _as_it_forgot(values: dict[str, Any]) -> dict[str, Any]:
-    """Memories forgot towards zero before there was a key `forget`, whose default is another."""
+def _with_newer_keys(values: dict[str, Any]) -> dict[str, Any]:
+    """With what the recording version did in the mixer `hope`, where it had no key for it."""
     mixers = dict(values.get("mixers") or {})
     if "hope" in values.get("pattern", ()) or "hope" in mixers:
-        mixers["hope"] = {"forget": "zero", **(mixers.get("hope") or {})}
+        mixers["hope"] = {**NEWER_KEYS, **(mixers.get("hope") or {})}
         return {**values, "mixers": mixers}
     return values

@@ -23,8 +23,8 @@ class MemoryConfig(MixerSection):
     memory: Literal["matrix", "mlp"] = "matrix"
     """matrix: M(z) = z + M z, all memories of a head share their factors; mlp: M(z) = z + W1 silu(W2 z), Eq. 89."""
     forget: Literal["initial", "zero"] = "initial"
-    """What alpha forgets towards. initial: the meta-learned initial state, M = M_0 + D with D forgotten (0.01 to 0.02
-    nats better, memories stay distinct); zero: Eq. 88 literally, where M_0 itself is gone after some hundred tokens."""
+    """What alpha forgets towards. initial: the meta-learned initial state, M = M_0 + D with D forgotten, so that memories
+    stay distinct; zero: Eq. 88 literally, where M_0 itself is gone after some hundred tokens (docs/LOG.md compares)."""
     projection_chunk: int = 64
     """Tokens between writes of the k, v, eta and alpha memories (Eq. 90)."""
     main_chunk: int = 64
@@ -53,6 +53,8 @@ class MemoryConfig(MixerSection):
     """Hidden width of an mlp memory over the head width."""
     conv_width: int = 4
     """Taps of the causal depthwise convolution before the memory."""
+    kernel: Literal["auto", "plain"] = "auto"
+    """auto: the fastest form of the loop that fits; plain: the PyTorch loop, to compare with."""
 
     @property
     def eta_bound(self) -> float:

@@ -33,6 +33,8 @@ class ScanChoice(NamedTuple):
 
 def scan_for(config: MemoryConfig, device: torch.device, dtype: torch.dtype, head_dim: int) -> ScanChoice:
     """The fastest form of the loop that fits the memory, the device and the weights' dtype."""
+    if config.kernel == "plain":
+        return ScanChoice(scan, "plain", "as configured")
     if device.type != "cuda":
         return ScanChoice(scan, "plain", device.type.upper())
     if reason := _against_memory(config, head_dim) or _against_type(dtype, head_dim):

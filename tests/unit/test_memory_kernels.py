@@ -34,6 +34,7 @@ def test_a_bf16_model_on_a_gpu_takes_the_kernels(head_dim, static):
     [
         ("CPU", {"device": "cpu"}),
         ("META", {"device": "meta"}),
+        ("as configured", {"kernel": "plain"}),
         ("mlp memories", {"memory": "mlp"}),
         ("forget zero", {"forget": "zero"}),
         ("chunk 128", {"projection_chunk": 128, "main_chunk": 128}),
