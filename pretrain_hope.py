@@ -195,7 +195,7 @@ class Run:
         return DONE
 
     def _give_up(self, log: NoLog, reason: str) -> int:
-        """Say where a person can go on from; a restart as it is would come to the same."""
+        """Say which checkpoint to resume from; a restart as it is would come to the same."""
         skips, last_good = self.skips.in_a_row, self.saver.last_good(log)
         log.event("STOP", step=self.step, reason=reason, in_a_row=skips, last_good=last_good)
         return DO_NOT_RESTART

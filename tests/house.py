@@ -77,6 +77,20 @@ def folder_edges(root: Path = ROOT) -> set[Edge]:
     return edges
 
 
+def module_edges(root: Path = ROOT) -> set[Edge]:
+    """(module, module that it imports, lazily or not), for our own packages."""
+    files = {_module(path.relative_to(root)): path for path in own_files(root) if path.exists()}
+    edges = set()
+    for module, path in files.items():
+        for name in imports(path.read_text()):
+            parts = name.split(".")
+            names = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+            target = next((n for n in names if n in files), None)
+            if target not in (None, module):
+                edges.add((module, target))
+    return edges
+
+
 def _one_inside_the_other(folder: str, other: str) -> bool:
     return other.startswith(f"{folder}/") or folder.startswith(f"{other}/")
 

@@ -24,7 +24,7 @@ class MemoryConfig(MixerSection):
     """matrix: M(z) = z + M z, all memories of a head share their factors; mlp: M(z) = z + W1 silu(W2 z), Eq. 89."""
     forget: Literal["initial", "zero"] = "initial"
     """What alpha forgets towards. initial: the meta-learned initial state, M = M_0 + D with D forgotten, so that
-    memories stay distinct; zero: Eq. 88 literally, where M_0 itself is gone after some hundred tokens (docs/LOG.md compares)."""
+    memories stay distinct; zero: Eq. 88 literally, where M_0 itself is gone after some hundred tokens."""
     projection_chunk: int = 64
     """Tokens between writes of the k, v, eta and alpha memories (Eq. 90)."""
     main_chunk: int = 64

@@ -1,4 +1,5 @@
-"""The arithmetic of DMGD on a stretch of coordinates, all of one tensor where its numbers are needed.
+"""The arithmetic of DMGD on a stretch of coordinates, belonging to a single tensor whenever per-tensor
+quantities are used.
 
 Written in place and free of data-dependent control flow.
 """

@@ -88,7 +88,8 @@ class TrainConfig:
     spike_sigma: float = 0.0
     """Skip a step whose loss is more than this many standard deviations above the recent mean (try 6); 0: never."""
     spike_window: int = only_if("spike_sigma", default=64)
-    """Accepted losses that mean and deviation are taken over; before there are as many, nothing is a spike."""
+    """Number of recent accepted losses used for the mean and standard deviation. Spikes are detected only once the
+    window is full."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -133,7 +134,7 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    """When a run is saved, how many are kept, whether it goes on from the last."""
+    """When a run is saved, how many are kept, whether it resumes from the last."""
 
     every: int = 0
     """Steps between checkpoints; 0: only when the run stops."""
@@ -142,15 +143,15 @@ class CheckpointConfig:
     keep_every: int = 0
     """Checkpoints whose step is a multiple of this are kept for good; 0: none."""
     asynchronous: bool = True
-    """Write in a thread while training goes on, which waits only for the copy to host memory: its own share of the
+    """Write in a thread while training continues, which waits only for the copy to host memory: its own share of the
     optimizer state once more on every rank. false: wait until it is on disk."""
     max_failures: int = 3
-    """Failed saves in a row after which the run ends; before that it goes on, with the checkpoints that it has."""
+    """Failed saves in a row after which the run ends; before that it continues, with the checkpoints that it has."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the newest durable checkpoint of the run folder, if any; never: start from step 0."""
+    """auto: resume from the newest durable checkpoint of the run folder, if any; never: start from step 0."""
     on_change: dict[str, str] = only_if("resume", "auto", factory=dict)
     """What a resumed run does about keys that differ from its checkpoint: {optim.lr: override, train: keep, all: keep};
-    keep: the checkpoint's value, override: this one. Without a word such a run is refused."""
+    keep: the checkpoint's value, override: this one. A run with unlisted differences is refused."""
 
     def problems(self, path: str = "checkpoint") -> Iterator[Problem]:
         yield from _at_least(self, path, {"every": 0, "keep": 1, "keep_every": 0, "max_failures": 1})

@@ -1,4 +1,4 @@
-"""Which checkpoint to go on from: the newest that is exactly what was written."""
+"""Which checkpoint to resume from: the newest that is exactly what was written."""
 
 from __future__ import annotations
 

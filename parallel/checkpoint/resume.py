@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: proof that it is the same run that goes on.
+"""Resuming from a checkpoint: proof that it is the same run that continues.
 
 Positions in the data are steps: sample `step * global_batch` comes next. What decides which tokens that is (`order`)
 is stored with every checkpoint, and so is a hash of the next batch's token ids; both must agree on resume.
@@ -39,7 +39,7 @@ def check_data(found: Found, order: Mapping[str, Any], next_batch: Callable[[int
 
 
 def check_end(found: Found, train: TrainConfig) -> None:
-    """Refuse to go on from a step after the run's end: it would do nothing, and say that it is done.
+    """Refuse to resume from a step after the run's end: it would do nothing, and say that it is done.
 
     Raises:
         CheckpointError: train.steps or train.stop_after is before the checkpoint's step.
@@ -55,7 +55,7 @@ def check_end(found: Found, train: TrainConfig) -> None:
 
 
 def start_from(folder: Path, config: CheckpointConfig, ranks: Ranks) -> tuple[Checkpointer, Found | None, list[str]]:
-    """What saves to and loads from `folder`; the checkpoint to go on from, or None; notes on what was skipped.
+    """What saves to and loads from `folder`; the checkpoint to resume from, or None; notes on what was skipped.
 
     Raises:
         CheckpointError: none in it is sound, or checkpoint.resume is never and there are some to mix with.

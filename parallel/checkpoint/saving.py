@@ -133,7 +133,7 @@ class Saver:
             self._report(log)
 
     def last_good(self, log: NoLog) -> str:
-        """Name of the newest checkpoint that a restart would go on from, or none; waits for a save in flight."""
+        """Name of the newest checkpoint that a restart would resume from, or none; waits for a save in flight."""
         self.close(log)
         found = folders.finished(self._folder / "checkpoints")
         return found[0].name if found else "none"

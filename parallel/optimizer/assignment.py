@@ -44,7 +44,7 @@ def cost(shape: Sequence[int]) -> int:
 
 
 def assign(shards: Sequence[tuple[int, ...]], wholes: Sequence[tuple[int, ...]], data: int, tensor: int) -> Assignment:
-    """Spread matrices over data x tensor owners by cost, the most expensive first to whoever has least.
+    """Spread matrices over data x tensor owners by cost: greedily, most expensive first, to the least loaded.
 
     `shards`, `wholes`: shape of every matrix on one tensor rank and altogether. A pure function of its arguments: every
     rank comes to the same assignment.

@@ -20,6 +20,7 @@ from launch.prepare import SOURCE
 from launch.script import render
 from parallel.start.launcher import first_host
 
+TEMPLATE = SOURCE / "launch" / "templates" / "job.sbatch.j2"
 ENDED = '{"rank": %d, "host": "n1", "code": 0, "how": "exit", "signalled": null, "time": 1}'
 ENDS_DONE = f"""
 mkdir -p "$HOPE_CONTROL/exit"
@@ -155,3 +156,16 @@ def test_the_successors_number_is_found_behind_banners(script, tmp_path):
 )  # fmt: skip
 def test_the_first_host_of_a_node_list(nodes, first):
     assert first_host(nodes) == first
+
+
+def test_no_start_shares_a_port_with_the_starts_around_it():
+    """Ten jobs of eight starts each. In a sum of both numbers, job N's eighth start had job N + 1's first port."""
+    text = next(line for line in TEMPLATE.read_text().splitlines() if "MASTER_PORT=$((" in line)
+    port = text.partition("MASTER_PORT=")[2]
+    starts = [f"SLURM_JOB_ID={100 + job} SLURM_RESTART_COUNT={count}" for job in range(10) for count in range(8)]
+    script = "\n".join(f"{start.replace(' ', '; ')}; echo {port}" for start in starts)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    ports = [int(word) for word in done.stdout.split()]
+    assert len(ports) == len(starts)
+    assert all(15000 <= number < 32000 for number in ports)
+    assert len(set(ports)) == len(ports)

@@ -23,7 +23,7 @@ def gates(length: int, seed: int = 5) -> Gates:
     return Gates(eta, alpha.log())
 
 
-def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-12) -> None:
+def assert_close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -52,8 +52,8 @@ def test_chunk_equals_loop(length, erase, momentum):
         w = gate.log_alpha[t].exp() * w - erased + s
         reads.append(w @ q[t])
     end, fast_reads = run(state, k, e, gate, q, erase=erase, momentum=momentum)
-    close(end, w)
-    close(fast_reads, torch.stack(reads))
+    assert_close(end, w)
+    assert_close(fast_reads, torch.stack(reads))
 
 
 def test_padding_changes_nothing():
@@ -63,7 +63,9 @@ def test_padding_changes_nothing():
     keep = real.bool()
     short = Gates(gate.eta[keep], gate.log_alpha[keep])
     for momentum in (0.0, 0.8):
-        close(run(state, k, e, padded, momentum=momentum)[0], run(state, k[keep], e[keep], short, momentum=momentum)[0])
+        assert_close(
+            run(state, k, e, padded, momentum=momentum)[0], run(state, k[keep], e[keep], short, momentum=momentum)[0]
+        )
 
 
 @pytest.mark.parametrize("forget", ["initial", "zero"])
@@ -81,8 +83,8 @@ def test_mlp_gradients_are_the_autograd_gradients(forget):
     gate = Gates(torch.full((1, 1, 1), eta, dtype=D), torch.zeros(1, 1, 1, dtype=D))
     after, _ = bank.write(bank.start(1), k.view(1, 1, 1, 4), v.view(1, 1, 1, 4), gate)
     outer, inner = bank.layers(after)
-    close(outer[0, 0, 0], w1[0] - eta * w1.grad[0])
-    close(inner[0, 0], w2[0] - eta * w2.grad[0])
+    assert_close(outer[0, 0, 0], w1[0] - eta * w1.grad[0])
+    assert_close(inner[0, 0], w2[0] - eta * w2.grad[0])
 
 
 def test_dot_objective_is_the_gated_delta_rule():
@@ -95,16 +97,16 @@ def test_dot_objective_is_the_gated_delta_rule():
             m = gate.log_alpha[t].exp() * (m - beta * torch.outer(m @ k[t], k[t])) + gate.eta[t] * torch.outer(
                 v[t], k[t]
             )
-        close(run(state, k, -v, gate)[0], m)
+        assert_close(run(state, k, -v, gate)[0], m)
 
 
 def test_no_erase_is_linear_attention_and_retention():
     """Invariant 4: alpha = 1 gives sum eta v k^T; alpha < 1 gives decayed (retentive) linear attention."""
     k, v, gate = random(6, 4), random(6, 3, seed=1), gates(6)
     still = Gates(gate.eta, torch.zeros(6, dtype=D))
-    close(run(torch.zeros(3, 4, dtype=D), k, -v, still, erase=False)[0], (gate.eta[:, None] * v).T @ k)
+    assert_close(run(torch.zeros(3, 4, dtype=D), k, -v, still, erase=False)[0], (gate.eta[:, None] * v).T @ k)
     decay = torch.tensor([gate.log_alpha[t + 1 :].sum().exp() for t in range(6)], dtype=D)
-    close(run(torch.zeros(3, 4, dtype=D), k, -v, gate, erase=False)[0], ((decay * gate.eta)[:, None] * v).T @ k)
+    assert_close(run(torch.zeros(3, 4, dtype=D), k, -v, gate, erase=False)[0], ((decay * gate.eta)[:, None] * v).T @ k)
 
 
 def test_l2_objective_with_chunks_of_one_erases_twice():
@@ -116,7 +118,7 @@ def test_l2_objective_with_chunks_of_one_erases_twice():
         expected = expected @ (alpha * torch.eye(4, dtype=D) - 2 * eta * kk) + eta * torch.outer(v[t], k[t])
         one = Gates(gate.eta[t : t + 1], gate.log_alpha[t : t + 1])
         m = run(m, k[t : t + 1], k[t : t + 1] @ m.mT - v[t : t + 1], one)[0]
-    close(m, expected)
+    assert_close(m, expected)
 
 
 def test_momentum_without_erase_is_titans():
@@ -127,7 +129,7 @@ def test_momentum_without_erase_is_titans():
     for t in range(7):
         surprise = 0.6 * surprise - gate.eta[t] * torch.outer(m @ k[t] - v[t], k[t])
         memory = gate.log_alpha[t].exp() * memory + surprise
-    close(run(m, k, errors, gate, erase=False, momentum=0.6)[0], memory)
+    assert_close(run(m, k, errors, gate, erase=False, momentum=0.6)[0], memory)
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
@@ -136,7 +138,7 @@ def test_dgd_step_is_the_proximal_solution(scale):
     x, u, w0, eta = scale * random(4), random(3, seed=1), random(3, 4), 0.7
     exact = torch.linalg.solve(torch.outer(x, x) + torch.eye(4, dtype=D) / eta, (torch.outer(u, x) + w0 / eta).T).T
     rate = torch.full((1,), eta, dtype=D) / (1 + eta * x @ x)
-    close(run(w0, x[None], -u[None], Gates(rate, torch.zeros(1, dtype=D)))[0], exact)
+    assert_close(run(w0, x[None], -u[None], Gates(rate, torch.zeros(1, dtype=D)))[0], exact)
 
 
 def test_tiny_alpha_does_not_overflow():

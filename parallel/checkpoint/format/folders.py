@@ -1,6 +1,6 @@
 """Where checkpoints lie, how one becomes visible, and which ones stay.
 
-checkpoints/latest               name of the newest folder, for people and tools; written last
+checkpoints/latest               name of the newest folder, for other tools; written last
 checkpoints/step_00001200/       a durable checkpoint: manifest.json and its files
             step_00001500.doubtful/         whole, but its weights are not finite or its last step was skipped
             step_00001400.bad/              found damaged on resume and moved aside

@@ -64,8 +64,8 @@ class FileEntry:
 class Manifest:
     """What a checkpoint folder holds. `tensors`: by KEY/NAME, key "master" being the fp32 weights.
 
-    layout: degrees that saved it, for people. counters: clocks per parameter group. extra: what the caller recorded:
-    order and fingerprint of the data, consumed samples, schedule, configuration.
+    layout: parallel degrees of the run that wrote it (informational). counters: clocks per parameter group. extra: what
+    the caller recorded: order and fingerprint of the data, consumed samples, schedule, configuration.
     """
 
     step: int
