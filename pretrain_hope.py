@@ -20,7 +20,7 @@ import torch
 
 from configs.changes import settle
 from configs.errors import ConfigError
-from configs.schema import Config, load, to_yaml
+from configs.schema import Config, load, to_yaml, validate_without_data
 from configs.used import recorded
 from data_prep.errors import DataError
 from data_prep.training.feed import Feed
@@ -70,10 +70,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         launch = launcher.from_environment(os.environ)
         world_size = args.devices or launch.world_size
-        config = load(args.config, args.overrides, world_size=world_size)
+        planned = args.devices is not None  # the data may be where these devices are
+        config = load(args.config, args.overrides, world_size=world_size, check=not planned)
+        missing = validate_without_data(config, world_size, args.config) if planned else []
         if launch.rank == 0:
             config.model.warn_hazards()
             print_line(facts(config, world_size))
+            for problem in missing:
+                print_line(f"not checked {problem.path}: {problem.what}")
         if args.dry_run:
             return DONE
         with StopRequest(usr1=True) as stop:

@@ -22,13 +22,12 @@ from pathlib import Path
 
 import torch
 
-from configs.schema import load
+from configs.schema import load, validate_without_data
 from hope.batch import Batch
 from hope.train.numerics import set_numerics
 from hope.train.throughput import GIB
 from launch.estimate import worst_rank
 from parallel.compute.replica import build_replica
-from parallel.referee import parity
 from parallel.referee.evidence import micro_batches
 from parallel.start import groups
 
@@ -184,7 +183,7 @@ def main() -> int:
         return 0
     chosen = chosen_layouts(args)
     for more in chosen.values():  # a layout that cannot be is refused before anything starts
-        parity.check(load(args.config, [*args.overrides, *more], check=False), args.devices, args.config)
+        validate_without_data(load(args.config, [*args.overrides, *more], check=False), args.devices, args.config)
     found = referee(args, chosen) if args.referee else speed(args, chosen)
     if args.out:
         Path(args.out).write_text(json.dumps(found, indent=1) + "\n")

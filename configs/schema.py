@@ -84,6 +84,22 @@ def validate(config: Config, world_size: int, source: str = "config") -> None:
         raise ConfigError(source, problems)
 
 
+def validate_without_data(config: Config, world_size: int, source: str = "config") -> list[Problem]:
+    """Check every section but for the data files, which may be elsewhere; returns what is wrong with those.
+
+    Raises:
+        ConfigError: with all other problems.
+    """
+    try:
+        validate(config, world_size, source)
+    except ConfigError as error:
+        data = [problem for problem in error.problems if problem.path.startswith("data.")]
+        if len(data) < len(error.problems):
+            raise ConfigError(source, [problem for problem in error.problems if problem not in data]) from None
+        return data
+    return []
+
+
 def to_yaml(config: Config) -> str:
     """Every key that the configuration uses, as YAML; reading it back gives an equal Config."""
     return OmegaConf.to_yaml(OmegaConf.create(recorded(config)))

@@ -24,7 +24,7 @@ import time
 import torch
 
 from configs.errors import ConfigError
-from configs.schema import Config, load, validate
+from configs.schema import Config, load, validate_without_data
 from hope.batch import Batch
 from parallel.compute.replica import build_replica
 from parallel.referee.evidence import Evidence, Task, from_layout
@@ -53,23 +53,13 @@ def main(argv: list[str] | None = None) -> int:
         world = launch.world_size
         if world == 1:
             world = config.parallel.tensor * config.parallel.pipeline * config.parallel.context * args.data
-        check(config, world, args.config)
+        validate_without_data(config, world, args.config)
         if launch.world_size == 1 and world > 1:
             return start_processes(world, sys.argv[1:] if argv is None else argv)
         return referee(config, args)
     except (ConfigError, LaunchError) as error:
         print(error, file=sys.stderr, flush=True)
         return 2
-
-
-def check(config: Config, world: int, source: str) -> None:
-    """Everything but the data files, which the referee does not read. Raises ConfigError."""
-    try:
-        validate(config, world, source)
-    except ConfigError as error:
-        rest = [problem for problem in error.problems if not problem[0].startswith("data.")]
-        if rest:
-            raise ConfigError(source, rest) from None
 
 
 def start_processes(world: int, argv: list[str]) -> int:

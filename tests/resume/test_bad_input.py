@@ -73,6 +73,22 @@ def test_truncated_data(tmp_path, capsys):
     assert f"train.bin: 100 bytes, but {tmp_path}/train.idx speaks of {size // 2} tokens" in refuse(capsys, path)
 
 
+def test_a_layout_can_be_planned_without_the_data(tmp_path, capsys):
+    """On a laptop, for devices that are elsewhere. Without --devices the data must be here, and what else is wrong is
+    refused in both."""
+    path = config_file(tmp_path)
+    for file in tmp_path.glob("train.*"):
+        file.unlink()
+    assert run(path, "--dry-run", "--devices", "2") == 0
+    printed = capsys.readouterr().out
+    assert "2 devices = tensor 1" in printed
+    assert "not checked data.train: " in printed
+    assert "data.train" in refuse(capsys, path, "--dry-run")
+    error = refuse(capsys, path, "model.heads=3", "--dry-run", "--devices", "2")
+    assert "model.heads" in error
+    assert "data.train" not in error
+
+
 def test_a_layout_can_be_planned_for_devices_that_are_not_here(tmp_path, capsys):
     path = config_file(tmp_path)
     assert run(path, "parallel.tensor=2", "parallel.pipeline=2", "--dry-run", "--devices", "8") == 0
