@@ -123,7 +123,8 @@ def _problems(found: list[Change]) -> Iterator[Problem]:
                 "put it back, or start another run.name",
             )
         elif change.rule == "ask":
-            fix = f"checkpoint.on_change={{{change.path}: override}} for {change.now}, keep for {change.saved}"
+            word = f"'checkpoint.on_change={{{change.path}: override}}'"  # quoted: a shell would split it
+            fix = f"{word} for {change.now}, keep for {change.saved}"
             yield Problem(change.path, what, fix)
 
 

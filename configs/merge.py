@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from configs.synonyms import ELSEWHERE, SYNONYMS
 from configs.tree import leaves, named_sections, strip_optional
 from hope.sections import Problem
 
@@ -140,7 +141,11 @@ class Fitter:
         self.problems.append(Problem(path, f"{what}{self.place(path)}", fix))
 
     def _nearest(self, child: str, key: str, section: str, names: list[str]) -> str:
-        """Near spellings in the section first, then the same key elsewhere, then near paths."""
+        """What other frameworks call so; near spellings in the section; the same key elsewhere; near paths."""
+        if key in SYNONYMS:
+            return GUESS + SYNONYMS[key]
+        if key in ELSEWHERE:
+            return ELSEWHERE[key]
         prefix = f"{section}." if section else ""
         near = [prefix + name for name in difflib.get_close_matches(key, names, n=1, cutoff=0.6)]
         near = near or self._elsewhere(key)

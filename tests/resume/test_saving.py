@@ -204,7 +204,7 @@ def test_changes_are_asked_for_and_then_shown(tmp_path, capfd):
     assert "2 problems" in error
     assert "optim.lr" in error
     assert "checkpoint 0.01, now 0.02" in error
-    assert "checkpoint.on_change={optim.lr: override} for 0.02, keep for 0.01" in re.sub(r"\s+", " ", error)
+    assert "'checkpoint.on_change={optim.lr: override}' for 0.02, keep for 0.01" in re.sub(r"\s+", " ", error)
     change = "checkpoint.on_change={optim.lr: override, optim: keep}"
     assert run_ranks(run, 1, path, "optim.lr=2e-2", "optim.beta1=0.8", "log.every=2", change, timeout=90) == [0]
     out = capfd.readouterr().out

@@ -53,7 +53,7 @@ def test_all_that_needs_a_word_is_asked_for_at_once() -> None:
     assert [path for path, _, _ in error.value.problems] == ["model.mixers.hope.eta_max", "optim.lr", "train.steps"]
     _, what, fix = error.value.problems[1]
     assert what == "checkpoint 0.0015, now 0.0001"
-    assert fix == "checkpoint.on_change={optim.lr: override} for 0.0001, keep for 0.0015"
+    assert fix == "'checkpoint.on_change={optim.lr: override}' for 0.0001, keep for 0.0015"
 
 
 def test_keep_and_override_by_key_section_and_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,8 @@ import pytest
 from configs.errors import ConfigError
 from configs.reference import key_table
 from configs.schema import Config, load, to_yaml, validate
+from configs.synonyms import ELSEWHERE, SYNONYMS
+from configs.tree import leaves
 from data_prep.config import DataConfig
 from hope.memory.config import MemoryConfig
 from hope.mixers import MIXERS
@@ -305,3 +307,30 @@ def test_the_reference_is_printed_by_the_module():
         [sys.executable, "-m", "configs.schema"], capture_output=True, text=True, timeout=60, check=True
     )
     assert printed.stdout == key_table(Config)
+
+
+def test_what_others_call_our_keys_is_answered_with_ours():
+    keys = {key.path for key in leaves(Config)}
+    assert set(SYNONYMS.values()) <= keys
+    assert not (SYNONYMS.keys() & ELSEWHERE.keys())
+
+
+@pytest.mark.parametrize(
+    ("given", "answer"),
+    [
+        ("optim.learning_rate=1e-3", "did you mean: optim.lr"),
+        ("train.max_steps=5", "did you mean: train.steps"),
+        ("model.hidden_size=64", "did you mean: model.width"),
+        ("train.gradient_checkpointing=true", "did you mean: train.recompute"),
+        ("hidden_size=64", "did you mean: model.width"),
+        ("model.dropout=0.1", "dropout is not in this version"),
+        ("log.wandb=true", "wandb is not in this version"),
+        ("data.tokenizer=a", "the token set's manifest records its tokenizer"),
+    ],
+)
+def test_a_familiar_name_of_another_framework(write, given, answer):
+    with pytest.raises(ConfigError) as error:
+        load(write(MINIMAL), [given])
+    [problem] = error.value.problems
+    assert problem.path == given.partition("=")[0]
+    assert problem.fix.startswith(answer)
