@@ -50,7 +50,7 @@ MEASURED = (
         "with kernels: docs/performance.md",
     ),
     Speed("hope mlp", 19.7e6, 1024, "H200", 62_000, 0.0111, "an experiment under one CUDA graph, not this program"),
-    Speed("attention", 334.0e6, 4096, "H100", 105_600, 0.2784, "beside hope matrix in the same call, micro-batch 4"),
+    Speed("attention", 334.0e6, 4096, "H100", 90_700, 0.2391, "eager, micro-batch 4: docs/performance.md"),
     Speed("attention", 17.3e6, 1024, "H200", 380_000, 0.0471, "docs/results.md, 350-410k beside other runs"),
 )
 

@@ -27,8 +27,8 @@ from parallel.layout.regions import outermost_regions
 from parallel.layout.topology import ParallelConfig, ParallelDims
 
 GIB = 2**30
-# A mixer without chunks is measured at twice and three times as many tokens.
-_SHORTEST = 32
+# The unit of a mixer without chunks, which is measured at twice and three times as many tokens.
+_SHORTEST = 8
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def _block_activations(config: ModelConfig, layer: int, shape: StepShape) -> int
     measure = lambda s: activation_bytes(build_part(config, Slice(layer, layer + 1), s), s)
     with torch.device("meta"):
         chunk = config.build_mixer(config.mixer_of_layer[layer]).chunk
-    unit = math.lcm(chunk, shape.tensor, _SHORTEST)
+    unit = math.lcm(chunk if chunk > 1 else _SHORTEST, shape.tensor)
     chunks, rest = divmod(shape.seq_len, unit)
     if rest or chunks <= 4:
         return measure(shape)

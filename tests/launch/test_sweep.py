@@ -261,7 +261,7 @@ def test_no_run_is_an_error_not_an_empty_table(tmp_path, capsys):
     ("overrides", "row"),
     [
         (["train.seq_len=4096"], "hope matrix, 345M parameters, sequence 4096, one H100: 42,400 tokens/s, 9.2%"),
-        (["model.pattern=[attention]"], "attention, 334M parameters, sequence 4096, one H100: 105,600 tokens/s, 27.8%"),
+        (["model.pattern=[attention]"], "attention, 334M parameters, sequence 4096, one H100: 90,700 tokens/s, 23.9%"),
         (["model.mixers.hope.memory=mlp"], "hope mlp, 20M parameters, sequence 1024, one H200: 62,000 tokens/s, 1.1%"),
         (["model.pattern=[hope, attention]"], "hope matrix, 345M"),  # the slow one decides
     ],
