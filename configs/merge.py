@@ -162,7 +162,7 @@ class Fitter:
 
 
 def _similar(a: str, b: str) -> bool:
-    return difflib.SequenceMatcher(None, a, b).ratio() > 0.4
+    return difflib.SequenceMatcher(None, a, b).ratio() > 0.5
 
 
 def _one_field(hint: Any) -> type:
