@@ -32,6 +32,7 @@ from hope.train.numerics import set_numerics
 from hope.train.schedule import rate_at
 from hope.train.signals import StopRequest
 from hope.train.skips import SkipPolicy
+from launch.outlook import outlook
 from parallel.checkpoint.errors import CheckpointError, SaveError
 from parallel.checkpoint.resume import check_data, check_end, start_from
 from parallel.checkpoint.saving import Saver
@@ -73,16 +74,17 @@ def main(argv: list[str] | None = None) -> int:
         planned = args.devices is not None  # the data may be where these devices are
         config = load(args.config, args.overrides, world_size=world_size, check=not planned)
         missing = validate_without_data(config, world_size, args.config) if planned else []
+        folder = Path(config.run.dir) / config.run.name
+        foreseen = outlook(config, folder, world_size, data=not missing) if args.dry_run else []
         if launch.rank == 0:
             config.model.warn_hazards()
-            print_line(facts(config, world_size))
+            print_line("\n".join([facts(config, world_size), *foreseen]))
             for problem in missing:
                 print_line(f"not checked {problem.path}: {problem.what}")
         if args.dry_run:
             return DONE
         with StopRequest(usr1=True) as stop:
             beat("init")  # from here on signals are safe: the agent holds them back until the first beat
-            folder = Path(config.run.dir) / config.run.name
             with (
                 groups.start(config.parallel, who=of_run(folder, config)) as ranks,
                 hold_for_all(folder, ranks, lambda: beat("init")) as check_owner,

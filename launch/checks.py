@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from configs.changes import settle
 from configs.errors import ConfigError
 from configs.schema import Config, validate
 from hope.sections import Problem
 from launch import slurm
 from launch.folder import RunFolder
+from launch.outlook import not_resumable, unwritable
 from launch.placement import Job
 from launch.runs import measured_step_s
 
@@ -31,7 +30,7 @@ def problems(config: Config, job: Job, *, ask_slurm: bool) -> list[Problem]:
     found += [problem for problem in _names(job) if problem[0] not in {path for path, _, _ in found}]
     found += _folder(job)
     found += _time(config, job, countable=countable)
-    found += _checkpoint(config, job)
+    found += not_resumable(config, job.run, job.world)
     if countable and job.site.gpu_memory_gb:
         found += _memory(config, job)
     if ask_slurm:
@@ -58,22 +57,6 @@ def _configuration(config: Config, job: Job) -> Iterator[Problem]:
         yield from error.problems
 
 
-def _checkpoint(config: Config, job: Job) -> Iterator[Problem]:
-    """Would the run go on from its newest checkpoint? Its ranks ask the same, after days in the queue."""
-    folder = job.run.root / "checkpoints"
-    if config.checkpoint.resume == "never" and any(folder.glob("step_*")):
-        what = f"is never, but {folder} holds checkpoints, which this run would mix with its own"
-        yield Problem("checkpoint.resume", what, "auto, another run.name, or remove the folder")
-    saved = job.run.saved_config()
-    if saved is None or config.checkpoint.resume == "never":
-        return
-    try:
-        settle(config, saved, job.world)
-    except ConfigError as error:
-        where = f"step {job.run.saved_step()} in {folder}"
-        yield from (Problem(path, f"{what} ({where})", fix) for path, what, fix in error.problems)
-
-
 def _names(job: Job) -> Iterator[Problem]:
     """Can sbatch, PYTHONPATH and the container read the path of the run folder?"""
     unreadable = {"\\": "sbatch", '"': "sbatch", ":": "PYTHONPATH"}
@@ -91,13 +74,10 @@ def _names(job: Job) -> Iterator[Problem]:
 
 def _folder(job: Job) -> Iterator[Problem]:
     """Is the run folder writable, large enough, and the same on all nodes?"""
-    there = job.run.root
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        fix = "a folder on a file system that all nodes share"
-        yield Problem("run.dir", f"{there} is not a folder that you can write to", fix)
+    if found := list(unwritable(job.run.root)):
+        yield from found
         return
+    there = next(path for path in (job.run.root, *job.run.root.parents) if path.exists())
     free, floor = shutil.disk_usage(there).free / 1e9, job.site.preflight.free_gb
     if free < floor:
         yield Problem("run.dir", f"{there} has {free:.1f} GB free, less than {floor:g}", "another file system")

@@ -49,10 +49,17 @@ class RunFolder:
 
     def saved_config(self) -> dict[str, Any] | None:
         """The configuration that the newest complete checkpoint recorded, None if it cannot be read here."""
+        return self._recorded("config")
+
+    def saved_order(self) -> dict[str, Any]:
+        """What the newest complete checkpoint recorded of the order of the data, {} if it cannot be read here."""
+        return self._recorded("order") or {}
+
+    def _recorded(self, key: str) -> dict[str, Any] | None:
         manifest = read_json(self.root / "checkpoints" / f"step_{self.saved_step():08d}" / "manifest.json", {})
         extra = manifest.get("extra") if isinstance(manifest, dict) else None
-        config = extra.get("config") if isinstance(extra, dict) else None
-        return config if isinstance(config, dict) else None
+        found = extra.get(key) if isinstance(extra, dict) else None
+        return found if isinstance(found, dict) else None
 
     def job_ids(self) -> list[str]:
         """Every job that was submitted for this run, oldest first: `NUMBER`, or `NUMBER;CLUSTER`."""

@@ -10,6 +10,7 @@ from configs.errors import ConfigError
 from launch import slurm
 from launch.checks import notes, time_limit
 from launch.folder import RunFolder, append_line, read_json
+from launch.outlook import outlook
 from launch.placement import PlannedRun, Request
 from launch.plan import plan
 from launch.prepare import install, prepare, reopen
@@ -27,6 +28,7 @@ def submit(request: Request, *, dry_run: bool) -> str:
     for note in [*notes(planned.config, planned.job), *slurm.dropped(os.environ)]:
         print(f"note: {note}")
     if dry_run:
+        print("\n".join(outlook(planned.config, planned.job.run.root, planned.job.world)))
         return render(planned.job)
     return send(planned)
 

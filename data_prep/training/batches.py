@@ -38,11 +38,14 @@ class _Windows(Protocol):
     def real_targets(self, index: int) -> int: ...
 
 
-def batch_of_windows(windows: Sequence[np.ndarray], documents: str, eos_id: int, real_weight: float = 1.0) -> Batch:
+def batch_of_windows(
+    windows: Sequence[np.ndarray], documents: str, eos_id: int, real_weight: float = 1.0, counted: int | None = None
+) -> Batch:
     """Stack windows (each int64 [T + 1]).
 
     `documents` is "carry" (no starts), "reset" (starts) or "doc" (weights: `real_weight` at targets, 0 at PAD;
-    PAD itself becomes `eos_id`, an id that every model has a row for).
+    PAD itself becomes `eos_id`, an id that every model has a row for). With `counted`, only the targets of so many
+    leading windows count, `real_weight` each.
     """
     windows_TB = torch.from_numpy(np.stack(windows, axis=1))
     tokens_TB, targets_TB = windows_TB[:-1].contiguous(), windows_TB[1:].contiguous()
@@ -53,6 +56,9 @@ def batch_of_windows(windows: Sequence[np.ndarray], documents: str, eos_id: int,
     elif documents == "doc":
         weights_TB = (targets_TB != PAD).float() * real_weight
         tokens_TB, targets_TB = (ids.masked_fill(ids == PAD, eos_id) for ids in (tokens_TB, targets_TB))
+    if counted is not None:
+        weights_TB = torch.full(targets_TB.shape, real_weight) if weights_TB is None else weights_TB
+        weights_TB[:, counted:] = 0.0
     return Batch(tokens_TB, targets_TB, starts_TB, weights_TB)
 
 
@@ -158,21 +164,22 @@ def heldout_batches(
 ) -> Iterator[Batch]:
     """A rank's equal share of the first `windows` held-out windows, in micro-batches of one size.
 
+    Where they do not divide evenly, the last one is repeated with weight 0 and the others' weights grow by as much:
+    ranks do equal work, and the mean is that of these windows in every layout.
+
     Raises:
-        DataError: the set has fewer windows, or `windows` does not divide evenly, in which case ranks
-            would do unequal work and the mean would depend on the layout.
+        DataError: the set has fewer windows.
     """
+    if not 1 <= windows <= len(heldout):
+        raise DataError(f"{windows} held-out windows of a set of {len(heldout)}; 1 to {len(heldout)} works")
     unit = micro_batch * dp_size
-    if windows < 1 or windows > len(heldout) or windows % unit:
-        largest = len(heldout) // unit * unit
-        raise DataError(
-            f"{windows} held-out windows do not divide over micro-batches of {micro_batch} on {dp_size} ranks"
-            f" with {len(heldout)} windows in the set; a multiple of {unit} up to {largest} works"
-        )
-    numbers = global_batch_slice(0, windows, dp_rank, dp_size)
-    real_weight = 1.0
+    places = -(-windows // unit) * unit
+    numbers = global_batch_slice(0, places, dp_rank, dp_size)
+    real_weight = places / windows
     if documents == "doc":
-        real_weight = weight_of_real(heldout.real_targets, range(windows), len(heldout.window(0)) - 1)
+        real_weight *= weight_of_real(heldout.real_targets, range(windows), len(heldout.window(0)) - 1)
     for start in range(0, len(numbers), micro_batch):
-        chosen = [heldout.window(number) for number in numbers[start : start + micro_batch]]
-        yield batch_of_windows(chosen, documents, heldout.eos_id, real_weight)
+        chosen = numbers[start : start + micro_batch]
+        rows = [heldout.window(min(number, windows - 1)) for number in chosen]
+        counted = None if places == windows else max(0, min(micro_batch, windows - chosen[0]))
+        yield batch_of_windows(rows, documents, heldout.eos_id, real_weight, counted)

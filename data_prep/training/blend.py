@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from data_prep.config import DataConfig
-from data_prep.errors import DataError
 from data_prep.training.batches import Batch, heldout_batches
 from data_prep.training.blend_order import BlendOrder
 from data_prep.training.reading import HeldoutSet, TrainingSet, fingerprint_of
@@ -47,10 +46,7 @@ class Blend:
 
     def identity(self) -> dict[str, str]:
         """What a checkpoint records of the data and its shares, by YAML path; it must not change on resume."""
-        if not self.sources[0].name:
-            return {"data.train": self.sources[0].fingerprint_of_data}
-        parts = zip(self.sources, self.shares.shares, strict=True)
-        return {"data.sources": ", ".join(f"{s.name} {share:.12g} {s.fingerprint_of_data}" for s, share in parts)}
+        return identity_of({source.name: source.fingerprint_of_data for source in self.sources}, self.shares)
 
     def describe(self) -> str:
         """One line: windows per epoch of every source and its share of the samples."""
@@ -61,20 +57,25 @@ class Blend:
         return f"training windows per epoch: {listed}"
 
 
+def identity_of(fingerprints: Mapping[str, str], shares: BlendOrder) -> dict[str, str]:
+    """See Blend.identity; `fingerprints`: by source, that of a single one without a name by ""."""
+    if "" in fingerprints:
+        return {"data.train": fingerprints[""]}
+    parts = zip(fingerprints.items(), shares.shares, strict=True)
+    return {"data.sources": ", ".join(f"{name} {share:.12g} {data}" for (name, data), share in parts)}
+
+
 class Heldout:
-    """The held-out set of every source, each evaluated on equally many micro-batches by every rank.
+    """The held-out set of every source, each evaluated on equally many micro-batches by every rank (heldout_batches).
 
     The summary is the mean of the sources' losses weighted by their shares of the blend: the loss on the mixture that
     is trained on. (A plain mean would let a source of 1 % of the training count as much as one of 90 %.)
     """
 
-    def __init__(self, sets: Mapping[str, HeldoutSet], shares: list[float], windows: int, unit: int) -> None:
-        """`windows` of each set at most (0: all), rounded down to a multiple of `unit` = micro-batch x ranks.
-
-        Raises DataError if that leaves none.
-        """
+    def __init__(self, sets: Mapping[str, HeldoutSet], shares: list[float], windows: int) -> None:
+        """`windows` of each set at most; 0: all."""
         self.sets, self.shares = dict(sets), shares
-        self.windows = {name: _whole_units(name, len(heldout), windows, unit) for name, heldout in sets.items()}
+        self.windows = {name: min(windows or len(heldout), len(heldout)) for name, heldout in sets.items()}
 
     def batches(self, name: str, micro_batch: int, dp_rank: int, dp_size: int, documents: str) -> Iterator[Batch]:
         """A rank's share of a set; see heldout_batches."""
@@ -119,23 +120,11 @@ def open_blend(data: DataConfig, seq_len: int) -> Blend:
     return Blend(sets, [source.weight for source in sources])
 
 
-def open_heldout(data: DataConfig, seq_len: int, windows: int, unit: int) -> Heldout:
+def open_heldout(data: DataConfig, seq_len: int, windows: int) -> Heldout:
     """Open every held-out set; see Heldout. Raises DataError."""
     sources = [source for _, source in data.entries()]
     sets = {
         source.name: HeldoutSet(source.heldout, seq_len, data.documents, source.eos_id, source.vocab_size)
         for source in sources
     }
-    return Heldout(sets, BlendOrder([source.weight for source in sources]).shares, windows, unit)
-
-
-def _whole_units(name: str, available: int, wanted: int, unit: int) -> int:
-    wanted = wanted or available
-    windows = min(wanted, available) // unit * unit
-    if windows == 0:
-        which = f" {name}" if name else ""
-        raise DataError(
-            f"train.eval_windows: {wanted} is too few: micro_batch x data-parallel ranks = {unit} windows at least,"
-            f" and the held-out set{which} has {available}; try a smaller train.micro_batch"
-        )
-    return windows
+    return Heldout(sets, BlendOrder([source.weight for source in sources]).shares, windows)

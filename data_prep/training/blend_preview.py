@@ -1,10 +1,11 @@
-"""What a run would read: `python -m data_prep blend`."""
+"""What a run would read: `python -m data_prep blend`, and the dry run's part of it."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.config import DataConfig
+from data_prep.config import DataConfig, SourceConfig
 from data_prep.errors import DataError
 from data_prep.training.blend_order import BlendOrder
 from data_prep.training.index_build import open_source
@@ -15,32 +16,61 @@ from data_prep.training.order import EpochOrder
 FIRST = 24
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a run reads of one source: `count` samples of its `windows` per epoch, `share` of all samples."""
+
+    source: SourceConfig
+    store: TokenStore
+    windows: Windows
+    share: float
+    count: int
+
+    @property
+    def name(self) -> str:
+        """As metrics and checkpoints call it."""
+        return self.source.name or "train"
+
+    @property
+    def epochs(self) -> float:
+        """How often the run goes through it."""
+        return self.count / len(self.windows)
+
+
+def readings(data: DataConfig, seq_len: int, samples: int) -> list[Reading]:
+    """What the first `samples` samples of a run read of every source.
+
+    Needs no index and changes no file. Raises DataError if a source is missing or damaged.
+    """
+    entries = data.entries()
+    order = BlendOrder([source.weight for _, source in entries])
+    stores = [open_source(source.train, source, f"{path}.train") for path, source in entries]
+    windows = [_windows(store, seq_len, data.documents) for store in stores]
+    sources = [source for _, source in entries]
+    return list(map(Reading, sources, stores, windows, order.shares, order.counts(samples)))
+
+
 def preview(data: DataConfig, seq_len: int, tokens: int) -> Iterator[str]:
     """What a run of `tokens` training tokens reads: per source samples, tokens, epochs, and what comes first.
 
     Needs no index and changes no file. Raises DataError if a source is missing or damaged.
     """
-    sources = [source for _, source in data.entries()]
-    stores = [open_source(source.train, source, f"{path}.train") for path, source in data.entries()]
-    windows = [_windows(store, seq_len, data.documents) for store in stores]
-    order = BlendOrder([source.weight for source in sources])
     samples = -(-tokens // seq_len)
-    counts = order.counts(samples)
-    names = [source.name or "train" for source in sources]
+    parts = readings(data, seq_len, samples)
+    order = BlendOrder([part.source.weight for part in parts])
     yield f"{samples:,} samples of {seq_len} tokens; documents {data.documents}, seed {data.seed}"
     yield _row("source", "share", "tokens in set", "windows/epoch", "samples read", "tokens read", "epochs")
-    for name, share, store, source_windows, count in zip(names, order.shares, stores, windows, counts, strict=True):
-        per_epoch = len(source_windows)
-        read = round(count * _filled(source_windows) * seq_len)
-        figures = (f"{figure:,}" for figure in (store.tokens, per_epoch, count, read))
-        yield _row(name, f"{share:.2%}", *figures, f"{count / per_epoch:.3f}")
-    if len(names) > 1:
+    for part in parts:
+        read = round(part.count * _filled(part.windows) * seq_len)
+        figures = (f"{figure:,}" for figure in (part.store.tokens, len(part.windows), part.count, read))
+        yield _row(part.name, f"{part.share:.2%}", *figures, f"{part.epochs:.3f}")
+    if len(parts) > 1:
         first = [order.locate(number)[0] for number in range(min(FIRST, samples))]
-        yield f"first {len(first)} samples come from: {' '.join(names[source] for source in first)}"
-    for name, source, source_windows in zip(names, sources, windows, strict=True):
-        permutation = EpochOrder(len(source_windows), data.seed, 0, source.name)
-        numbers = " ".join(str(permutation[i]) for i in range(min(8, len(source_windows))))
-        yield f"first windows of {name}: {numbers}"
+        yield f"first {len(first)} samples come from: {' '.join(parts[source].name for source in first)}"
+    for part in parts:
+        permutation = EpochOrder(len(part.windows), data.seed, 0, part.source.name)
+        numbers = " ".join(str(permutation[i]) for i in range(min(8, len(part.windows))))
+        yield f"first windows of {part.name}: {numbers}"
 
 
 def _windows(store: TokenStore, seq_len: int, documents: str) -> Windows:

@@ -5,7 +5,10 @@ from typing import Any, Protocol
 
 from data_prep.config import DataConfig
 from data_prep.training.batches import Batch, BatchLoader
-from data_prep.training.blend import open_blend, open_heldout
+from data_prep.training.blend import identity_of, open_blend, open_heldout
+from data_prep.training.blend_order import BlendOrder
+from data_prep.training.blend_preview import readings
+from data_prep.training.reading import fingerprint_of_set
 
 
 class Sizes(Protocol):
@@ -38,7 +41,7 @@ class Feed:
         """Open every source; with torch.distributed, all ranks call this. Raises DataError on every rank."""
         self._data, self._sizes, self._dp = data, sizes, (dp_rank, dp_size)
         self._training = open_blend(data, sizes.seq_len)
-        self._heldout = open_heldout(data, sizes.seq_len, sizes.eval_windows, sizes.micro_batch * dp_size)
+        self._heldout = open_heldout(data, sizes.seq_len, sizes.eval_windows)
         batch = (sizes.global_batch, sizes.micro_batch)
         self._loader = BatchLoader(self._training, *batch, dp_rank, dp_size, documents=data.documents)
 
@@ -57,12 +60,7 @@ class Feed:
 
     def order(self) -> dict[str, Any]:
         """What decides which tokens come next; a resumed run must agree."""
-        return {
-            "train.seq_len": self._sizes.seq_len,
-            "train.global_batch": self._sizes.global_batch,
-            "data.seed": self._data.seed,
-            **self._training.identity(),
-        }
+        return _order(self._data, self._sizes, self._training.identity())
 
     def next_batch(self, step: int) -> str:
         """Hash of the token ids of the global batch after `step`."""
@@ -81,3 +79,34 @@ class Feed:
     def close(self) -> None:
         """Stop the thread that reads ahead."""
         self._loader.close()
+
+
+def _order(data: DataConfig, sizes: Sizes, identity: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "train.seq_len": sizes.seq_len,
+        "train.global_batch": sizes.global_batch,
+        "data.seed": data.seed,
+        **identity,
+    }
+
+
+class Foreseen:
+    """What a run of `samples` samples would read, known before it starts: no index is needed, no file is changed."""
+
+    def __init__(self, data: DataConfig, sizes: Sizes, samples: int) -> None:
+        """Open every source and check the held-out sets. Raises DataError; not collective."""
+        self._data, self._sizes = data, sizes
+        self.sources = readings(data, sizes.seq_len, samples)
+        self.heldout = open_heldout(data, sizes.seq_len, sizes.eval_windows).describe()
+
+    def order(self) -> dict[str, Any]:
+        """What `Feed.order` would say."""
+        prints = {part.source.name: fingerprint_of_set(part.store, self._data.documents) for part in self.sources}
+        shares = BlendOrder([part.source.weight for part in self.sources])
+        return _order(self._data, self._sizes, identity_of(prints, shares))
+
+    def epochs(self) -> str:
+        """How often the run goes through each source."""
+        if len(self.sources) == 1:
+            return f"{self.sources[0].epochs:.2f} epochs of {len(self.sources[0].windows):,} windows"
+        return "epochs: " + ", ".join(f"{part.name} {part.epochs:.2f}" for part in self.sources)

@@ -70,7 +70,7 @@ class TrainingSet:
         self.seed = seed
         self.eos_id = store.eos_id
         self.vocab_size = store.vocab_size
-        self.fingerprint_of_data = store.fingerprint + (" in rows of one document" if documents == "doc" else "")
+        self.fingerprint_of_data = fingerprint_of_set(store, documents)
         self._windows: Windows = open_windows(store, IndexKey(seq_len, seed, documents), cache_dir, build=build)
         agree("" if len(self._windows) else f"{prefix}: no document has two tokens, which a row needs")
         self._order = EpochOrder(len(self), seed, 0, name)
@@ -104,6 +104,11 @@ class TrainingSet:
     def fingerprint(self, consumed: int, global_batch: int) -> str:
         """Hash of samples consumed .. consumed + global_batch - 1; see `fingerprint_of`."""
         return fingerprint_of(self, consumed, global_batch)
+
+
+def fingerprint_of_set(store: TokenStore, documents: str) -> str:
+    """What a checkpoint records of a training set: its tokens, and how rows are cut."""
+    return store.fingerprint + (" in rows of one document" if documents == "doc" else "")
 
 
 def fingerprint_of(samples: Samples, consumed: int, global_batch: int) -> str:

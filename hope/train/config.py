@@ -100,6 +100,11 @@ class TrainConfig:
         begun = [stage.seq_len for stage in self.seq_len_stages if stage.from_step <= step]
         return begun[-1] if begun else self.seq_len
 
+    def ends_before(self, step: int) -> dict[str, int]:
+        """The ends, by key below `train`'s path, that lie before `step`: a run resumed from there would do nothing."""
+        ends = {"train.steps": self.steps, "train.stop_after": self.stop_after or step}
+        return {path: last for path, last in ends.items() if last < step}
+
     def problems(self, path: str = "train") -> Iterator[Problem]:
         ones = dict.fromkeys(("steps", "seq_len", "global_batch", "micro_batch", "max_skips"), 1)
         yield from _at_least(self, path, ones | dict.fromkeys(("stop_after", "eval_every", "eval_windows"), 0))

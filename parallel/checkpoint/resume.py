@@ -45,8 +45,7 @@ def check_end(found: Found, train: TrainConfig) -> None:
         CheckpointError: train.steps or train.stop_after is before the checkpoint's step.
     """
     step = found.manifest.step
-    ends = {"train.steps": train.steps, "train.stop_after": train.stop_after or step}
-    early = [f"{path} {last}" for path, last in ends.items() if last < step]
+    early = [f"{path} {last}" for path, last in train.ends_before(step).items()]
     if early:
         raise CheckpointError(
             f"{' and '.join(early)}: before step {step}, from which the run would go on ({found.path}); use {step} or "

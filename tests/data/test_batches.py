@@ -164,11 +164,23 @@ def test_heldout_windows_are_the_same_for_every_layout(tiny, dp_size, micro_batc
     assert found == [heldout.window(k).tolist() for k in range(8)]
 
 
-def test_heldout_windows_that_do_not_divide_are_refused(tiny):
+@pytest.mark.parametrize("documents", ["carry", "reset", "doc"])
+@pytest.mark.parametrize(("windows", "dp_size", "micro_batch"), [(7, 1, 4), (7, 2, 3), (5, 4, 3), (1, 2, 4), (3, 2, 4)])
+def test_heldout_windows_that_do_not_divide_are_padded(tmp_path, windows, dp_size, micro_batch, documents):
+    """Also a set smaller than one batch; ranks that have nothing but padding do as many batches as the others."""
+    token_set(tmp_path / "short", 40, 3)
+    heldout = HeldoutSet(str(tmp_path / "short"), T, documents)
+    batches = [list(heldout_batches(heldout, windows, micro_batch, r, dp_size, documents)) for r in range(dp_size)]
+    shapes = [[batch.targets_TB.shape for batch in of_rank] for of_rank in batches]
+    assert shapes == [[(T, micro_batch)] * len(shapes[0])] * dp_size
+    means = [(b.weights_TB * b.targets_TB).double().mean() for of_rank in batches for b in of_rank]
+    targets = np.concatenate([heldout.window(k)[1:] for k in range(windows)])
+    assert torch.stack(means).mean().item() == pytest.approx(targets[targets >= 0].mean(), rel=1e-6)
+
+
+def test_more_heldout_windows_than_there_are_are_refused(tiny):
     heldout = HeldoutSet(tiny.heldout_prefix, T)
-    with pytest.raises(DataError, match="a multiple of 6 up to"):
-        list(heldout_batches(heldout, 8, 3, 0, 2))
-    with pytest.raises(DataError, match=f"up to {len(heldout) // 2 * 2} works"):
+    with pytest.raises(DataError, match=f"10000 held-out windows of a set of {len(heldout)}; 1 to {len(heldout)}"):
         list(heldout_batches(heldout, 10_000, 2))
 
 

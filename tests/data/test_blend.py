@@ -8,7 +8,6 @@ from multirank import run_ranks
 from tiny import token_set
 
 from data_prep.config import DataConfig, SourceConfig
-from data_prep.errors import DataError
 from data_prep.training.batches import BatchLoader
 from data_prep.training.blend import Blend, open_blend, open_heldout
 from data_prep.training.blend_order import BlendOrder
@@ -186,18 +185,13 @@ FROZEN = "aabaacabaa" * 2  # ideal positions a 1 3 5 7 9 11 13 (/7), b 1 3 (/2),
 
 
 def test_heldout_summary_is_weighted_by_share(folder):
-    heldout = open_heldout(config(folder), T, 8, 4)
+    heldout = open_heldout(config(folder), T, 8)
     assert heldout.windows == dict.fromkeys(WEIGHTS, 8)
     summary = heldout.summary({"web": 1.0, "code": 2.0, "books": 4.0})
     assert summary.pop("heldout_loss") == pytest.approx(0.7 + 0.4 + 0.4)
     assert summary == {"heldout_loss.web": 1.0, "heldout_loss.code": 2.0, "heldout_loss.books": 4.0}
     single = DataConfig(train=f"{folder}/web-train", heldout=f"{folder}/web-heldout")
-    assert open_heldout(single, T, 0, 4).summary({"": 3.0}) == {"heldout_loss": 3.0}
-
-
-def test_too_few_heldout_windows_name_the_source(folder):
-    with pytest.raises(DataError, match=r"train\.eval_windows: 3 is too few.*4 windows.*held-out set web has"):
-        open_heldout(config(folder), T, 3, 4)
+    assert open_heldout(single, T, 0).summary({"": 3.0}) == {"heldout_loss": 3.0}
 
 
 @pytest.mark.parametrize("documents", ["carry", "doc"])

@@ -87,7 +87,7 @@ def test_a_raw_folder_in_a_blend_with_megatron_files(raw, tmp_path, tiny):
     assert list(data.problems(1000, T)) == []
     blend = open_blend(data, T)
     assert blend.consumed_by_source(400) == {"tiny": 100, "raw": 300}
-    assert open_heldout(data, T, 0, 1).windows["raw"] == 1032 // T
+    assert open_heldout(data, T, 0).windows["raw"] == 1032 // T
     both[1].eos_id = -1
     assert eos != EOS
     assert [p[0] for p in data.problems(1000, T)] == ["data.sources[1].train", "data.sources[1].heldout"]

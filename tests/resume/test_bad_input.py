@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from tiny import config_file, token_set
 import pretrain_hope
 from configs.errors import ConfigError
 from configs.schema import load
+from data_prep.training.index_store import open_store
+from data_prep.training.reading import HeldoutSet
 from parallel.checkpoint.format import manifest
 from parallel.start import told
 
@@ -49,14 +52,6 @@ def test_refused_with_a_message(tmp_path, capsys, overrides, message):
     error = refuse(capsys, config_file(tmp_path), *overrides)
     assert re.search(message, re.sub(r"\s+", " ", error)), error
     assert not list(tmp_path.glob("runs/*/metrics.jsonl")), "something was written"
-
-
-def test_too_few_heldout_windows(tmp_path, capfd):
-    """Known only once the data is open and the ranks are counted."""
-    assert run_ranks(run, 2, config_file(tmp_path), "train.eval_windows=3", timeout=60) == [2, 2]
-    error = capfd.readouterr().err
-    assert "train.eval_windows" in error
-    assert "3 is too few: micro_batch x data-parallel ranks = 4 windows at least" in error
 
 
 def test_all_problems_come_at_once(tmp_path, capsys):
@@ -109,53 +104,119 @@ def test_dry_run_writes_nothing_and_names_the_layout(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-def refused_on_resume(tmp_path: Path, capfd, ranks: int, *overrides: str) -> str:
-    path = config_file(tmp_path)
-    assert run_ranks(run, 2, path, "train.stop_after=2", timeout=60) == [0, 0]
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run on two ranks that was stopped after step 2."""
+    folder = tmp_path_factory.mktemp("stopped")
+    assert run_ranks(run, 2, config_file(folder), "train.stop_after=2", timeout=60) == [0, 0]
+    return folder / "runs"
+
+
+@pytest.fixture
+def resumed(stopped, tmp_path):
+    """The configuration of a run of one's own that was stopped after step 2."""
+    path = Path(config_file(tmp_path))
+    shutil.copytree(stopped, tmp_path / "runs")
+    path.write_text(path.read_text().replace(f"{tmp_path}/heldout", f"{stopped.parent}/heldout"))
+    return str(path)
+
+
+def refused_on_resume(path: str, capfd, ranks: int, *overrides: str) -> str:
+    """What a start says that ends with code 2 on every rank, and its dry run too unless `overrides` are only known
+    to be wrong once tensors are read."""
     assert set(run_ranks(run, ranks, path, *overrides, timeout=60)) == {2}
-    return capfd.readouterr().err
+    return re.sub(r"\s+", " ", capfd.readouterr().err)
 
 
-def test_checkpoint_of_another_model(tmp_path, capfd):
-    error = refused_on_resume(tmp_path, capfd, 2, "model.width=32")
-    assert re.search(r"model\.width +checkpoint 16, now 32", error)
+def foreseen(path: str, capfd, *overrides: str) -> str:
+    """What a dry run on one device says that ends with code 2."""
+    assert run(path, *overrides, "--dry-run") == 2
+    return re.sub(r"\s+", " ", capfd.readouterr().err)
+
+
+def test_checkpoint_of_another_model(resumed, capfd):
+    for error in (refused_on_resume(resumed, capfd, 2, "model.width=32"), foreseen(resumed, capfd, "model.width=32")):
+        assert "model.width checkpoint 16, now 32" in error
     flags = ["model.width=32", "checkpoint.on_change={model.width: override}"]
-    error = refused_on_resume(tmp_path, capfd, 2, *flags)
+    error = refused_on_resume(resumed, capfd, 2, *flags)
     assert "step_00000002 belongs to another model" in error
     assert re.search(r"blocks\.0\.\S+: checkpoint \(16, 16\), model \(32, 32\)", error)
 
 
-def test_resume_that_would_change_the_order_of_data(tmp_path, capfd):
+def test_resume_that_would_change_the_order_of_data(resumed, capfd):
     """No word in on_change makes it the same run."""
     flags = ["train.seq_len=8", "data.seed=5", "checkpoint.on_change={all: override}"]
-    error = re.sub(r"\s+", " ", refused_on_resume(tmp_path, capfd, 2, *flags))
-    assert "train.seq_len checkpoint 16, now 8: the order of the data would change" in error
-    assert "data.seed checkpoint 1234, now 5: the order of the data would change" in error
+    for error in (refused_on_resume(resumed, capfd, 1, *flags), foreseen(resumed, capfd, *flags)):
+        assert "train.seq_len checkpoint 16, now 8" in error
+        assert "data.seed checkpoint 1234, now 5" in error
+        assert error.count("the order of the data would change") == 2
 
 
-def test_resume_on_other_data(tmp_path, capfd):
-    path = config_file(tmp_path)
-    assert run_ranks(run, 1, path, "train.stop_after=2", timeout=60) == [0]
+def test_resume_on_other_data(resumed, tmp_path, capfd):
     token_set(tmp_path / "train", 60, 7)
-    assert run_ranks(run, 1, path, timeout=60) == [2]
-    assert "data.train: checkpoint" in capfd.readouterr().err
+    assert "data.train: checkpoint" in refused_on_resume(resumed, capfd, 1)
+    assert "data.train checkpoint" in foreseen(resumed, capfd)
 
 
-def test_the_next_batch_must_be_the_recorded_one(tmp_path, capfd):
-    path = config_file(tmp_path)
-    assert run_ranks(run, 1, path, "train.stop_after=2", timeout=60) == [0]
+def test_the_next_batch_must_be_the_recorded_one(resumed, tmp_path, capfd):
     folder = tmp_path / "runs/tiny/checkpoints/step_00000002"
     content = manifest.read(folder)
     content.extra["next_batch"] = "beef" + content.extra["next_batch"][4:]
     content.write(folder)
-    assert run_ranks(run, 1, path, timeout=60) == [2]
-    assert "the next batch is not the one that was recorded" in capfd.readouterr().err
+    assert "the next batch is not the one that was recorded" in refused_on_resume(resumed, capfd, 1)
 
 
-def test_never_resume_does_not_mix_two_runs(tmp_path, capfd):
-    error = refused_on_resume(tmp_path, capfd, 2, "checkpoint.resume=never")
-    assert "holds checkpoints" in error
-    assert "another run.name" in error
+def test_never_resume_does_not_mix_two_runs(resumed, capfd):
+    flag = "checkpoint.resume=never"
+    for error in (refused_on_resume(resumed, capfd, 2, flag), foreseen(resumed, capfd, flag)):
+        assert "holds checkpoints" in error
+        assert "another run.name" in error
+
+
+def test_an_end_before_the_checkpoint_is_refused_and_nothing_is_rewritten(resumed, tmp_path, capfd):
+    written = (tmp_path / "runs/tiny/config.yaml").read_text()
+    for flags in (["train.steps=1", "checkpoint.on_change={train.steps: override}"], ["train.stop_after=1"]):
+        key, value = flags[0].split("=")
+        flags += ["optim.warmup=0", "checkpoint.on_change={train.steps: override, optim.warmup: override}"]
+        error = refused_on_resume(resumed, capfd, 2, *flags)
+        assert error.count(f"{key} {value}: before step 2, from which the run would go on") == 1
+        assert "use 2 or more, another run.name, or go on from an older checkpoint" in error
+        assert f"{key} {value} is before step 2" in foreseen(resumed, capfd, *flags)
+        assert (tmp_path / "runs/tiny/config.yaml").read_text() == written
+
+
+def test_only_doubtful_checkpoints_are_refused_by_the_dry_run_too(resumed, tmp_path, capfd):
+    folder = tmp_path / "runs/tiny/checkpoints"
+    (folder / "step_00000002").rename(folder / "step_00000002.doubtful")
+    assert "only doubtful" in refused_on_resume(resumed, capfd, 1)
+    assert "only doubtful checkpoints, the newest step_00000002.doubtful" in foreseen(resumed, capfd)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_by_the_dry_run_too(tmp_path, capfd):
+    path = config_file(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert "file is not a folder that you can write to" in foreseen(path, capfd, f"run.dir={tmp_path}/file/runs")
+
+
+def test_the_dry_run_says_what_the_run_will_do(resumed, tmp_path, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    windows = (store := open_store(str(tmp_path / "train"), -1, 0)).tokens // 16
+    heldout = len(HeldoutSet(str(tmp_path / "heldout"), 16))
+    flags = ["train.eval_windows=5", "optim.lr=0.02", "checkpoint.on_change={optim.lr: override}"]
+    assert run(resumed, *flags, "--dry-run") == 0
+    said = re.sub(r" +", " ", capsys.readouterr().out)
+    assert store.tokens > windows * 16
+    assert "optimizer dmgd with memory linear lr 0.02 weight decay 0.1 gradient norm at most 1.0" in said
+    assert "schedule 2 steps of warm-up to 0.02, then cosine to 0.002 at step 8" in said
+    assert f"training 8 steps of 128 = 1,024 tokens, {64 / windows:.2f} epochs of {windows} windows" in said
+    assert f"evaluation 5 of {heldout} held-out windows per evaluation: before the first step, every 4 steps" in said
+    assert f"run {tmp_path}/runs/tiny: resumes from step 2 of 8" in said
+    assert "optim.lr: checkpoint 0.01, config 0.02, effective 0.02 (override)" in said
+    assert run(resumed, "run.name=other", "train.stop_after=4", "--dry-run") == 0
+    said = re.sub(r" +", " ", capsys.readouterr().out)
+    assert f"run {tmp_path}/runs/other: new" in said
+    assert "; stops after step 4" in said
+    assert sorted(tmp_path.rglob("*")) == before, "something was written"
 
 
 def problems(file: str, devices: int) -> list:
@@ -176,19 +237,6 @@ def test_every_config_in_the_project_loads():
         assert {where for where, _, _ in found} <= {"data.train", "data.heldout"}, found
         config = load(str(file), [], check=False)
         assert pretrain_hope.facts(config, 2).startswith("model")
-
-
-def test_an_end_before_the_checkpoint_is_refused_and_nothing_is_rewritten(tmp_path, capfd):
-    path = config_file(tmp_path)
-    assert run_ranks(run, 1, path, "train.stop_after=4", timeout=60) == [0]
-    written = (tmp_path / "runs/tiny/config.yaml").read_text()
-    for flags in (["train.steps=3", "checkpoint.on_change={train.steps: override}"], ["train.stop_after=2"]):
-        assert run_ranks(run, 2, path, *flags, timeout=60) == [2, 2]
-        error = re.sub(r"\s+", " ", capfd.readouterr().err)
-        key, value = flags[0].split("=")
-        assert error.count(f"{key} {value}: before step 4, from which the run would go on") == 1
-        assert "use 4 or more, another run.name, or go on from an older checkpoint" in error
-        assert (tmp_path / "runs/tiny/config.yaml").read_text() == written
 
 
 def test_torchrun_shows_a_refusal_once(tmp_path):

@@ -1,0 +1,126 @@
+"""What a run will find when it starts: its schedule, its data, its folder, and the checkpoint that it resumes from.
+
+A dry run prints it and refuses what the run would refuse, before any queue and any process group. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from configs.changes import settle
+from configs.errors import ConfigError
+from configs.schema import Config
+from data_prep.training.feed import Foreseen
+from hope.sections import Problem
+from launch.folder import RunFolder
+
+
+def outlook(config: Config, root: Path, world_size: int, *, data: bool = True) -> list[str]:
+    """Lines for people: tokens and epochs, optimizer, schedule, evaluation, run folder, and what is resumed.
+
+    Args:
+        config: checked for `world_size` devices.
+        root: folder of the run.
+        data: whether the data can be read here; without it, nothing is said of epochs and held-out windows.
+
+    Raises:
+        ConfigError: the folder cannot be written, or the run could not go on from what is in it.
+        DataError: a set is damaged.
+    """
+    run = RunFolder(root)
+    foreseen = Foreseen(config.data, config.train, config.train.steps * config.train.global_batch) if data else None
+    order = foreseen.order() if foreseen else None
+    if found := [*unwritable(run.root), *not_resumable(config, run, world_size, order)]:
+        raise ConfigError(str(root), found)
+    rows = [
+        ("optimizer", _optimizer(config)),
+        ("schedule", _schedule(config)),
+        ("training", _training(config, foreseen)),
+        ("evaluation", _evaluation(config, foreseen)),
+        ("run", f"{root}: {_start(config, run)}"),
+    ]
+    lines = [f"{name:<11} {fact}" for name, fact in rows]
+    return lines + [f"{'':<11} {change}" for change in _changes(config, run, world_size)]
+
+
+def unwritable(root: Path) -> Iterator[Problem]:
+    """Could the run make its folder, and write there?"""
+    there = root
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        yield Problem("run.dir", f"{there} is not a folder that you can write to", "another folder")
+
+
+def not_resumable(
+    config: Config, run: RunFolder, world_size: int, order: Mapping[str, Any] | None = None
+) -> Iterator[Problem]:
+    """Could the run go on from its newest checkpoint?
+
+    `order`: what decides the order of its data, as `Feed.order` gives it; None if the data cannot be read here.
+    """
+    folder, step = run.root / "checkpoints", run.saved_step()
+    where = f"step {step} in {folder}"
+    if config.checkpoint.resume == "never":
+        if any(folder.glob("step_*")):
+            what = f"is never, but {folder} holds checkpoints, which this run would mix with its own"
+            yield Problem("checkpoint.resume", what, "auto, another run.name, or remove the folder")
+        return
+    if step < 0 and (doubtful := sorted(folder.glob("step_*.doubtful"))):
+        what = f"{folder} holds only doubtful checkpoints, the newest {doubtful[-1].name}"
+        yield Problem("run.name", what, "another one, or move them away (docs/checkpoints.md)")
+    if early := config.train.ends_before(step):
+        fix = f"{max(step, 1)} or more, another run.name, or an older checkpoint (docs/checkpoints.md)"
+        yield from (Problem(path, f"{last} is before {where}", fix) for path, last in early.items())
+    known = set[str]()
+    if (saved := run.saved_config()) is not None:
+        try:
+            settle(config, saved, world_size)
+        except ConfigError as error:
+            known = {path for path, _, _ in error.problems}
+            yield from (Problem(path, f"{what} ({where})", fix) for path, what, fix in error.problems)
+    saved_order = run.saved_order() if order else {}
+    for path, now in (order or {}).items():
+        if saved_order and path not in known and saved_order.get(path) != now:
+            what = f"checkpoint {saved_order.get(path)}, now {now}: the order of the data would change ({where})"
+            yield Problem(path, what, "put it back, or another run.name")
+
+
+def _start(config: Config, run: RunFolder) -> str:
+    step = run.saved_step()
+    return "new" if step < 0 else f"resumes from step {step} of {config.train.steps}"
+
+
+def _changes(config: Config, run: RunFolder, world_size: int) -> list[str]:
+    saved = run.saved_config()
+    return [] if saved is None else settle(config, saved, world_size)[1]
+
+
+def _optimizer(config: Config) -> str:
+    optim, clip = config.optim, config.train.grad_clip
+    kind = optim.name + (f" with memory {optim.dmgd.memory}" if optim.name == "dmgd" else "")
+    return f"{kind}  lr {optim.lr:g}  weight decay {optim.weight_decay:g}  gradient norm at most {clip or 'any'}"
+
+
+def _schedule(config: Config) -> str:
+    optim, steps = config.optim, config.train.steps
+    end = "" if optim.decay == "constant" else f" to {optim.final_lr * optim.lr:g} at step {steps}"
+    return f"{optim.warmup} steps of warm-up to {optim.lr:g}, then {optim.decay}{end}"
+
+
+def _training(config: Config, foreseen: Foreseen | None) -> str:
+    train = config.train
+    total = f"{train.steps:,} steps of {train.tokens_per_step:,} = {train.steps * train.tokens_per_step:,} tokens"
+    epochs = f", {foreseen.epochs()}" if foreseen else ""
+    stop = f"; stops after step {train.stop_after}" if train.stop_after else ""
+    return f"{total}{epochs}{stop}"
+
+
+def _evaluation(config: Config, foreseen: Foreseen | None) -> str:
+    every = config.train.eval_every
+    when = f"every {every} steps, " if every else ""
+    what = foreseen.heldout if foreseen else "held-out windows"
+    return f"{what}: before the first step, {when}at the end"
