@@ -22,10 +22,12 @@ class _Axes:
     top: float
 
     @classmethod
-    def of(cls, devices: Sequence[int], speeds: Sequence[float]) -> _Axes:
-        """Room for every point and for the ideal line through the slowest."""
+    def of(cls, series: Sequence[Sequence[dict[str, Any]]]) -> _Axes:
+        """Room for every point and for the ideal line of every series, whose rows are ordered by devices."""
+        devices = [row["devices"] for rows in series for row in rows]
+        speeds = [row["tokens_per_s"] for rows in series for row in rows]
         low, high = min(devices), max(max(devices), 2 * min(devices))
-        return cls(low, high, min(speeds) / 1.3, max(*speeds, min(speeds) * high / low) * 1.3)
+        return cls(low, high, min(speeds) / 1.3, max(*speeds, *(_ideal(rows, high) for rows in series)) * 1.3)
 
     def x(self, devices: float) -> float:
         """Pixels from the left edge."""
@@ -38,7 +40,9 @@ class _Axes:
 
 def scaling(rows: Sequence[dict[str, Any]], title: str) -> str:
     """One line per series, which is a layout with values of the grid; a row has devices, tokens_per_s, efficiency."""
-    axes = _Axes.of([r["devices"] for r in rows], [r["tokens_per_s"] for r in rows])
+    names = list(dict.fromkeys(r["series"] for r in rows))
+    series = [sorted((r for r in rows if r["series"] == name), key=lambda r: r["devices"]) for name in names]
+    axes = _Axes.of(series)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
         'font-size="12">',
@@ -52,16 +56,15 @@ def scaling(rows: Sequence[dict[str, Any]], title: str) -> str:
     for level in _levels(axes.bottom, axes.top):
         parts.append(f'<path d="M{LEFT} {axes.y(level):.1f}H{WIDTH - RIGHT}" stroke="#d0d7de"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{axes.y(level) + 4:.1f}" text-anchor="end">{level:g} tok/s</text>')
-    for index, name in enumerate(dict.fromkeys(r["series"] for r in rows)):
-        parts += _series([r for r in rows if r["series"] == name], name, index, axes)
+    for index, name in enumerate(names):
+        parts += _series(series[index], name, index, axes)
     return "\n".join([*parts, "</svg>", ""])
 
 
 def _series(rows: list[dict[str, Any]], name: str, index: int, axes: _Axes) -> list[str]:
-    rows = sorted(rows, key=lambda r: r["devices"])
     colour, first = COLOURS[index % len(COLOURS)], rows[0]
     x, y, high = axes.x, axes.y, axes.high
-    ideal = first["tokens_per_s"] * high / first["devices"]
+    ideal = _ideal(rows, high)
     points = " ".join(f"{x(r['devices']):.1f},{y(r['tokens_per_s']):.1f}" for r in rows)
     legend = WIDTH - RIGHT + 16, TOP + 14 + 22 * index
     parts = [
@@ -75,6 +78,12 @@ def _series(rows: list[dict[str, Any]], name: str, index: int, axes: _Axes) -> l
         parts.append(f'<text x="{x(r["devices"]) + 7:.1f}" y="{y(r["tokens_per_s"]) + 15:.1f}" fill="{colour}">'
                      f'{r["efficiency"]:.0%}</text>')  # fmt: skip
     return parts
+
+
+def _ideal(rows: Sequence[dict[str, Any]], devices: int) -> float:
+    """Tokens/s on so many devices if a series, ordered by devices, grew with them from its first point on."""
+    speed: float = rows[0]["tokens_per_s"]
+    return speed * devices / rows[0]["devices"]
 
 
 def _levels(bottom: float, top: float) -> list[float]:

@@ -127,7 +127,10 @@ class ParallelConfig:
         for name, size, key in divided:
             if size >= 1 and size % self.tensor:
                 fits = [d for d in divisors(size) if d <= 2 * self.tensor]
-                advice = f"tensor {near(fits, self.tensor, 3)}; or {key} {near_multiples(size, self.tensor)}"
+                sizes = near_multiples(size, self.tensor)
+                if key == "model.vocab_size":  # the tokenizer needs its rows: only a larger one is sure to work
+                    sizes = sizes.split(", ")[-1]
+                advice = f"tensor {near(fits, self.tensor, 3)}; or {key} {sizes}"
                 yield Problem("parallel.tensor", f"{name} {size} is not a multiple of tensor {self.tensor}", advice)
         chunks = self.pipeline * self.virtual_pipeline
         if 1 <= model.layers < chunks:

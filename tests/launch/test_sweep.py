@@ -20,7 +20,7 @@ from tiny import config_file
 from configs.errors import ConfigError
 from configs.schema import load
 from hope.train.stragglers import BusyTimer
-from launch import collect, estimate, preflight, profile, speeds, sweep
+from launch import collect, estimate, plot, preflight, profile, speeds, sweep
 from launch.__main__ import main
 from launch.folder import write_json
 from launch.status import find_runs, status_table
@@ -112,6 +112,21 @@ def test_collect_makes_a_table_and_a_picture(tmp_path, capsys):
     assert ">90%<" in picture
     assert "dp (dashed: ideal)" in picture
     assert "results.csv" in capsys.readouterr().out
+
+
+def test_every_ideal_line_stays_in_the_picture():
+    """Also that of a series which begins fast, and of one that begins at more devices."""
+    points = {"slow": {1: 10.0, 8: 70.0}, "fast": {1: 9000.0, 8: 9500.0}, "late": {4: 20000.0, 8: 21000.0}}
+    rows = [
+        {"series": name, "devices": devices, "tokens_per_s": speed, "efficiency": 1.0}
+        for name, speeds_of in points.items()
+        for devices, speed in speeds_of.items()
+    ]
+    dashed = re.findall(r'd="M(\S+) (\S+)L(\S+) (\S+)"', plot.scaling(rows, "title"))
+    assert len(dashed) == 3
+    for x, y, x_end, y_end in (map(float, line) for line in dashed):
+        assert plot.LEFT <= x < x_end <= plot.WIDTH - plot.RIGHT
+        assert plot.TOP <= y_end < y <= plot.HEIGHT - plot.BOTTOM
 
 
 def test_estimate_counts_what_the_shapes_say(tmp_path):

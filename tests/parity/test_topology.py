@@ -81,7 +81,7 @@ def test_vocabulary_hidden_width_and_length_divide_over_tensor_ranks() -> None:
         ("parallel.tensor", "MLP hidden width 515 is not a multiple of tensor 2"),
         ("parallel.sequence", "train.seq_len 1023 is not a multiple of tensor 2"),
     ]
-    assert found[0][2] == "tensor 1; or model.vocab_size 8190, 8192"
+    assert found[0][2] == "tensor 1; or model.vocab_size 8192"
     assert found[1][2] == "tensor 1; or model.cms.hidden 514, 516"
     assert found[2][2] == "train.seq_len 1022, 1024; or false"
 
