@@ -1,7 +1,7 @@
 """Where everything of a run is stored. Standard library only: the batch script's host may have nothing else.
 
 runs/NAME/launch/     job.sbatch, config.yaml (the exact one), job.json, jobs.txt, code/ (snapshot), git.txt
-         /control/    budget.json, verdict.json, verdicts.jsonl, exclude.txt, cancelled
+         /control/    budget.json, verdict.json, verdicts.jsonl, exclude.txt, cancelled, local.json
          /control/JOB.RESTART/   of one attempt: exit/RANK.json, failed, hang.json, reports/, stacks/, preflight/
          /logs/       JOB.out (rank 0 and the batch script), JOB.RESTART/rank-00001.log ...
 """
@@ -33,6 +33,7 @@ class RunFolder:
         self.budget, self.verdict = self.control / "budget.json", self.control / "verdict.json"
         self.history, self.exclude = self.control / "verdicts.jsonl", self.control / "exclude.txt"
         self.cancelled = self.control / "cancelled"
+        self.here = self.control / "local.json"  # of a `launch local` that runs: host, kernel, pid, started
 
     def attempt(self, name: str) -> Path:
         """Control folder of one attempt, `JOB.RESTART`."""

@@ -20,11 +20,13 @@ from types import FrameType
 from typing import IO
 
 from launch.agent import OK, PASSED_ON
-from launch.folder import PROGRAM, RunFolder, first, read_json
+from launch.folder import PROGRAM, RunFolder, first, read_json, write_json
 from launch.job import CANCELLED, DONE, REQUEUE, begin, end
 from launch.placement import SITE, Job, PlannedRun, Request
 from launch.plan import plan
 from launch.prepare import install, prepare
+from launch.slurm import SlurmError
+from parallel.start import holders
 from parallel.start.launcher import free_port, without_launchers
 
 POLL_S = 0.1
@@ -66,7 +68,8 @@ def run_here(planned: PlannedRun, program: str | None = None) -> Ended:
     job = planned.job
     prepare(planned, None)
     install(job.run)
-    with _caught() as signals, (job.run.logs / f"local{os.getpid()}.out").open("ab", buffering=0) as log:
+    log_path = job.run.logs / f"local{os.getpid()}.out"
+    with _caught() as signals, _announced(job.run), log_path.open("ab", buffering=0) as log:
         terminal = _Copy(Path(log.name))
         for restart in range(1000):
             attempt = f"local{os.getpid()}.{restart}"
@@ -113,6 +116,35 @@ def _caught() -> Iterator[_Signals]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _announced(run: RunFolder) -> Iterator[None]:
+    """Say in the run's folder which process to ask for an end."""
+    pid = os.getpid()
+    facts = {"host": os.uname().nodename, "kernel": holders.kernel(), "pid": pid, "started": holders.started(pid)}
+    write_json(run.here, facts)
+    try:
+        yield
+    finally:
+        run.here.unlink(missing_ok=True)
+
+
+def interrupt(run: RunFolder) -> str | None:
+    """Ask the `launch local` that runs it, if one does, to save and end; what was done.
+
+    Raises:
+        SlurmError: it runs on another host.
+    """
+    facts = read_json(run.here, {})
+    if not facts:
+        return None
+    if facts.get("kernel") != holders.kernel():
+        raise SlurmError(f"it runs on {facts.get('host')} as process {facts.get('pid')}: `cancel` it there")
+    if holders.started(facts["pid"]) != facts["started"]:
+        return None  # it was killed
+    os.kill(facts["pid"], signal.SIGINT)
+    return f"process {facts['pid']} was asked to save and end"
 
 
 class _Copy:

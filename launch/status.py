@@ -11,6 +11,7 @@ from configs.errors import ConfigError
 from configs.schema import load
 from launch import slurm
 from launch.folder import RunFolder, read_json
+from launch.local import interrupt
 from launch.runs import records
 
 TITLES = ("run", "job", "state", "step", "tok/s", "loss", "eta", "starts", "saved", "verdict")
@@ -150,6 +151,7 @@ def cancel(run: RunFolder) -> str:
         raise slurm.SlurmError(f"{run.root} is no run that was submitted: it has no folder launch/")
     run.control.mkdir(parents=True, exist_ok=True)
     run.cancelled.touch()
+    here = interrupt(run)
     ended, refused = [], []
     for job in run.job_ids():
         over = slurm.ask(job).life == "ended"
@@ -160,7 +162,9 @@ def cancel(run: RunFolder) -> str:
             refused.append(f"job {job} may still run: {error}")
     if refused:
         raise slurm.SlurmError("; ".join([*refused, "no other will be started; `cancel` again when SLURM answers"]))
-    return f"cancelled job {', '.join(ended)}" if ended else "no job of this run waits or runs"
+    done = [here] if here else []
+    done += [f"cancelled job {', '.join(ended)}"] if ended else []
+    return "; ".join(done) or "no job of this run waits or runs"
 
 
 def facts(run: RunFolder) -> dict[str, Any]:

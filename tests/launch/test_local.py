@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from tiny import config_file
 
-from launch.folder import RunFolder, read_json
+from launch.__main__ import main
+from launch.folder import RunFolder, read_json, write_json
 from launch.runs import records
 from parallel.start.launcher import free_port
 
@@ -87,6 +88,26 @@ def test_a_signal_reaches_every_rank_and_the_code_is_the_runs_own(started, name,
     assert all(gone(pid) for pid in run.trainers)
 
 
+def test_cancel_ends_a_local_run_for_good(started, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")  # no SLURM: no job of it, nothing to ask
+    run = started()
+    folder = str(run.run.root)
+    facts = read_json(run.run.here)
+    write_json(run.run.here, {**facts, "kernel": "another"})
+    assert main(["cancel", folder]) == 1
+    assert f"it runs on {os.uname().nodename} as process {run.process.pid}" in capsys.readouterr().err
+    write_json(run.run.here, {**facts, "started": facts["started"] + 1})
+    assert main(["cancel", folder]) == 0
+    assert "no job of this run waits or runs" in capsys.readouterr().out, "that process is another one by now"
+    write_json(run.run.here, facts)
+    assert main(["cancel", folder]) == 0
+    assert f"process {run.process.pid} was asked to save and end" in capsys.readouterr().out
+    assert run.process.wait(20) == 0
+    assert run.saved() == ["INT", "INT"]
+    assert read_json(run.run.verdict)["verdict"] == "cancelled"
+    assert not run.run.here.exists()
+
+
 def test_ranks_save_and_end_when_launch_local_is_killed(started):
     run = started()
     run.process.kill()
@@ -146,18 +167,21 @@ def test_a_data_error_ends_it_with_2(tmp_path):
     assert done.returncode == 2
 
 
-@pytest.mark.slow
-def test_make_train_gives_a_save_more_than_torchruns_thirty_seconds(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "save_s"), [("TERM", 0), pytest.param("INT", 33, marks=pytest.mark.slow)], ids=["TERM", "INT-33s"]
+)
+def test_under_make_trains_torchrun_every_rank_saves(tmp_path, name, save_s):
+    """Also when a save takes more than the 30 seconds that torchrun gives by itself."""
     recipe = next(line for line in (REPOSITORY / "Makefile").read_text().splitlines() if "/torchrun" in line)
     given = dict(word.split("=") for word in recipe.split() if re.fullmatch(r"[A-Z_]+=\d+", word))
-    env = {**os.environ, **given, "PYTHONPATH": str(REPOSITORY), "HOPE_RUN": str(tmp_path), "SAVE_S": "33"}
+    env = {**os.environ, **given, "PYTHONPATH": str(REPOSITORY), "HOPE_RUN": str(tmp_path), "SAVE_S": str(save_s)}
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
     process = subprocess.Popen([*words, str(STAND_IN)], env=env, start_new_session=True)
     try:
         wait_for("both ranks", lambda: len(list(tmp_path.glob("pid.*"))) == 2)
         time.sleep(1)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.Signals[f"SIG{name}"])
         process.wait(60)
     finally:
         process.kill()
-    assert [path.read_text() for path in sorted(tmp_path.glob("saved.*"))] == ["INT\n", "INT\n"]
+    assert [path.read_text() for path in sorted(tmp_path.glob("saved.*"))] == [f"{name}\n"] * 2
