@@ -13,7 +13,7 @@ from tiny import config_file, token_set
 import pretrain_hope
 from configs.errors import ConfigError
 from configs.schema import load
-from parallel.checkpoint.format import manifest
+from hope.stored import manifest
 from parallel.start import told
 
 
