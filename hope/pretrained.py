@@ -1,67 +1,154 @@
-"""A model from exported weights: `model.safetensors` and `config.json`, read with torch and nothing else."""
+"""A model that was trained, from whatever holds it: a run, one of its checkpoints, or exported weights."""
+
+from __future__ import annotations
 
 import json
-import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hope.config import ModelConfig
 from hope.model import Model
+from hope.parameters import declaration_of
+from hope.stored import manifest
+from hope.stored.errors import CheckpointError, DamagedCheckpoint, UnfitWeights
+from hope.stored.find import CONFIG, WEIGHTS, checkpoints_of, files_of, is_export
+from hope.stored.safetensors import read_safetensors
+from hope.stored.tensors import read_tensor
+from hope.stored.tokenizer import TOKENIZER, find_tokenizer, sha256_of
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+MASTER = "master/"
+"""What the names of weights begin with in a checkpoint."""
 
 
-def load(folder: str | Path) -> Model:
-    """The model that `python -m parallel.checkpoint export` wrote to `folder`, on the CPU, in the file's dtype.
+@dataclass(frozen=True)
+class Pretrained:
+    """A trained model, on the CPU and in the dtype that it was stored in, and what is known of its training.
+
+    tokenizer_path: the tokenizer of its data, None if it is not there.
+    data: the recorded data section, {} if none; of an export the part that is no path.
+    step: optimizer steps behind it.
+    seq_len: tokens of a training window; None if that is not recorded.
+    origin: the checkpoint or export that it came from, and what was passed over on the way to it.
+    """
+
+    model: Model
+    tokenizer_path: Path | None
+    data: Mapping[str, Any]
+    step: int
+    seq_len: int | None
+    origin: str
+
+
+def load(path: str | Path, *, verify: bool = True) -> Model:
+    """The model of `open_pretrained`; raises as that does."""
+    return open_pretrained(path, verify=verify).model
+
+
+def open_pretrained(path: str | Path, *, verify: bool = True) -> Pretrained:
+    """The model of a run (its newest sound checkpoint), of a checkpoint, or of exported weights.
+
+    A checkpoint's fp32 weights are mapped, not copied: its folder may be removed afterwards, but not written to.
+
+    Args:
+        verify: compare the files that are read with the hashes that a checkpoint records.
 
     Raises:
-        FileNotFoundError: `folder` is no such export; the message says how to make one.
-        ImportError: a module of the exported `model.imports` is not here.
-        ValueError: the file is not what it says, or does not fit the configuration beside it, or that cannot be read.
+        NothingStored: (also a FileNotFoundError) `path` is none of the three; the message says what was looked for.
+        DamagedCheckpoint: no checkpoint there is what was written.
+        UnfitWeights: (also a ValueError) weights and configuration do not fit, or cannot be read by this version.
+        CheckpointError: (the base of these) it is no checkpoint of a training run, or of another format.
+        ImportError: a module of the recorded `model.imports` is not here.
     """
-    absent = [name for name in ("config.json", "model.safetensors") if not (Path(folder) / name).is_file()]
-    if absent:
-        raise FileNotFoundError(
-            f"{folder} has no {' and no '.join(absent)}: exported weights are expected, which `python -m "
-            f"parallel.checkpoint export RUN --out FOLDER` writes from a run's folder or one of its checkpoints"
-        )
-    described = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    weights = read_safetensors(Path(folder) / "model.safetensors")
+    path = Path(path)
+    if is_export(path):
+        return _from_export(path)
+    skipped: list[str] = []
+    for place in checkpoints_of(path):
+        try:
+            return _from_checkpoint(place, skipped, verify)
+        except DamagedCheckpoint as error:
+            skipped.append(f"{place.name}: {error}")
+    shown = "".join(f"\n  {line}" for line in skipped)
+    raise DamagedCheckpoint(f"{path} holds no sound checkpoint:{shown}\n  put one back from a copy")
+
+
+def _from_checkpoint(path: Path, skipped: list[str], verify: bool) -> Pretrained:
+    content = manifest.read(path)
+    manifest.check_sizes(path, content)
+    if verify:
+        manifest.check_hashes(path, content, files_of(content, MASTER))
+    config = content.extra.get("config")
+    if config is None:
+        raise CheckpointError(f"{path} records no configuration; only checkpoints of pretrain_hope.py hold a model")
+    weights = {
+        name.removeprefix(MASTER): read_tensor(path, tensor)
+        for name, tensor in content.tensors.items()
+        if name.startswith(MASTER)
+    }
+    data = config.get("data", {})
+    notes = "".join(f"; passed over {line}" for line in skipped)
+    return Pretrained(
+        _filled(config["model"], weights, f"{path}: weights and the recorded model section do not fit"),
+        find_tokenizer(data),
+        data,
+        content.step,
+        config.get("train", {}).get("seq_len"),
+        f"{path}{notes}",
+    )
+
+
+def _from_export(path: Path) -> Pretrained:
+    try:
+        described = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        record, step, tokenizer = described["model"], described.get("step", 0), described.get("tokenizer")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UnfitWeights(f"{path / CONFIG} does not describe exported weights: {error!r}") from None
+    weights = read_safetensors(path / WEIGHTS)
+    return Pretrained(
+        _filled(record, weights, f"{path}: weights and {CONFIG} do not fit"),
+        _exported_tokenizer(path, tokenizer),
+        described.get("data", {}),
+        step,
+        described.get("seq_len"),
+        str(path),
+    )
+
+
+def _exported_tokenizer(path: Path, recorded: Mapping[str, str] | None) -> Path | None:
+    """The tokenizer in an export. One that is not the recorded one would turn every token into another text."""
+    found = path / TOKENIZER
+    if not found.is_file():
+        return None
+    if recorded and sha256_of(found) != recorded["sha256"]:
+        raise UnfitWeights(f"{found} is not the tokenizer that was exported: sha256 {sha256_of(found)[:12]}...")
+    return found
+
+
+def _filled(record: Mapping[str, Any], weights: dict[str, Tensor], unfit: str) -> Model:
+    """The model of a recorded section with these tensors as its parameters, which keep what they declare."""
+    try:
+        config = ModelConfig.of(record)
+        if problems := list(config.problems()):
+            raise ValueError("; ".join(f"{problem.path}: {problem.what}" for problem in problems))
+    except ValueError as error:
+        raise UnfitWeights(f"{unfit.partition(': ')[0]}: {error}") from None
     with torch.device("meta"):
-        model = Model(ModelConfig.of(described["model"]))
+        model = Model(config)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if found != expected:
         wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-        raise ValueError(f"{folder}: weights and config.json do not fit: {', '.join(wrong[:5])}")
+        raise UnfitWeights(f"{unfit}: {', '.join(wrong[:5])}")
+    declared = {name: declaration_of(parameter, name) for name, parameter in model.named_parameters()}
     model.load_state_dict(weights, assign=True)
+    for name, parameter in model.named_parameters():
+        parameter.declaration = declared[name]  # type: ignore[attr-defined]
     return model
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file: 8 bytes of header length, a JSON header, raw little-endian numbers.
-
-    Raises:
-        ValueError: a dtype that models do not have, or offsets outside of the file.
-    """
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size - 8:
-            raise ValueError(f"{path}: a header of {length} bytes in a file of {path.stat().st_size}")
-        header = json.loads(file.read(length))
-        data = bytearray(file.read())
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        first, last = entry["data_offsets"]
-        dtype = DTYPES.get(entry["dtype"])
-        if dtype is None or not 0 <= first <= last <= len(data):
-            raise ValueError(f"{path}: {name} is {entry['dtype']} at {first} to {last} of {len(data)} bytes")
-        if last - first != dtype.itemsize * math.prod(entry["shape"]):
-            raise ValueError(f"{path}: {name} has {last - first} bytes for shape {entry['shape']} of {entry['dtype']}")
-        flat = torch.frombuffer(data, dtype=dtype, count=math.prod(entry["shape"]), offset=first)
-        tensors[name] = flat.clone().view(entry["shape"])
-    return tensors
+__all__ = ["Pretrained", "load", "open_pretrained", "read_safetensors"]

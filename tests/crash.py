@@ -32,7 +32,7 @@ from multirank import preload
 from tiny import config_file
 
 import pretrain_hope
-from parallel.checkpoint.format import folders
+from hope.stored import folders
 from parallel.start.launcher import free_port
 
 STEPS = 30

@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("hope", "parallel", "configs", "launch", "data_prep")
 KERNELS = "fused.py"  # of any folder: the files that may know triton
+PROGRAM = "__main__.py"  # below hope/: puts together what it needs, as pretrain_hope.py does, and nothing imports it
 MAKES_NO_GROUPS = ("torch.distributed", "megatron", "deepspeed", "parallel.start", "parallel.optimizer",
                    "parallel.compute", "parallel.checkpoint", "parallel.referee")  # fmt: skip
 
@@ -49,10 +50,25 @@ def within(name: str, packages: Iterable[str]) -> bool:
 
 
 def impure(source: str, file: str) -> set[str]:
-    """Imports that a file of hope/ must not have: anything but torch, numpy, the standard library and hope."""
+    """Imports that a file of hope/ must not have: anything but torch, numpy, the standard library and hope.
+
+    A program has none of these.
+    """
+    if file == PROGRAM:
+        return set()
     allowed = {"torch", "hope", "numpy", *sys.stdlib_module_names, *(["triton"] if file == KERNELS else [])}
     found = imports(source)
     return {name for name in found if within(name, ["torch.distributed"]) or name.split(".")[0] not in allowed}
+
+
+def imported_programs(source: str) -> set[str]:
+    """The `__main__` modules that a file imports."""
+    return {name for name in imports(source) if "__main__" in name.split(".")}
+
+
+def is_program_of_hope(path: Path, root: Path = ROOT) -> bool:
+    """Whether a file is a `__main__.py` below hope/."""
+    return path.name == PROGRAM and path.is_relative_to(root / "hope")
 
 
 def group_makers(source: str) -> set[str]:
@@ -64,12 +80,14 @@ def folder_edges(root: Path = ROOT) -> set[Edge]:
     """(folder, folder that one of its modules imports from), for our own packages; "." has pretrain_hope.py.
 
     A folder and its sub-folders are one house: what is shared stands at the top, what puts the parts together too.
-    Edges between them are left out.
+    Edges between them are left out, and those of hope's programs, which nothing imports.
     """
     files = {path: path.relative_to(root).parent.as_posix() for path in own_files(root) if path.exists()}
     folders = {_module(path.relative_to(root)): folder for path, folder in files.items()}
     edges = set()
     for path, folder in files.items():
+        if is_program_of_hope(path, root):
+            continue
         for name in imports(path.read_text()):
             target = _folder_of(name, folders)
             if target not in (None, folder) and not _one_inside_the_other(folder, target):

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hope.stored import folders, manifest
 from parallel.checkpoint.describe import contents, reshard_plan
 from parallel.checkpoint.errors import CheckpointError
-from parallel.checkpoint.format import folders, manifest
 from parallel.layout.topology import ParallelConfig
 from parallel.start.pipe import piped
 

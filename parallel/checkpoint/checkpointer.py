@@ -14,11 +14,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from hope.stored import folders, manifest
+from hope.stored.manifest import FileEntry, Manifest, TensorEntry
 from parallel.checkpoint import rng
 from parallel.checkpoint.errors import CheckpointError
 from parallel.checkpoint.find import Found, find_newest
-from parallel.checkpoint.format import folders, manifest
-from parallel.checkpoint.format.manifest import FileEntry, Manifest, TensorEntry
 from parallel.checkpoint.format.planner import Part, PartsLoadPlanner, PartsSavePlanner
 from parallel.checkpoint.format.storage import RawReader, RawWriter
 from parallel.checkpoint.regroup import Shard, Unit, collect, distribute, shards_of, units_of

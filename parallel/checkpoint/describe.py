@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from hope.stored.manifest import Manifest, TensorEntry
 from parallel.checkpoint.errors import CheckpointError
-from parallel.checkpoint.format.manifest import Manifest, TensorEntry
 from parallel.layout.topology import ParallelConfig
 
 if TYPE_CHECKING:

@@ -1,13 +1,10 @@
-"""Errors of checkpoints that a user can act on; the message says what to do."""
+"""Errors of checkpoints that a user can act on; the message says what to do. Those of reading are hope's own."""
 
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, is damaged, or belongs to another model or layout."""
-
-
-class DamagedCheckpoint(CheckpointError):
-    """A checkpoint is not what was written; an older one may serve."""
+from hope.stored.errors import CheckpointError, DamagedCheckpoint
 
 
 class SaveError(CheckpointError):
     """A checkpoint that the run cannot do without was not written; the ones before it are intact."""
+
+
+__all__ = ["CheckpointError", "DamagedCheckpoint", "SaveError"]

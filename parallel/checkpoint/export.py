@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from hope.renamed import current_model
+from hope.stored import manifest
+from hope.stored.find import CONFIG, WEIGHTS
+from hope.stored.tensors import read_tensor
+from hope.stored.tokenizer import TOKENIZER, find_tokenizer, sha256_of
 from parallel.checkpoint.errors import CheckpointError
-from parallel.checkpoint.format import manifest
-from parallel.checkpoint.format.storage import read_tensor
-
-WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.model"
 
 
 def export(path: Path, out: Path, dtype: str = "float32") -> str:
@@ -47,11 +46,11 @@ def export(path: Path, out: Path, dtype: str = "float32") -> str:
     }
     out.mkdir(parents=True, exist_ok=True)
     _write_weights(weights, out, content.step)
-    described = {"model": model, "step": content.step, "dtype": dtype}
-    manifest.write_durably(out / CONFIG, json.dumps(described, indent=1) + "\n")
     tokenizer = find_tokenizer(content.extra["config"].get("data", {}))
     if tokenizer is not None:
         (out / TOKENIZER).write_bytes(tokenizer.read_bytes())
+    described = {"model": model, "step": content.step, "dtype": dtype, **_training(content.extra["config"], tokenizer)}
+    manifest.write_durably(out / CONFIG, json.dumps(described, indent=1) + "\n")
     elements = sum(tensor.numel() for tensor in weights.values())
     return (
         f"{out / WEIGHTS}: {len(weights)} tensors, {elements:,} elements, {dtype}; {out / CONFIG}: step {content.step}"
@@ -59,23 +58,11 @@ def export(path: Path, out: Path, dtype: str = "float32") -> str:
     )
 
 
-def find_tokenizer(data: Mapping[str, Any]) -> Path | None:
-    """The tokenizer.model that the data of this section was made with, beside it or one folder up; None if none is."""
-    for prefix in _prefixes(data):
-        try:
-            known = json.loads(Path(f"{prefix}.manifest.json").read_text(encoding="utf-8"))["sha256_tokenizer"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        for path in (prefix.parent / TOKENIZER, prefix.parent.parent / TOKENIZER):
-            if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == known:
-                return path
-    return None
-
-
-def _prefixes(data: Mapping[str, Any]) -> Iterator[Path]:
-    for source in (data, *(data.get("sources") or ())):
-        if source.get("train"):
-            yield Path(source["train"])
+def _training(config: Mapping[str, Any], tokenizer: Path | None) -> dict[str, Any]:
+    """What users of the weights need to know of the training. No paths: they mean nothing elsewhere."""
+    known = {"file": TOKENIZER, "sha256": sha256_of(tokenizer)} if tokenizer else None
+    documents = {key: value for key, value in config.get("data", {}).items() if key == "documents"}
+    return {"seq_len": config.get("train", {}).get("seq_len"), "data": documents, "tokenizer": known}
 
 
 def _write_weights(weights: dict[str, torch.Tensor], out: Path, step: int) -> None:

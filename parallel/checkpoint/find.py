@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from hope.stored import folders, manifest
+from hope.stored.manifest import Manifest
 from parallel.checkpoint.errors import CheckpointError, DamagedCheckpoint
-from parallel.checkpoint.format import folders, manifest
-from parallel.checkpoint.format.manifest import Manifest
 from parallel.checkpoint.together import HostGroups, first_only, together
 from parallel.start.groups import Ranks
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parallel.checkpoint.format.manifest import TensorEntry
+from hope.stored.manifest import TensorEntry
 from parallel.checkpoint.format.planner import Part
 from parallel.start.groups import Ranks
 

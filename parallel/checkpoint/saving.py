@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from hope.stored import folders
 from hope.train.config import CheckpointConfig
 from hope.train.metrics import NoLog
 from parallel.checkpoint.checkpointer import Checkpointer, SavedCheckpoint, Staged
 from parallel.checkpoint.errors import SaveError
-from parallel.checkpoint.format import folders
 from parallel.checkpoint.together import reason
 from parallel.optimizer.checkpoint_views import ShardedState
 from parallel.start.groups import Ranks, any_rank

@@ -19,12 +19,12 @@ from tiny import config_file
 
 from configs.errors import ConfigError
 from configs.schema import load
+from hope.stored.manifest import Manifest
 from hope.train.stragglers import BusyTimer
 from launch import collect, estimate, plot, preflight, profile, speeds, sweep
 from launch.__main__ import main
 from launch.folder import write_json
 from launch.status import find_runs, status_table
-from parallel.checkpoint.format.manifest import Manifest
 from parallel.start.interconnect import partners
 
 SWEEPS = sorted((Path(sweep.__file__).parent / "sweeps").glob("*.yaml"))

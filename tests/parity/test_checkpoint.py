@@ -19,10 +19,11 @@ from multirank import RankDied, run_ranks
 from toy_run import ADAMW, MOMENTUM, Toy, ToyRun
 
 from hope.optim.config import OptimConfig
+from hope.stored import folders, manifest
 from parallel.checkpoint.checkpointer import Checkpointer, SavedCheckpoint
 from parallel.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from parallel.checkpoint.find import Found
-from parallel.checkpoint.format import folders, manifest, storage
+from parallel.checkpoint.format import storage
 from parallel.layout.topology import ParallelConfig
 from parallel.start.groups import start
 

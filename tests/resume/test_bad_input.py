@@ -16,7 +16,7 @@ from configs.errors import ConfigError
 from configs.schema import load
 from data_prep.training.index_store import open_store
 from data_prep.training.reading import HeldoutSet
-from parallel.checkpoint.format import manifest
+from hope.stored import manifest
 from parallel.start import told
 
 

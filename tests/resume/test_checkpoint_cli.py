@@ -162,6 +162,12 @@ def test_an_export_can_be_read_by_others_and_has_the_tokenizer_of_the_data(train
     assert modes == dict.fromkeys(("config.json", "model.safetensors", "tokenizer.model"), 0o644)
 
 
-def test_a_run_is_no_export_and_is_told_how_to_become_one(trained):
-    with pytest.raises(FileNotFoundError, match=r"no config\.json and no model\.safetensors: .*checkpoint export RUN"):
-        pretrained.load(trained[0] / "runs/tiny")
+def test_a_run_that_was_cut_over_ranks_is_loaded_whole(trained, tmp_path):
+    """From the run's folder, as from what was exported of it."""
+    assert main(["export", str(checkpoint(trained)), "--out", str(tmp_path)]) == 0
+    found, exported = pretrained.open_pretrained(trained[0] / "runs/tiny"), pretrained.open_pretrained(tmp_path)
+    assert (found.origin, found.step, found.seq_len) == (str(checkpoint(trained)), 4, 16)
+    assert (exported.step, exported.seq_len) == (4, 16)
+    of_export = dict(exported.model.named_parameters())
+    for name, parameter in found.model.named_parameters():
+        assert torch.equal(parameter, of_export[name]), name

@@ -10,7 +10,7 @@ from multirank import run_ranks
 from test_training_run import metrics, run, same_curve
 from tiny import config_file, token_set
 
-from parallel.checkpoint.format import manifest
+from hope.stored import manifest
 
 BLEND = (
     "data.sources=[{name: a, train: DIR/train, heldout: DIR/heldout, weight: 3},"

@@ -7,8 +7,8 @@ from test_training_run import metrics, poisoned, run
 from tiny import config_file
 
 import pretrain_hope
+from hope.stored import folders, manifest
 from parallel.checkpoint.__main__ import main as checkpoint
-from parallel.checkpoint.format import folders, manifest
 
 FLAGS = ["train.steps=30", "checkpoint.every=2", "train.eval_every=0", "train.max_skips=9"]
 GOOD = ["latest", "step_00000002", "step_00000004"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tiny import config_file
 
-from parallel.checkpoint.format.manifest import read
+from hope.stored.manifest import read
 
 ROOT = Path(__file__).parents[2]
 NAME = "gated_delta_of_a_test"

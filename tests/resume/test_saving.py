@@ -16,7 +16,7 @@ from test_training_run import events, metrics, run, same_curve, weights
 from tiny import config_file
 
 import pretrain_hope
-from parallel.checkpoint.format import folders, manifest
+from hope.stored import folders, manifest
 from parallel.checkpoint.format.storage import RawWriter
 
 

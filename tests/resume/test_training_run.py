@@ -16,9 +16,9 @@ from configs.schema import load
 from data_prep.training.batches import batch_of_windows
 from data_prep.training.reading import TrainingSet
 from hope.model import Model, next_token_loss
-from parallel.checkpoint.format import manifest
-from parallel.checkpoint.format.folders import step_folder
-from parallel.checkpoint.format.storage import read_tensor
+from hope.stored import manifest
+from hope.stored.folders import step_folder
+from hope.stored.tensors import read_tensor
 from parallel.compute import replica
 
 

@@ -13,6 +13,7 @@ from house import (
     circle,
     folder_edges,
     group_makers,
+    imported_programs,
     imports,
     impure,
     lengths_of_functions,
@@ -49,6 +50,7 @@ def test_hope_imports_torch_only():
         ("from parallel import layout", "layers.py"),
         ("from configs.schema import Config", "layers.py"),
         ("from . import layers", "layers.py"),
+        ("from parallel.start import groups", "main.py"),
     ],
 )
 def test_what_hope_may_not_import_is_refused(line, file):
@@ -61,10 +63,50 @@ def test_what_hope_may_not_import_is_refused(line, file):
         ("import triton\nfrom triton import language", "fused.py"),
         ("import torch.distributions\nfrom torch import Tensor, nn", "layers.py"),
         ("import math\nimport numpy as np\nfrom hope.memory import delta", "layers.py"),
+        ("from parallel.start import groups\nfrom data_prep.tokenizing import tokenizer", "__main__.py"),
     ],
 )
 def test_what_hope_may_import_is_not(line, file):
     assert impure(line, file) == set()
+
+
+def test_no_module_imports_a_program():
+    """What a program puts together would come with it: hope's own may import parallel."""
+    for path in own_files():
+        assert imported_programs(path.read_text()) == set(), path
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from hope.generate.__main__ import main",
+        "from hope.generate import __main__",
+        "def f():\n    import hope.generate.__main__ as program",
+        "import importlib\nimportlib.import_module('data_prep.__main__')",
+    ],
+)
+def test_an_import_of_a_program_is_found(line):
+    assert imported_programs(line)
+
+
+def test_what_only_looks_like_a_program_is_none():
+    assert imported_programs("import hope.main\nif __name__ == '__main__':\n    main()") == set()
+
+
+def test_only_programs_of_hope_may_lead_out_of_it(tmp_path):
+    sources = {
+        "hope/generate/__main__.py": "from parallel.start import groups",
+        "parallel/start/groups.py": "from hope.generate import loop",
+        "hope/generate/loop.py": "import torch",
+        "parallel/start/__main__.py": "import configs",
+        "configs/__init__.py": "",
+    }
+    for name, source in sources.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(source)
+    assert folder_edges(tmp_path) == {("parallel/start", "hope/generate"), ("parallel/start", "configs")}
+    (tmp_path / "hope/generate/loop.py").write_text("from parallel.start import groups")
+    assert circle(folder_edges(tmp_path)) is not None
 
 
 def test_layouts_make_no_process_group():

@@ -1,1 +1,1 @@
-"""The files of a checkpoint: manifest, folder names and renames, raw storage, and the planners between them and DCP."""
+"""DCP's extension points for our files (hope/stored): raw storage, and the planners between boxes and DCP."""

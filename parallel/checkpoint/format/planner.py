@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from hope.stored.tensors import narrowed
 from parallel.checkpoint.errors import CheckpointError
 
 Counters = Mapping[str, Mapping[str, int]]
@@ -125,16 +126,9 @@ class PartsLoadPlanner(LoadPlanner):
         raise CheckpointError(f"{read_item.dest_index.fqn} is not a tensor")
 
 
-def narrowed(tensor: Tensor, at: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """The view of a box."""
-    for dim, (first, length) in enumerate(zip(at, shape, strict=True)):
-        tensor = tensor.narrow(dim, first, length)
-    return tensor
-
-
 def _write_item(part: Part) -> WriteItem:
     data = TensorWriteData(part.chunk, TensorProperties(part.tensor.dtype), torch.Size(part.shape))
     return WriteItem(MetadataIndex(part.name, part.at), WriteItemType.SHARD, tensor_data=data)
 
 
-__all__ = ["Counters", "Part", "PartsLoadPlanner", "PartsSavePlanner", "narrowed"]
+__all__ = ["Counters", "Part", "PartsLoadPlanner", "PartsSavePlanner"]

@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from parallel.checkpoint.format.manifest import Chunk, FileEntry, Manifest, TensorEntry
-from parallel.checkpoint.format.planner import narrowed
+from hope.stored.manifest import Chunk, FileEntry, Manifest, TensorEntry
+from hope.stored.tensors import narrowed, read_chunk
 
 _ALIGNMENT = 64  # bytes: a chunk can be mapped as any dtype
 _BLOCK = 1 << 24  # bytes hashed and written at a time
@@ -157,26 +157,6 @@ def _blocks(tensor: Tensor) -> Iterator[memoryview]:
     content = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
     for first in range(0, len(content), _BLOCK):
         yield cast(memoryview, content[first : first + _BLOCK].data)
-
-
-def read_chunk(folder: Path, tensor: TensorEntry, chunk: Chunk) -> Tensor:
-    """A chunk as a tensor that maps its file; do not write into it."""
-    dtype: torch.dtype = getattr(torch, tensor.dtype)
-    if chunk.bytes == 0:
-        return torch.empty(chunk.shape, dtype=dtype)
-    size = chunk.start + chunk.bytes
-    mapped = torch.from_file(str(folder / chunk.file), shared=False, size=size, dtype=torch.uint8)
-    return mapped[chunk.start : size].view(dtype).view(chunk.shape)
-
-
-def read_tensor(folder: Path, tensor: TensorEntry) -> Tensor:
-    """A whole tensor; maps its file where it is one chunk."""
-    if len(tensor.chunks) == 1:
-        return read_chunk(folder, tensor, tensor.chunks[0])
-    whole = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype))
-    for chunk in tensor.chunks:
-        narrowed(whole, chunk.at, chunk.shape).copy_(read_chunk(folder, tensor, chunk))
-    return whole
 
 
 def _metadata_of(tensor: TensorEntry) -> TensorStorageMetadata:

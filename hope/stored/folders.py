@@ -18,7 +18,7 @@ import re
 import shutil
 from pathlib import Path
 
-from parallel.checkpoint.format.manifest import write_durably
+from hope.stored.manifest import write_durably
 
 LATEST = "latest"
 DOUBTFUL = ".doubtful"

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from parallel.checkpoint.errors import CheckpointError, DamagedCheckpoint
+from hope.stored.errors import CheckpointError, DamagedCheckpoint
 
 FORMAT = 1
 NAME = "manifest.json"
