@@ -47,22 +47,16 @@ LAYOUTS = {
     "pp2-dp2": (4, ["parallel.pipeline=2"]),
     "tp2-pp2-dp2": (8, ["parallel.tensor=2", "parallel.pipeline=2"]),
 }
+# In the suite every kind of layout and every kind of model, `test_whole_matrix` has all pairs.
 QUICK = [
     ("tp2-pp2+sp", "hybrid"),
-    ("tp2", "own"),
     ("tp2+sp", "own"),
     ("pp2", "own"),
-    ("tp2", "matrix"),
     ("tp2+sp", "mlp"),
     ("tp4", "hope_attention"),
-    ("pp2", "matrix"),
-    ("pp2", "transformer"),
-    ("pp4", "mlp"),
     ("pp2-vpp2", "matrix"),
-    ("tp2-pp2+sp", "matrix"),
     ("dp2", "mlp"),
     ("tp2-dp2", "transformer"),
-    ("pp2-dp2", "hope_attention"),
     ("tp2-pp2-dp2", "matrix"),
 ]
 
@@ -183,15 +177,16 @@ SPOILERS = {
     "share fast weights": share_fast_weights,
     "other seed on a stage": other_seed_on_a_stage,
 }
+# The first ones are in the suite: a sum over tensor ranks left out, for each way of summing, and what is no such sum.
 BROKEN = [
-    ("tp2+sp", "matrix", "norm.weight"),
-    ("tp2+sp", "matrix", "blocks.*.norm.weight"),
-    ("tp2", "matrix", "blocks.*.mixer.norm.weight"),
-    ("tp2+sp", "matrix", "blocks.*.cms.levels.*.norm.weight"),
     ("tp2+sp", "mlp", "blocks.*.cms.aggregate"),
-    ("tp2", "matrix", "sum twice"),
+    ("tp2", "matrix", "blocks.*.mixer.norm.weight"),
     ("pp2", "matrix", "forget the tied gradient"),
     ("pp2", "matrix", "share fast weights"),
+    ("tp2+sp", "matrix", "norm.weight"),
+    ("tp2+sp", "matrix", "blocks.*.norm.weight"),
+    ("tp2+sp", "matrix", "blocks.*.cms.levels.*.norm.weight"),
+    ("tp2", "matrix", "sum twice"),
     ("pp2", "matrix", "other seed on a stage"),
 ]
 
@@ -205,7 +200,7 @@ ARITHMETICS = {
     "mkl-avx2": {"MKL_CBWR": "AVX2"},
     "mkl-compatible": {"MKL_CBWR": "COMPATIBLE"},
 }
-IN_THE_SUITE = ("plain", "avx2")
+IN_THE_SUITE = ("plain",)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +230,11 @@ def test_every_rule_of_the_plan_is_broken_once():
     assert anywhere <= {spoil for _, _, spoil in BROKEN}
 
 
-@pytest.mark.parametrize(("layout", "kind", "spoil"), BROKEN, ids=lambda v: v)
+@pytest.mark.parametrize(
+    ("layout", "kind", "spoil"),
+    [pytest.param(*case, marks=() if case in BROKEN[:4] else pytest.mark.slow) for case in BROKEN],
+    ids=lambda v: v,
+)
 def test_a_broken_rule_is_noticed(tmp_path, layout, kind, spoil):
     found = verdict(tmp_path, layout, kind, spoil=spoil)
     print(f"worst error over what is allowed: {found['worst']:.2g}, at least {MARGIN:g}")

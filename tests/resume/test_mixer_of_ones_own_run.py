@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from multirank import run_ranks
 from tiny import config_file
 
+import pretrain_hope
 from hope.stored.manifest import read
 
 ROOT = Path(__file__).parents[2]
@@ -22,18 +24,22 @@ def run(path: str, *words: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
 
 
-def test_the_dry_run_tells_the_truth_about_it(tmp_path):
-    done = run(
-        config_file(tmp_path, "attention"), "--dry-run", "model.layers=3", "parallel.pipeline=2", "--devices", "2"
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"model       2 {NAME} + 1 attention" in done.stdout
-    assert "% of them memory writes" in done.stdout
-    assert "0.0% of them memory writes" not in done.stdout
-    assert "stage 1  blocks" in done.stdout
+def again(path: str, *words: str) -> int:
+    """The same in a fork, which has imported the program."""
+    return pretrain_hope.main([path, *OWN, *words])
 
 
-def test_it_trains_is_logged_saved_and_resumed(tmp_path):
+def test_the_dry_run_tells_the_truth_about_it(tmp_path, capfd):
+    words = ["--dry-run", "model.layers=3", "parallel.pipeline=2", "--devices", "2"]
+    assert run_ranks(again, 1, config_file(tmp_path, "attention"), *words, timeout=60) == [0]
+    printed = capfd.readouterr().out
+    assert f"model       2 {NAME} + 1 attention" in printed
+    assert "% of them memory writes" in printed
+    assert "0.0% of them memory writes" not in printed
+    assert "stage 1  blocks" in printed
+
+
+def test_it_trains_is_logged_saved_and_resumed(tmp_path, capfd):
     path = config_file(tmp_path, "attention")
     short = ["train.stop_after=4", "checkpoint.every=4"]
     first = run(path, *short)
@@ -44,20 +50,19 @@ def test_it_trains_is_logged_saved_and_resumed(tmp_path):
     assert "memory_norm.1" not in records[-1]  # attention reports none
     names = {name.partition("/")[2] for name in read(folder / "checkpoints" / "step_00000004").tensors}
     assert "blocks.0.mixer.beta_weight" in names
-    second = run(path)
-    assert second.returncode == 0, second.stderr
-    assert "RESUME" in second.stdout
-    whole = run(path, "run.name=whole")
-    assert whole.returncode == 0, whole.stderr
+    assert run_ranks(again, 1, path, timeout=60) == [0]
+    assert "RESUME" in capfd.readouterr().out
+    assert run_ranks(again, 1, path, "run.name=whole", timeout=60) == [0]
     losses = lambda name: [
         json.loads(line)["loss"] for line in (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
     ]
     assert losses("tiny")[-4:] == losses("whole")[-4:]  # bit-equal after the resume
 
 
-def test_what_it_cannot_do_is_a_problem_of_the_configuration(tmp_path):
+def test_what_it_cannot_do_is_a_problem_of_the_configuration(tmp_path, capfd):
     """A chunk of zero, by the section's own check; exit code 2, no traceback."""
-    done = run(config_file(tmp_path, "attention"), f"model.mixers.{NAME}.chunk=0", "--dry-run")
-    assert done.returncode == 2, done.stdout
-    assert f"model.mixers.{NAME}.chunk" in done.stderr
-    assert "Traceback" not in done.stderr
+    words = [f"model.mixers.{NAME}.chunk=0", "--dry-run"]
+    assert run_ranks(again, 1, config_file(tmp_path, "attention"), *words, timeout=60) == [2]
+    error = capfd.readouterr().err
+    assert f"model.mixers.{NAME}.chunk" in error
+    assert "Traceback" not in error
