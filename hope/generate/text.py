@@ -9,6 +9,8 @@ Decode = Callable[[list[int]], str]
 
 UNFINISHED = "\ufffd"
 """What a decoder shows of bytes that are no character, or not yet."""
+LONGEST = 4
+"""Bytes of a character."""
 CONTEXT = 8
 """Tokens before the new ones that are decoded with them: some tokenizers drop the first space of a text."""
 
@@ -31,11 +33,20 @@ class Stream:
         """The text that is known for certain now."""
         self._ids.append(token)
         text = self._new()
-        if text.endswith(UNFINISHED):
-            return ""
-        # the ids that this text came of are the context of the next ones
+        if not text.endswith(UNFINISHED):
+            return self._show(len(self._ids), text)
+        # bytes that are no character and never will be: all but the last three, which the next one may complete
+        known = len(self._ids) - LONGEST + 1
+        if known - self._shown > LONGEST:
+            sure = self._decode(self._ids[:known])[len(self._decode(self._ids[: self._shown])) :]
+            if text.startswith(sure):
+                return self._show(known, sure)
+        return ""
+
+    def _show(self, known: int, text: str) -> str:
+        """`text` of the ids up to `known`, which are from now on the context of what follows."""
         del self._ids[: self._shown]
-        self._shown = len(self._ids)
+        self._shown = known - self._shown
         return text
 
     def finish(self) -> str:

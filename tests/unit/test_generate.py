@@ -318,6 +318,20 @@ def test_only_whole_characters_are_shown():
     assert stream.finish() == "\ufffd"
 
 
+def test_bytes_that_never_become_characters_do_not_wait_for_ever():
+    """As sentencepiece decodes them, one sign for every byte."""
+    one_by_one = lambda ids: bytes(ids).decode("utf-8", "surrogateescape")
+    decode = lambda ids: "".join("\ufffd" if "\udc80" <= c <= "\udcff" else c for c in one_by_one(ids))
+    stream, shown = Stream(decode), ""
+    content = b"a" + b"\xe6" * 50 + "漢".encode() + b"\x80" * 9 + b"b"
+    for number, byte in enumerate(content, 1):
+        shown += stream.push(byte)
+        assert decode(content).startswith(shown)
+        assert len(shown) >= number - 10
+        assert len(stream.tail()[0]) <= 20
+    assert shown == decode(content)
+
+
 def test_a_stream_that_is_cut_inside_a_character_goes_on():
     for cut in range(len(TEXT.encode())):
         first = Stream(as_bytes)
