@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # an OSError, but about the reader of the output
         raise
     except EXPLAINED as error:
-        _refuse(f"generate: {error}", launch, met)
+        _refuse(error, launch, met)
         return REFUSED
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -64,11 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return DONE
 
 
-def _refuse(text: str, launch: launcher.Launch | None, met: bool) -> None:
+def _refuse(error: Exception, launch: launcher.Launch | None, met: bool) -> None:
+    """Say once for all processes why they end. `met`: they have process groups."""
+    text = f"generate: {error}"
     if launch is None or launch.world_size == 1:
         print(text, file=sys.stderr, flush=True)
     elif met:
-        told.after_meeting(text, launch.rank, agreed=False)
+        told.after_meeting(text, launch.rank, agreed=isinstance(error, GenerationError))
     else:
         told.before_meeting(text, launch)
 

@@ -3,6 +3,8 @@ vocabulary, and all of them see the scores of the whole vocabulary."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -11,6 +13,7 @@ from hope.generate.errors import GenerationError
 from hope.generate.loop import Forward
 from hope.model import Model, States
 from parallel.compute.tensor import shard_model
+from parallel.layout.advice import divisors
 from parallel.layout.topology import ParallelConfig
 from parallel.start import groups
 
@@ -24,8 +27,12 @@ def on_tensor_ranks(model: Model, ranks: groups.Ranks) -> Forward:
     size = ranks.tp_size
     problems = list(ParallelConfig(tensor=size).problems(size, 1, 1, model.config))
     if problems:
-        shown = "; ".join(f"{problem.what}, try {problem.fix}" for problem in problems)
-        raise GenerationError(f"this model cannot be cut over {size} processes: {shown}")
+        config = model.config
+        fits = divisors(math.gcd(config.heads, config.vocab_size, config.hidden_per_level()))
+        raise GenerationError(
+            f"this model cannot be cut over {size} processes: {'; '.join(problem.what for problem in problems)}; "
+            f"start {' or '.join(map(str, fits))}"
+        )
     part = shard_model(model, ranks.tp_rank, size).to(ranks.device)
     group = groups.tensor_group()
 
