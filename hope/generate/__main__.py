@@ -37,6 +37,7 @@ from parallel.start.errors import LaunchError
 from parallel.start.pipe import piped
 
 DONE, REFUSED, INTERRUPTED = 0, 2, 130
+LARGE = "--dtype bfloat16, fewer prompts, a smaller --prefill-chunk, or torchrun over several devices takes less"
 EXPLAINED = (GenerationError, CheckpointError, DataError, LaunchError, OSError, ImportError)
 
 
@@ -55,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _run(args, ranks)
     except BrokenPipeError:  # an OSError, but about the reader of the output
         raise
+    except torch.OutOfMemoryError as error:
+        _refuse(GenerationError(f"{str(error).partition('. ')[0]}; {LARGE}"), launch, met)
+        return REFUSED
     except EXPLAINED as error:
         _refuse(error, launch, met)
         return REFUSED

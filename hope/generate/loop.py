@@ -33,7 +33,7 @@ def on_one_device(model: Model) -> Forward:
     """What a whole model computes."""
 
     def forward(tokens_TB: Tensor, state: States | None, starts_TB: Tensor | None) -> tuple[Tensor, States]:
-        scores, after = model(tokens_TB, state, starts_TB)
+        scores, after = model(tokens_TB, state, starts_TB, last_only=True)
         return scores[-1], after
 
     return forward

@@ -37,7 +37,7 @@ def on_tensor_ranks(model: Model, ranks: groups.Ranks) -> Forward:
     group = groups.tensor_group()
 
     def forward(tokens_TB: Tensor, state: States | None, starts_TB: Tensor | None) -> tuple[Tensor, States]:
-        scores, after = part(tokens_TB, state, starts_TB)
+        scores, after = part(tokens_TB, state, starts_TB, last_only=True)
         own = scores[-1].to(torch.promote_types(scores.dtype, torch.float32)).contiguous()
         parts = [torch.empty_like(own) for _ in range(size)]
         dist.all_gather(parts, own, group=group)

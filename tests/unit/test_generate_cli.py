@@ -203,6 +203,16 @@ def test_bad_prompts_are_named(made, capsys, tmp_path, content, said):
     assert said in err
 
 
+def test_a_model_that_is_too_large_is_told_what_takes_less(made, capsys, monkeypatch):
+    def allocate(model):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr("hope.generate.__main__.on_one_device", allocate)
+    code, out, err = call(capsys, made.out, "--prompt", "a")
+    assert (code, out) == (2, "")
+    assert err.startswith("generate: CUDA out of memory; --dtype bfloat16, fewer prompts")
+
+
 def test_models_that_cannot_speak_are_told_why(made, capsys, tmp_path):
     code, _, err = call(capsys, tmp_path, "--prompt", "a")
     assert code == 2
