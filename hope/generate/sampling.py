@@ -71,9 +71,9 @@ def choose(scores_BV: Tensor, sampling: Sampling, draws: Sequence[float]) -> lis
     weights = allowed((scores / sampling.temperature).softmax(-1), sampling)
     ends = weights.cumsum(-1)
     wanted = torch.tensor(draws, dtype=torch.float64).unsqueeze(-1) * ends[:, -1:]
+    # the first end above: a token that weighs something, since a draw below 1 times the whole stays below the whole
     found = torch.searchsorted(ends, wanted, right=True).squeeze(-1)
-    last = scores.shape[-1] - 1 - weights.flip(-1).gt(0).long().argmax(-1)  # a draw next to 1 may round to the end
-    return [int(token) for token in found.minimum(last)]
+    return [int(token) for token in found]
 
 
 def allowed(probabilities_BV: Tensor, sampling: Sampling) -> Tensor:

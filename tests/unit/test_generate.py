@@ -189,6 +189,10 @@ def test_a_draw_next_to_one_takes_no_token_that_is_left_out():
     scores = torch.tensor([[1.0, 3.0, -200.0, 2.0, -300.0]])
     assert choose(scores, Sampling(top_k=2), [1 - 2.0**-53]) == [3]
     assert choose(scores, Sampling(top_k=2), [0.0]) == [1]
+    many = torch.randn(500, 20, generator=torch.Generator().manual_seed(1))
+    sampling = Sampling(top_k=7)
+    for row, token in zip(many, choose(many, sampling, [1 - 2.0**-53] * 500), strict=True):
+        assert token == row.topk(7).indices.max()
 
 
 def test_greedy_is_the_first_of_the_most_probable():
