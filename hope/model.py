@@ -59,12 +59,13 @@ class Embedding(nn.Module):
 
 
 class Model(nn.Module):
-    """forward(inputs, state, starts, keep_state) -> (outputs, state).
+    """forward(inputs, state, starts, keep_state, last_only) -> (outputs, state).
 
     inputs: token ids [T, B] if the slice has the embedding, else activations [T, B, D].
     state: block index -> state carried from the previous call, or None to start every sequence anew.
     starts: [T, B] bool, true at document starts: memories, convolutions and attention are reset there.
     keep_state: whether the state is wanted; without it each block's is let go at once.
+    last_only: logits of the last token only, [1, B, V]: those of a long prompt would take more memory than all else.
     outputs: logits [T, B, V] if the slice has the head, else activations [T, B, D].
     """
 
@@ -98,7 +99,13 @@ class Model(nn.Module):
             block.recompute = what
 
     def forward(
-        self, inputs: Tensor, state: States | None = None, starts: Tensor | None = None, *, keep_state: bool = True
+        self,
+        inputs: Tensor,
+        state: States | None = None,
+        starts: Tensor | None = None,
+        *,
+        keep_state: bool = True,
+        last_only: bool = False,
     ) -> tuple[Tensor, States]:
         """See the class. Raises ValueError for a state of other blocks, and for what cannot be tokens [T, B]."""
         if self.has_embedding:
@@ -114,7 +121,7 @@ class Model(nn.Module):
                 after[int(name)] = states
         if self.has_head:
             head = self.embedding if self.config.tie_embeddings else self.head
-            x = head.logits(self.norm(x))
+            x = head.logits(self.norm(x[-1:] if last_only else x))
         return x, after
 
     def flops(self, length: int) -> Flops:
