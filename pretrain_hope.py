@@ -138,6 +138,7 @@ class Run:
             seed=config.run.seed,
             recompute=train.recompute,
             tokens_per_step=train.tokens_per_step,
+            loss_chunk=train.loss_chunk,
         )
         self.optimizer = self.replica.optimizer
         self.flops = report.model_flops(config.model)

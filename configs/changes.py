@@ -33,6 +33,7 @@ FREE = (
     "train.micro_batch",
     "train.deterministic",
     "train.recompute",
+    "train.loss_chunk",
     "train.eval_every",
     "train.eval_windows",
     "train.max_skips",

@@ -15,6 +15,7 @@ from hope.config import ModelConfig
 from hope.documents import Documents
 from hope.flops import Flops
 from hope.layers import RMSNorm
+from hope.loss import Unscored, block_of
 from hope.parameters import initialise, new_parameter, normal
 
 States = dict[int, BlockState]
@@ -56,6 +57,12 @@ class Embedding(nn.Module):
     def logits(self, x_TBD: Tensor) -> Tensor:
         """[T, B, D] -> scores of this rank's rows [T, B, V]."""
         return F.linear(self.enter(x_TBD), self.weight)
+
+    def scores(self, x_TBD: Tensor, chunk: int | None) -> Tensor | Unscored:
+        """`logits`, or where they are too many what they are made of. chunk: as `hope.loss.block_of` takes it."""
+        x_TBD, rows = self.enter(x_TBD), self.weight.shape[0]
+        block = block_of(x_TBD.shape[0] * x_TBD.shape[1], rows, chunk)
+        return Unscored(x_TBD, self.weight, self.first_row, block) if block else F.linear(x_TBD, self.weight)
 
 
 class Model(nn.Module):
@@ -101,6 +108,13 @@ class Model(nn.Module):
         self, inputs: Tensor, state: States | None = None, starts: Tensor | None = None, *, keep_state: bool = True
     ) -> tuple[Tensor, States]:
         """See the class. Raises ValueError for a state of other blocks, and for what cannot be tokens [T, B]."""
+        x, after = self.trunk(inputs, state, starts, keep_state=keep_state)
+        return self.vocabulary.logits(x) if self.has_head else x, after
+
+    def trunk(
+        self, inputs: Tensor, state: States | None = None, starts: Tensor | None = None, *, keep_state: bool = True
+    ) -> tuple[Tensor, States]:
+        """`forward` without the scores: [T, B, D], normed if the slice has the head. For `vocabulary.scores`."""
         if self.has_embedding:
             _check_tokens(inputs, starts)
         if state is not None and [str(number) for number in state] != list(self.blocks):
@@ -112,10 +126,12 @@ class Model(nn.Module):
             x, states = block(x, None if state is None else state[int(name)], documents)
             if keep_state:
                 after[int(name)] = states
-        if self.has_head:
-            head = self.embedding if self.config.tie_embeddings else self.head
-            x = head.logits(self.norm(x))
-        return x, after
+        return self.norm(x) if self.has_head else x, after
+
+    @property
+    def vocabulary(self) -> Embedding:
+        """What scores the vocabulary, of a slice with the head."""
+        return self.embedding if self.config.tie_embeddings else self.head
 
     def flops(self, length: int) -> Flops:
         """Per token, forward, at this sequence length. The embedding is a look-up and counts nothing."""

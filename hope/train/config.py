@@ -77,6 +77,9 @@ class TrainConfig:
     last bit (same layout, same kind of GPU, same versions). Attention becomes slower."""
     recompute: Literal["none", "memory", "block"] = "none"
     """What the backward pass computes again instead of keeping: nothing, the mixers (chunk loops), or whole blocks."""
+    loss_chunk: int | None = None
+    """Tokens whose scores over the vocabulary are held at once in the loss and its gradient; 0: those of the whole
+    micro-batch; null: by size, the whole up to 2^27 scores."""
     eval_every: int = 0
     """Steps between evaluations on held-out data; 0: only before the first and after the last step."""
     eval_windows: int = 0
@@ -114,6 +117,9 @@ class TrainConfig:
             )
         if self.spike_window < 2:
             yield Problem(f"{path}.spike_window", f"{self.spike_window} losses have no deviation", "64")
+        if self.loss_chunk is not None and self.loss_chunk < 0:
+            what = f"{self.loss_chunk} is no number of tokens"
+            yield Problem(f"{path}.loss_chunk", what, "4096, 0 for the whole micro-batch, or null for a choice by size")
         yield from self._stage_problems(f"{path}.seq_len_stages")
 
     def _stage_problems(self, path: str) -> Iterator[Problem]:
