@@ -24,6 +24,7 @@ from configs.schema import Config, load, to_yaml, validate_without_data
 from configs.used import recorded
 from data_prep.errors import DataError
 from data_prep.training.feed import Feed
+from hope.dense import CannotCompile
 from hope.train.console import print_line
 from hope.train.heartbeat import Heartbeat
 from hope.train.instruments import Instruments, Taken
@@ -51,6 +52,7 @@ EXPLAINED: dict[type[Exception], str] = {
     ConfigError: "",
     DataError: "data error: ",
     CheckpointError: "checkpoint error: ",
+    CannotCompile: "config error: ",
     LaunchError: "launch error: ",
 }
 
@@ -99,7 +101,7 @@ def refused(error: Exception, launch: launcher.Launch | None, met: bool) -> int:
     if launch is None or (not met and isinstance(error, LaunchError)):  # a matter between one rank and its launcher
         print(text, file=sys.stderr, flush=True)
     elif met:
-        told.after_meeting(text, launch.rank, agreed=not isinstance(error, DataError))
+        told.after_meeting(text, launch.rank, agreed=not isinstance(error, DataError | CannotCompile))
     else:
         told.before_meeting(text, launch)
     return FAILURE if isinstance(error, SaveError | NotNow) else CONFIG_ERROR
@@ -109,7 +111,8 @@ def facts(config: Config, world_size: int) -> str:
     dims = config.parallel.dims(world_size)
     shape = StepShape.of(config.train, config.parallel, dims)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return report.describe(config.model, dims, shape, config.train.global_batch, config.optim, device)
+    batch, compile = config.train.global_batch, config.train.compile
+    return report.describe(config.model, dims, shape, batch, config.optim, device, compile)
 
 
 class Run:
@@ -139,6 +142,7 @@ class Run:
             recompute=train.recompute,
             tokens_per_step=train.tokens_per_step,
             loss_chunk=train.loss_chunk,
+            compile=train.compile,
         )
         self.optimizer = self.replica.optimizer
         self.flops = report.model_flops(config.model)

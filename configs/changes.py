@@ -34,6 +34,7 @@ FREE = (
     "train.deterministic",
     "train.recompute",
     "train.loss_chunk",
+    "train.compile",
     "train.eval_every",
     "train.eval_windows",
     "train.max_skips",

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hope.dense import Form, eager
+
 LARGEST = 2**27
 """Scores that are held at once, at most: 0.5 GiB in fp32. A model that has fewer takes the plain form."""
 _ROUND = 256
@@ -49,12 +51,13 @@ def working_bytes(tokens: int, vocabulary: int, width: int, block: int, bytes_pe
 
 class Unscored(NamedTuple):
     """What scores are made of: hidden [T, B, D] that has entered the head, rows [V, D] of the vocabulary from
-    `first_row` on, and the tokens of a block."""
+    `first_row` on, the tokens of a block, and what its softmax goes through (`hope.dense`)."""
 
     hidden: Tensor
     weight: Tensor
     first_row: int
     block: int
+    form: Form = eager
 
 
 class OverRanks(NamedTuple):
@@ -71,14 +74,14 @@ def blockwise_loss(
     scored: Unscored, targets_TB: Tensor, weights_TB: Tensor | None = None, over_ranks: OverRanks = ALONE
 ) -> Tensor:
     """`next_token_loss` of the scores that are not there, in fp32 (or fp64); the same on all ranks."""
-    hidden, weight, first_row, block = scored
+    hidden, weight, first_row, block, form = scored
     places, targets = targets_TB.numel(), targets_TB.flatten()
     wide = torch.promote_types(hidden.dtype, torch.float32)
     counts = torch.full((places,), 1.0 / places, dtype=wide, device=hidden.device)
     if weights_TB is not None:
         counts = weights_TB.flatten().to(wide) / places
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    loss: Tensor = _Blockwise.apply(hidden, weight, targets - first_row, counts, block, over_ranks, wanted)
+    loss: Tensor = _Blockwise.apply(hidden, weight, targets - first_row, counts, block, over_ranks, form, wanted)
     return loss
 
 
@@ -92,6 +95,7 @@ class _Blockwise(torch.autograd.Function):
         counts: Tensor,
         block: int,
         over_ranks: OverRanks,
+        form: Form,
         wanted: bool,
     ) -> Tensor:
         flat, loss = hidden.flatten(0, 1), counts.new_zeros(())
@@ -102,9 +106,15 @@ class _Blockwise(torch.autograd.Function):
         d_hidden, d_weight = torch.empty_like(flat), counts.new_zeros(weight.shape)
         pieces = zip(*(t.split(block) for t in (flat, rows, counts, d_hidden)), strict=True)
         for h, row, count, d_h in pieces:
-            scores = F.linear(h, weight).to(counts.dtype)
-            loss = loss + _block(scores, row, count, over_ranks)
-            gradient = scores.to(weight.dtype)  # `_block` has left it there
+            scores = F.linear(h, weight)
+            if (
+                form is eager or over_ranks is not ALONE or len(row) < block
+            ):  # a last, shorter one is not worth a kernel
+                gradient = scores.to(counts.dtype)
+                part = _block(gradient, row, count, over_ranks)
+            else:
+                part, gradient = form(block_alone)(scores, row, count)
+            loss, gradient = loss + part, gradient.to(weight.dtype)
             torch.mm(gradient, weight, out=d_h)
             d_weight += gradient.mT @ h
         ctx.save_for_backward(d_hidden.view_as(hidden), d_weight.to(weight.dtype))
@@ -114,7 +124,7 @@ class _Blockwise(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * scale, d_weight * scale, None, None, None, None, None
+        return d_hidden * scale, d_weight * scale, *[None] * 6
 
 
 def _block(scores: Tensor, row: Tensor, count: Tensor, over_ranks: OverRanks) -> Tensor:
@@ -133,3 +143,15 @@ def _block(scores: Tensor, row: Tensor, count: Tensor, over_ranks: OverRanks) ->
     scores.scatter_(1, place, own.unsqueeze(1))
     loss: Tensor = (count * (total.log() - target)).sum()
     return loss
+
+
+def block_alone(scores: Tensor, row: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """`_block` without ranks and in place of nothing: the loss, and the gradient in the type of `scores`. A compiler
+    makes one reduction and one pass of it."""
+    wide = scores.to(count.dtype)
+    shifted = wide - wide.amax(1, keepdim=True)
+    total = shifted.exp().sum(1)
+    columns = torch.arange(scores.shape[1], device=scores.device)
+    share = shifted.exp() / total.unsqueeze(1) - (columns == row.unsqueeze(1)).to(wide.dtype)
+    target = shifted.gather(1, row.unsqueeze(1)).squeeze(1)
+    return (count * (total.log() - target)).sum(), (share * count.unsqueeze(1)).to(scores.dtype)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from hope.block import RECOMPUTE, Block, BlockState
 from hope.config import ModelConfig
+from hope.dense import Dense, form_for, set_form
 from hope.documents import Documents
 from hope.flops import Flops
 from hope.layers import RMSNorm
@@ -30,7 +31,7 @@ class Slice:
     last: int
 
 
-class Embedding(nn.Module):
+class Embedding(Dense):
     """Rows of the vocabulary [V, D]. N(0, 0.09 / D): as the head it adds 0.045 nats to a first loss of ln V.
 
     A tensor-parallel rank holds the rows from `first_row` on; it looks up zeros for the others, and `leave` sums.
@@ -62,7 +63,9 @@ class Embedding(nn.Module):
         """`logits`, or where they are too many what they are made of. chunk: as `hope.loss.block_of` takes it."""
         x_TBD, rows = self.enter(x_TBD), self.weight.shape[0]
         block = block_of(x_TBD.shape[0] * x_TBD.shape[1], rows, chunk)
-        return Unscored(x_TBD, self.weight, self.first_row, block) if block else F.linear(x_TBD, self.weight)
+        if not block:
+            return F.linear(x_TBD, self.weight)
+        return Unscored(x_TBD, self.weight, self.first_row, block, self.form)
 
 
 class Model(nn.Module):
@@ -103,6 +106,14 @@ class Model(nn.Module):
         for block in self.blocks.values():
             assert isinstance(block, Block)
             block.recompute = what
+
+    def set_compile(self, what: str, device: str) -> None:
+        """Fuse the dense parts of sublayers, or not; `what` is one of `hope.dense.COMPILE`, `device` a type.
+
+        Raises:
+            CannotCompile: this machine has no compiler for that.
+        """
+        set_form(self, form_for(what, device))
 
     def forward(
         self, inputs: Tensor, state: States | None = None, starts: Tensor | None = None, *, keep_state: bool = True

@@ -70,7 +70,8 @@ def fused_scan(
     )  # fmt: skip
     main = _bank(memories).main
     assert main is not None
-    y = q @ main.to(operands).mT + f @ (main + _eye(main)).to(operands).mT
+    through = lambda m: m.to(operands).mT.expand(batch, -1, -1, -1).flatten(0, 1)
+    y = torch.baddbmm(q.flatten(0, 1) @ through(main), f.flatten(0, 1), through(main + _eye(main))).view_as(f)
     states = (DeltaState(end.mT),)
     gates = Gates(eta, log_alpha, None if valid is None else valid.unsqueeze(1))
     return Scanned(y, States(states, states), [gates])

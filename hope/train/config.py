@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hope.dense import SHAPES
 from hope.sections import Problem, only_if
 
 
@@ -77,6 +78,9 @@ class TrainConfig:
     last bit (same layout, same kind of GPU, same versions). Attention becomes slower."""
     recompute: Literal["none", "memory", "block"] = "none"
     """What the backward pass computes again instead of keeping: nothing, the mixers (chunk loops), or whole blocks."""
+    compile: Literal["none", "dense"] = "none"
+    """dense: norms, gates, convolutions, rotations and the loss are fused by torch.compile; memory loops and products
+    stay as they are. The first steps take a minute longer. Needs a C++ compiler."""
     loss_chunk: int | None = None
     """Tokens whose scores over the vocabulary are held at once in the loss and its gradient; 0: those of the whole
     micro-batch; null: by size, the whole up to 2^27 scores."""
@@ -120,7 +124,19 @@ class TrainConfig:
         if self.loss_chunk is not None and self.loss_chunk < 0:
             what = f"{self.loss_chunk} is no number of tokens"
             yield Problem(f"{path}.loss_chunk", what, "4096, 0 for the whole micro-batch, or null for a choice by size")
+        yield from self._compile_problems(path)
         yield from self._stage_problems(f"{path}.seq_len_stages")
+
+    def _compile_problems(self, path: str) -> Iterator[Problem]:
+        if self.compile == "none":
+            return
+        if self.deterministic:
+            what = "chooses kernels by their time, which need not repeat itself, and train.deterministic is true"
+            yield Problem(f"{path}.compile", what, "none; or train.deterministic=false")
+        lengths = len({stage.seq_len for stage in self.seq_len_stages})
+        if lengths > SHAPES:
+            what = f"compiles anew for every length, and train.seq_len_stages has {lengths}"
+            yield Problem(f"{path}.compile", what, f"none; or at most {SHAPES} lengths")
 
     def _stage_problems(self, path: str) -> Iterator[Problem]:
         before = 0

@@ -77,13 +77,19 @@ def build_replica(
     recompute: str = "none",
     tokens_per_step: int | None = None,
     loss_chunk: int | None = None,
+    compile: str = "none",
 ) -> Replica:
-    """Build this rank's slices on full shapes, fill them from (seed, name), cut them, give them to the optimizer."""
+    """Build this rank's slices on full shapes, fill them from (seed, name), cut them, give them to the optimizer.
+
+    Raises:
+        CannotCompile: `compile` asks for what this machine has not got.
+    """
     parts = split(config, seq_len, ranks.pp_size, ranks.vp_size)[ranks.pp_rank]
     models = []
     for part in parts:
         model = Model(config, part).initialise(seed)
         model.set_recompute(recompute)
+        model.set_compile(compile, ranks.device.type)
         models.append(shard_model(model, ranks.tp_rank, ranks.tp_size, layout.sequence).to(ranks.device))
     levels = parameter_groups(models, optim.weight_decay, optim, tokens_per_step)
     optimizer = _sharded_optimizer(models, levels, optim, layout, ranks, precision)

@@ -135,5 +135,6 @@ def run_layout(config: Config, task: Task, ranks: groups.Ranks) -> Evidence | No
         seed=task.seed,
         recompute=config.train.recompute,
         loss_chunk=config.train.loss_chunk,
+        compile=config.train.compile,
     )
     return from_layout(task, replica, config.train.micro_batch)
