@@ -147,7 +147,8 @@ class Run:
         self.optimizer = self.replica.optimizer
         self.flops = report.model_flops(config.model)
         models = self.replica.models
-        self.instruments = Instruments(beat, train, config.log, models, ranks.rank, ranks.world_size, ranks.device)
+        rank, world_size, device = ranks.rank, ranks.world_size, ranks.device
+        self.instruments = Instruments(beat, train, config.log, models, rank, world_size, device, self.folder)
         # 3. the data
         self.feed = Feed(config.data, train, ranks.dp_rank, ranks.dp_size)
         # 4. go on
@@ -177,6 +178,7 @@ class Run:
                 )
             )
             stack.callback(self.saver.close, log)
+            stack.callback(self._end_profile, log)
             self._announce(log)
             if self.step == 0:
                 log.scalars({**record_of_no_step(), **self.evaluate()})
@@ -202,6 +204,12 @@ class Run:
                 return self._give_up(log, self.skips.doubt)
             log.say(f"done at step {self.step}: {self.folder}")
         return DONE
+
+    def _end_profile(self, log: NoLog) -> None:
+        """A run may end before the last step that it was to profile."""
+        self.instruments.profiler.close()
+        for text in self.instruments.profiler.told():
+            log.say(text)
 
     def _give_up(self, log: NoLog, reason: str) -> int:
         """Say which checkpoint to resume from; a restart as it is would come to the same."""
@@ -240,6 +248,8 @@ class Run:
 
     def _log(self, log: NoLog, taken: Taken, numbers: dict[str, float | None]) -> None:
         """The records of the step that has just ended."""
+        for text in self.instruments.profiler.told():
+            log.say(text)
         if taken.drawn:
             for name, values in self.instruments.probe.histograms():
                 log.histogram(name, values, self.step)

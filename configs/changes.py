@@ -35,6 +35,7 @@ FREE = (
     "train.recompute",
     "train.loss_chunk",
     "train.compile",
+    "train.profile",
     "train.eval_every",
     "train.eval_windows",
     "train.max_skips",

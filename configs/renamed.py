@@ -26,7 +26,7 @@ RENAMED: dict[str, tuple[str, ...]] = {
 }
 """Old path: what it is now. Of two, the one in the section of `optim.name` is meant."""
 
-NEWER: dict[str, Any] = {"train.loss_chunk": None, "train.compile": "none"}
+NEWER: dict[str, Any] = {"train.loss_chunk": None, "train.compile": "none", "train.profile": None}
 """Keys that records of earlier versions lack, and what they are in those runs. (`hope.renamed` has the model's.)"""
 
 KIND = "model.kind"

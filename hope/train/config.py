@@ -84,6 +84,9 @@ class TrainConfig:
     loss_chunk: int | None = None
     """Tokens whose scores over the vocabulary are held at once in the loss and its gradient; 0: those of the whole
     micro-batch; null: by size, the whole up to 2^27 scores."""
+    profile: list[int] | None = None
+    """[first, last]: steps that rank 0 records with torch's profiler, into the run's folder profile/; a table of the
+    time of every kind of module is printed. null: none."""
     eval_every: int = 0
     """Steps between evaluations on held-out data; 0: only before the first and after the last step."""
     eval_windows: int = 0
@@ -125,6 +128,7 @@ class TrainConfig:
             what = f"{self.loss_chunk} is no number of tokens"
             yield Problem(f"{path}.loss_chunk", what, "4096, 0 for the whole micro-batch, or null for a choice by size")
         yield from self._compile_problems(path)
+        yield from self._profile_problems(path)
         yield from self._stage_problems(f"{path}.seq_len_stages")
 
     def _compile_problems(self, path: str) -> Iterator[Problem]:
@@ -137,6 +141,17 @@ class TrainConfig:
         if lengths > SHAPES:
             what = f"compiles anew for every length, and train.seq_len_stages has {lengths}"
             yield Problem(f"{path}.compile", what, f"none; or at most {SHAPES} lengths")
+
+    def _profile_problems(self, path: str) -> Iterator[Problem]:
+        if self.profile is None:
+            return
+        if len(self.profile) != 2:
+            yield Problem(f"{path}.profile", f"{self.profile} is not a first and a last step", "[11, 12], or null")
+            return
+        first, last = self.profile
+        if not 1 <= first <= last <= self.steps:
+            what = f"{self.profile} are no steps of a run with train.steps {self.steps}, in order"
+            yield Problem(f"{path}.profile", what, f"1 <= first <= last <= {self.steps}; or null")
 
     def _stage_problems(self, path: str) -> Iterator[Problem]:
         before = 0
