@@ -5,6 +5,7 @@ here, is a slow test.
 """
 
 import functools
+import importlib
 import json
 from pathlib import Path
 
@@ -169,3 +170,16 @@ def test_a_run_that_is_compiled_is_the_run(tmp_path: Path, capfd):
     assert len(losses["none"]) == 3
     assert run_ranks(run, 1, path, "refused", False, "train.compile=dense", timeout=120) == [2]
     assert "config error: train.compile=dense needs a C++ compiler" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("spoiled", ["", "memory_input"])
+def test_the_benchmark_of_the_parts_names_the_wrong_one(spoiled, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    benchmark = importlib.import_module("dense_forms")
+    spoil = lambda f: (lambda *args: 1.1 * f(*args)) if f.__name__ == spoiled else f
+    monkeypatch.setattr(benchmark, "Compiled", lambda backend: spoil)
+    sizes = ["--length", "32", "--batch", "2", "--width", "64", "--head", "16", "--vocabulary", "50", "--repeat", "1"]
+    assert benchmark.main(["--device", "cpu", *sizes]) == int(bool(spoiled))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7
+    assert all(("BAD" in line) == (line.split()[0].rstrip(",") == spoiled) for line in lines)
