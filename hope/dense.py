@@ -73,15 +73,18 @@ def form_for(what: str, device: str) -> Form:
     if what == "none":
         return eager
     if reason := cannot_compile(device):
-        raise CannotCompile(f"train.compile=dense {reason}; train.compile=none needs neither")
+        raise CannotCompile(f"train.compile=dense {reason}; train.compile=none needs none")
     return Compiled()
 
 
 def cannot_compile(device: str) -> str:
     """Why nothing can be compiled for a type of device here, or nothing."""
-    compilers = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
-    if not any(shutil.which(name) for name in compilers if name):
-        return "needs a C++ compiler, and neither CXX nor g++ nor clang++ is one here"
     if device == "cuda" and importlib.util.find_spec("triton") is None:
         return "needs triton on a GPU, which is not installed"
-    return ""
+    # triton builds its launchers in C, and for a CPU all of it is C++
+    language, variable, names = (
+        ("C", "CC", ("gcc", "clang")) if device == "cuda" else ("C++", "CXX", ("g++", "clang++"))
+    )
+    if any(shutil.which(name) for name in (os.environ.get(variable, ""), *names) if name):
+        return ""
+    return f"needs a {language} compiler, and neither {variable} nor {' nor '.join(names)} is one here"

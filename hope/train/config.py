@@ -80,7 +80,7 @@ class TrainConfig:
     """What the backward pass computes again instead of keeping: nothing, the mixers (chunk loops), or whole blocks."""
     compile: Literal["none", "dense"] = "none"
     """dense: norms, gates, convolutions, rotations and the loss are fused by torch.compile; memory loops and products
-    stay as they are. The first steps take a minute longer. Needs a C++ compiler."""
+    stay as they are. The first steps take a minute longer. Needs a C compiler on a GPU, a C++ compiler on a CPU."""
     loss_chunk: int | None = None
     """Tokens whose scores over the vocabulary are held at once in the loss and its gradient; 0: those of the whole
     micro-batch; null: by size, the whole up to 2^27 scores."""

@@ -144,9 +144,11 @@ def test_what_cannot_be_compiled_is_refused_by_name():
 
 
 def test_a_machine_without_a_compiler_says_so(monkeypatch, tmp_path):
-    assert dense.cannot_compile("cpu") == ""
+    assert dense.cannot_compile("cpu") == dense.cannot_compile("cuda") == ""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    assert dense.cannot_compile("cuda") == "needs a C compiler, and neither CC nor gcc nor clang is one here"
     with pytest.raises(CannotCompile, match=r"train\.compile=dense needs a C\+\+ compiler"):
         Model(config("hope")).set_compile("dense", "cpu")
 
