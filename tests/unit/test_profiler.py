@@ -78,6 +78,15 @@ def test_a_run_that_ends_early_keeps_what_it_recorded(tmp_path):
     assert list(recorder.told()) == []
 
 
+def test_other_ranks_record_nothing(tmp_path):
+    recorder = StepProfiler([1, 2], [torch.nn.Linear(2, 2)], tmp_path, torch.device("cpu"), keeps=False)
+    for step in (1, 2):
+        with recorder.step(step):
+            torch.ones(2).sum()
+    recorder.close()
+    assert list(tmp_path.iterdir()) == list(recorder.told()) == []
+
+
 def test_a_trace_that_cannot_be_written_ends_nothing(tmp_path):
     (tmp_path / "file").write_text("")
     recorder = StepProfiler([1, 1], [torch.nn.Linear(2, 2)], tmp_path / "file", torch.device("cpu"), keeps=True)
