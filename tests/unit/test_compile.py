@@ -162,7 +162,7 @@ def run(path: str, name: str, compiler: bool, *flags: str) -> int:
 
 
 def test_a_run_that_is_compiled_is_the_run(tmp_path: Path, capfd):
-    path, losses = config_file(tmp_path), {}
+    path, losses = config_file(tmp_path, "attention"), {}
     for name in ("dense", "none"):
         assert run_ranks(run, 1, path, name, True, f"train.compile={name}", timeout=120) == [0]
         assert ("dense parts: compiled" in capfd.readouterr().out) == (name == "dense")
