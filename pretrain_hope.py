@@ -24,6 +24,7 @@ from configs.schema import Config, load, to_yaml, validate_without_data
 from configs.used import recorded
 from data_prep.errors import DataError
 from data_prep.training.feed import Feed
+from hope.dense import CannotCompile
 from hope.train.console import print_line
 from hope.train.heartbeat import Heartbeat
 from hope.train.instruments import Instruments, Taken
@@ -52,6 +53,7 @@ EXPLAINED: dict[type[Exception], str] = {
     ConfigError: "",
     DataError: "data error: ",
     CheckpointError: "checkpoint error: ",
+    CannotCompile: "config error: ",
     LaunchError: "launch error: ",
 }
 
@@ -101,7 +103,7 @@ def refused(error: Exception, launch: launcher.Launch | None, met: bool) -> int:
     if launch is None or (not met and isinstance(error, LaunchError)):  # a matter between one rank and its launcher
         print(text, file=sys.stderr, flush=True)
     elif met:
-        told.after_meeting(text, launch.rank, agreed=not isinstance(error, DataError))
+        told.after_meeting(text, launch.rank, agreed=not isinstance(error, DataError | CannotCompile))
     else:
         told.before_meeting(text, launch)
     return FAILURE if isinstance(error, SaveError | NotNow) else CONFIG_ERROR
@@ -111,7 +113,8 @@ def facts(config: Config, world_size: int) -> str:
     dims = config.parallel.dims(world_size)
     shape = StepShape.of(config.train, config.parallel, dims)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return report.describe(config.model, dims, shape, config.train.global_batch, config.optim, device)
+    batch, compile = config.train.global_batch, config.train.compile
+    return report.describe(config.model, dims, shape, batch, config.optim, device, compile)
 
 
 class Run:
@@ -140,11 +143,14 @@ class Run:
             seed=config.run.seed,
             recompute=train.recompute,
             tokens_per_step=train.tokens_per_step,
+            loss_chunk=train.loss_chunk,
+            compile=train.compile,
         )
         self.optimizer = self.replica.optimizer
         self.flops = report.model_flops(config.model)
         models = self.replica.models
-        self.instruments = Instruments(beat, train, config.log, models, ranks.rank, ranks.world_size, ranks.device)
+        rank, world_size, device = ranks.rank, ranks.world_size, ranks.device
+        self.instruments = Instruments(beat, train, config.log, models, rank, world_size, device, self.folder)
         # 3. the data
         self.feed = Feed(config.data, train, ranks.dp_rank, ranks.dp_size)
         # 4. go on
@@ -174,6 +180,7 @@ class Run:
                 )
             )
             stack.callback(self.saver.close, log)
+            stack.callback(self._end_profile, log)
             self._announce(log)
             if self.step == 0:
                 log.scalars({**record_of_no_step(), **self.evaluate()})
@@ -199,6 +206,12 @@ class Run:
                 return self._give_up(log, self.skips.doubt)
             log.say(f"done at step {self.step}: {self.folder}")
         return DONE
+
+    def _end_profile(self, log: NoLog) -> None:
+        """A run may end before the last step that it was to profile."""
+        self.instruments.profiler.close()
+        for text in self.instruments.profiler.told():
+            log.say(text)
 
     def _give_up(self, log: NoLog, reason: str) -> int:
         """Say which checkpoint to resume from; a restart as it is would come to the same."""
@@ -237,6 +250,8 @@ class Run:
 
     def _log(self, log: NoLog, taken: Taken, numbers: dict[str, float | None]) -> None:
         """The records of the step that has just ended."""
+        for text in self.instruments.profiler.told():
+            log.say(text)
         if taken.drawn:
             for name, values in self.instruments.probe.histograms():
                 log.histogram(name, values, self.step)

@@ -55,6 +55,8 @@ def worker(config_path: str, overrides: list[str], steps: int) -> dict:
             precision=train.precision,
             seed=config.run.seed,
             recompute=train.recompute,
+            loss_chunk=train.loss_chunk,
+            compile=train.compile,
         )
         tokens = torch.randint(0, config.model.vocab_size, (train.seq_len + 1, batch))
         mine = micro_batches(Batch(tokens[:-1], tokens[1:], None), train.micro_batch, ranks)

@@ -7,7 +7,8 @@
 `check` compares with float64: each kernel's tensors with formulas on what the kernels stored, then outputs, end state
 and all gradients with the plain loop, then two runs with each other. Every configuration has a process and a time limit
 of its own, since a wrong kernel may hang or crash. Keys of `one`: K, kind (bf16, tf32, tf32x3, ieee), L, B, H,
-documents, alpha (logit of the retention), same (how alike tokens are), stages (0: end to end only), device.
+documents, alpha (logit of the retention), same (how alike tokens are), stages (0: end to end only), device, compile (1:
+dense parts of the timed layer as `train.compile=dense` has them).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import torch
 from memory_stages import Run, check_chunk, not_finite, relative
 from torch import Tensor
 
+from hope.dense import Compiled, set_form
 from hope.documents import ChunkLayout, Documents, plain_layout
 from hope.layers import unit
 from hope.memory import fused_scan as fused_form
@@ -60,6 +62,7 @@ TIMES: list[Case] = [
     {"K": 128, "B": 8, "L": 4096},
     {"K": 64, "B": 4, "L": 4096},
     {"K": 64, "B": 8, "L": 4096, "documents": 1},
+    {"K": 64, "B": 8, "L": 4096, "compile": 1},
 ]
 
 
@@ -206,7 +209,9 @@ def layer(case: Case, loop: Callable[..., Scanned] | None, repeat: int) -> Case:
     mixer = SelfModifyingTitans(Trunk(width, width // case["K"], 1), MemoryConfig())
     initialise(mixer, 0)
     mixer = mixer.to(device, torch.bfloat16)
-    choice = ScanChoice(scan if loop is None else loop, "")
+    choice = ScanChoice(scan, "") if loop is None else ScanChoice(loop, "", operands=torch.bfloat16)
+    if case.get("compile"):
+        set_form(mixer, Compiled())
     self_modifying.scan_for = lambda *_: choice  # type: ignore[assignment]
     generator = torch.Generator(device).manual_seed(0)
     draw = lambda: torch.randn(case["L"], case["B"], width, generator=generator, device=device).bfloat16()

@@ -26,6 +26,9 @@ RENAMED: dict[str, tuple[str, ...]] = {
 }
 """Old path: what it is now. Of two, the one in the section of `optim.name` is meant."""
 
+NEWER: dict[str, Any] = {"train.loss_chunk": None, "train.compile": "none", "train.profile": None}
+"""Keys that records of earlier versions lack, and what they are in those runs. (`hope.renamed` has the model's.)"""
+
 KIND = "model.kind"
 """It became several keys, `hope.renamed.KINDS`."""
 
@@ -59,6 +62,9 @@ def current(record: Mapping[str, Any]) -> dict[str, Any]:
         _take(values, old)
         for new in _meant(old, values):
             put(values, new, found)
+    for path, value in NEWER.items():
+        if path.split(".")[0] in values and lookup(values, path) is UNKNOWN:
+            put(values, path, value)
     return values
 
 

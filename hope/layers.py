@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hope.dense import Dense
 from hope.flops import Flops
 from hope.parameters import Used, constant, last_tap, new_parameter, normal
 
@@ -41,7 +42,12 @@ class Linear(nn.Module):
         return Flops(dense=2.0 * self.weight.numel())
 
 
-class RMSNorm(nn.Module):
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """x / rms(x) * weight over the last dimension."""
+    return F.rms_norm(x, (x.shape[-1],), weight, eps=1e-6)
+
+
+class RMSNorm(Dense):
     """x / rms(x) * weight over the last dimension (Zhang and Sennrich, 2019). used: see `Declaration`."""
 
     def __init__(self, width: int, used: Used = "trunk") -> None:
@@ -50,10 +56,15 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> the same shape."""
-        return F.rms_norm(x, (x.shape[-1],), self.weight, eps=1e-6)
+        return self.form(rms_norm)(x, self.weight)
 
 
-class SwiGlu(nn.Module):
+def gated(gate: Tensor, x: Tensor) -> Tensor:
+    """silu(gate) x."""
+    return F.silu(gate) * x
+
+
+class SwiGlu(Dense):
     """down(silu(gate x) * up x) (Shazeer, 2020). The two input maps stay apart: a packed one is wrong under column
     parallelism."""
 
@@ -65,14 +76,27 @@ class SwiGlu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.enter(x)
-        y: Tensor = self.leave(self.down(F.silu(self.gate(x)) * self.up(x)))
+        y: Tensor = self.leave(self.down(self.form(gated)(self.gate(x), self.up(x))))
         return y
 
     def flops(self) -> Flops:
         return self.gate.flops() + self.up.flops() + self.down.flops()
 
 
-class CausalConv(nn.Module):
+def convolved(x_TBD: Tensor, weight: Tensor, history: Tensor, same: Tensor | None) -> Tensor:
+    """silu of the depthwise causal convolution [T, B, D]; see `CausalConv`."""
+    length, past = x_TBD.shape[0], weight.shape[1] - 1
+    padded = torch.cat([history.to(x_TBD.dtype), x_TBD])
+    y = x_TBD * weight[:, past]
+    for lag in range(1, past + 1):
+        earlier = padded[past - lag : past - lag + length]
+        if same is not None:
+            earlier = earlier * same[lag - 1].unsqueeze(-1)
+        y = y + earlier * weight[:, past - lag]
+    return F.silu(y)
+
+
+class CausalConv(Dense):
     """Depthwise causal convolution over time with silu; starts as the identity tap.
 
     forward: x [T, B, D], history [taps-1, B, D] of earlier inputs, same [taps-1, T, B] (true where the token `lag`
@@ -85,24 +109,26 @@ class CausalConv(nn.Module):
         self.weight = new_parameter(width, taps, init=last_tap, cut=0, update="elementwise")
 
     def forward(self, x_TBD: Tensor, history: Tensor, same: Tensor | None) -> tuple[Tensor, Tensor]:
-        length, past = x_TBD.shape[0], self.taps - 1
-        padded = torch.cat([history.to(x_TBD.dtype), x_TBD])
-        y = x_TBD * self.weight[:, past]
-        for lag in range(1, self.taps):
-            earlier = padded[past - lag : past - lag + length]
-            if same is not None:
-                earlier = earlier * same[lag - 1].unsqueeze(-1)
-            y = y + earlier * self.weight[:, past - lag]
-        return F.silu(y), padded[length:]
+        return self.form(convolved)(x_TBD, self.weight, history, same), self.latest(x_TBD, history)
+
+    def latest(self, x_TBD: Tensor, history: Tensor) -> Tensor:
+        """The last taps-1 inputs [taps-1, B, D]."""
+        past = self.taps - 1
+        padded = torch.cat([history.to(x_TBD.dtype), x_TBD[max(0, x_TBD.shape[0] - past) :]])
+        return padded[padded.shape[0] - past :]
 
 
-def rotate(x: Tensor, base: float, offset: int = 0) -> Tensor:
-    """Rotary position embedding (Su et al., 2021) on x [B, H, T, K], K even, the first token at position `offset`;
-    computed in fp32."""
+def rotation(x: Tensor, base: float, offset: int = 0) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, K / 2] of rotary position embedding (Su et al., 2021) for x [B, H, T, K], K even, the first token
+    at position `offset`; in fp32 (or fp64)."""
     length, width = x.shape[-2:]
     rate = base ** (-torch.arange(0, width, 2, device=x.device, dtype=torch.float64) / width)
     position = torch.arange(offset, offset + length, device=x.device, dtype=torch.float64)
     angle = (position.unsqueeze(-1) * rate).to(torch.promote_types(x.dtype, torch.float32))
-    cos, sin = angle.cos(), angle.sin()
-    left, right = x.to(angle.dtype).chunk(2, -1)
+    return angle.cos(), angle.sin()
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, H, T, K] turned by `rotation`, computed in its precision."""
+    left, right = x.to(cos.dtype).chunk(2, -1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], -1).to(x.dtype)

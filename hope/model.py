@@ -12,9 +12,11 @@ from torch.nn import functional as F
 
 from hope.block import RECOMPUTE, Block, BlockState
 from hope.config import ModelConfig
+from hope.dense import Dense, form_for, set_form
 from hope.documents import Documents
 from hope.flops import Flops
 from hope.layers import RMSNorm
+from hope.loss import Unscored, block_of
 from hope.parameters import initialise, new_parameter, normal
 
 States = dict[int, BlockState]
@@ -29,7 +31,7 @@ class Slice:
     last: int
 
 
-class Embedding(nn.Module):
+class Embedding(Dense):
     """Rows of the vocabulary [V, D]. N(0, 0.09 / D): as the head it adds 0.045 nats to a first loss of ln V.
 
     A tensor-parallel rank holds the rows from `first_row` on; it looks up zeros for the others, and `leave` sums.
@@ -56,6 +58,14 @@ class Embedding(nn.Module):
     def logits(self, x_TBD: Tensor) -> Tensor:
         """[T, B, D] -> scores of this rank's rows [T, B, V]."""
         return F.linear(self.enter(x_TBD), self.weight)
+
+    def scores(self, x_TBD: Tensor, chunk: int | None) -> Tensor | Unscored:
+        """`logits`, or where they are too many what they are made of. chunk: as `hope.loss.block_of` takes it."""
+        x_TBD, rows = self.enter(x_TBD), self.weight.shape[0]
+        block = block_of(x_TBD.shape[0] * x_TBD.shape[1], rows, chunk)
+        if not block:
+            return F.linear(x_TBD, self.weight)
+        return Unscored(x_TBD, self.weight, self.first_row, block, self.form)
 
 
 class Model(nn.Module):
@@ -98,6 +108,14 @@ class Model(nn.Module):
             assert isinstance(block, Block)
             block.recompute = what
 
+    def set_compile(self, what: str, device: str) -> None:
+        """Fuse the dense parts of sublayers, or not; `what` is one of `hope.dense.COMPILE`, `device` a type.
+
+        Raises:
+            CannotCompile: this machine has no compiler for that.
+        """
+        set_form(self, form_for(what, device))
+
     def forward(
         self,
         inputs: Tensor,
@@ -108,6 +126,15 @@ class Model(nn.Module):
         last_only: bool = False,
     ) -> tuple[Tensor, States]:
         """See the class. Raises ValueError for a state of other blocks, and for what cannot be tokens [T, B]."""
+        x, after = self.trunk(inputs, state, starts, keep_state=keep_state)
+        if not self.has_head:
+            return x, after
+        return self.vocabulary.logits(x[-1:] if last_only else x), after
+
+    def trunk(
+        self, inputs: Tensor, state: States | None = None, starts: Tensor | None = None, *, keep_state: bool = True
+    ) -> tuple[Tensor, States]:
+        """`forward` without the scores: [T, B, D], normed if the slice has the head. For `vocabulary.scores`."""
         if self.has_embedding:
             _check_tokens(inputs, starts)
         if state is not None and [str(number) for number in state] != list(self.blocks):
@@ -119,10 +146,12 @@ class Model(nn.Module):
             x, states = block(x, None if state is None else state[int(name)], documents)
             if keep_state:
                 after[int(name)] = states
-        if self.has_head:
-            head = self.embedding if self.config.tie_embeddings else self.head
-            x = head.logits(self.norm(x[-1:] if last_only else x))
-        return x, after
+        return self.norm(x) if self.has_head else x, after
+
+    @property
+    def vocabulary(self) -> Embedding:
+        """What scores the vocabulary, of a slice with the head."""
+        return self.embedding if self.config.tie_embeddings else self.head
 
     def flops(self, length: int) -> Flops:
         """Per token, forward, at this sequence length. The embedding is a look-up and counts nothing."""

@@ -70,7 +70,8 @@ def fused_scan(
     )  # fmt: skip
     main = _bank(memories).main
     assert main is not None
-    y = q @ main.to(operands).mT + f @ (main + _eye(main)).to(operands).mT
+    through = lambda m: m.to(operands).mT.expand(batch, -1, -1, -1).flatten(0, 1)
+    y = torch.baddbmm(q.flatten(0, 1) @ through(main), f.flatten(0, 1), through(main + _eye(main))).view_as(f)
     states = (DeltaState(end.mT),)
     gates = Gates(eta, log_alpha, None if valid is None else valid.unsqueeze(1))
     return Scanned(y, States(states, states), [gates])
@@ -89,20 +90,40 @@ def _before_the_loop(config: MemoryConfig, memories: Memories, given: Given, x: 
     key, value, eta, alpha = bank.stack.float().unflatten(1, (-1, x.shape[-1])).unbind(1)
     eye = _eye(key)
     plain = eye if config.static == "identity" else torch.zeros_like(eye)
-    a = lambda static, m: x @ ((plain if static is None else static.float()) + scale * m).to(x.dtype).mT
+    path = lambda static, m: ((plain if static is None else static.float()) + scale * m).to(x.dtype).mT
     w_eta, w_alpha = GATE_SCALE * memories.eta_weight.float(), GATE_SCALE * memories.alpha_weight.float()
     through = lambda w, m: scale * (w.unsqueeze(1) @ m).squeeze(1)
     m_eta, m_alpha = through(w_eta, eta), through(w_alpha, alpha)
     # the bias is added in fp32: in bf16 a logit of 4 would be rounded to steps of 1/32, and 1 - alpha to 3 %
-    logits = (x @ torch.stack([w_eta + m_eta, w_alpha + m_alpha], -1).to(x.dtype)).float()
+    gates = torch.stack([w_eta + m_eta, w_alpha + m_alpha], -1).to(x.dtype)
+    a_k, a_v, logits = _Products.apply(x, path(given.static_k, key), path(given.static_v, value), gates)
     biases = given.eta_bias.float(), given.alpha_bias.float()
-    g_eta, g_alpha = (t + b.unsqueeze(-1) for t, b in zip(logits.unbind(-1), biases, strict=True))
+    g_eta, g_alpha = (t + b.unsqueeze(-1) for t, b in zip(logits.float().unbind(-1), biases, strict=True))
     b_k, b_v = scale * (key + eye), scale * (value + eye)
     e_eta, e_alpha = m_eta + scale * w_eta, m_alpha + scale * w_alpha
-    return tuple(
-        t.contiguous()
-        for t in (a(given.static_k, key), a(given.static_v, value), g_eta, g_alpha, b_k, b_v, e_eta, e_alpha)
-    )
+    return tuple(t.contiguous() for t in (a_k, a_v, g_eta, g_alpha, b_k, b_v, e_eta, e_alpha))
+
+
+class _Products(torch.autograd.Function):
+    """x W of every W [H, K, N], x [B, H, L, K]. The gradients of x are added up inside of their products: as sums of
+    their own they read and write x's size three times each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        return tuple(x @ w for w in weights)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        x, *weights = ctx.saved_tensors
+        flat = [g.flatten(0, 1) for g in gradients]
+        turned = [w.mT.expand(x.shape[0], -1, -1, -1).flatten(0, 1) for w in weights]
+        dx = flat[0] @ turned[0]
+        for g, w in zip(flat[1:], turned[1:], strict=True):
+            dx.baddbmm_(g, w)
+        over_batch = lambda g, w: (x.mT @ g).sum(0, dtype=torch.float32).to(w.dtype)
+        return dx.view_as(x), *(over_batch(g, w) for g, w in zip(gradients, weights, strict=True))
 
 
 def _eye(like: Tensor) -> Tensor:

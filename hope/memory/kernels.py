@@ -21,11 +21,13 @@ _SHORT = {torch.float64: "fp64", torch.float16: "fp16"}
 
 
 class ScanChoice(NamedTuple):
-    """A form of the loop with `scan`'s signature, its name, and the reason for it if it is not the fast one."""
+    """A form of the loop with `scan`'s signature, its name, the reason for it if it is not the fast one, and the dtype
+    in which it wants x and q (None: at least fp32)."""
 
     scan: Callable[..., Scanned]
     name: str
     reason: str = ""
+    operands: torch.dtype | None = None
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})" if self.reason else self.name
@@ -39,7 +41,7 @@ def scan_for(config: MemoryConfig, device: torch.device, dtype: torch.dtype, hea
         return ScanChoice(scan, "plain", device.type.upper())
     if reason := _against_memory(config, head_dim) or _against_type(dtype, head_dim):
         return ScanChoice(scan, "plain", reason)
-    return ScanChoice(partial(fused_scan, operands=dtype, precision="tf32"), "fused")
+    return ScanChoice(partial(fused_scan, operands=dtype, precision="tf32"), "fused", operands=dtype)
 
 
 def _against_memory(config: MemoryConfig, head_dim: int) -> str:

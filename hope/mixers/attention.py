@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from hope.documents import Documents
 from hope.flops import Flops
-from hope.layers import Linear, rotate
+from hope.layers import Linear, rotated, rotation
 from hope.mixers.base import Mixer, Trunk, mixer
 from hope.mixers.base import State as MixerState
 from hope.sections import MixerSection, Problem
@@ -70,9 +70,9 @@ class Attention(Mixer):
         x_TBD = self.enter(x_TBD)
         offset = 0 if state is None else state.position
         heads = lambda z: z.unflatten(-1, (-1, self.head_dim)).permute(1, 2, 0, 3)
-        q = rotate(heads(self.query(x_TBD)), self.rope_base, offset)
-        k = rotate(heads(self.key(x_TBD)), self.rope_base, offset)
-        v = heads(self.value(x_TBD))
+        q, k, v = (heads(project(x_TBD)) for project in (self.query, self.key, self.value))
+        turn = rotation(q, self.rope_base, offset)
+        q, k = (self.form(rotated)(z, *turn) for z in (q, k))
         mask = None if documents is None else documents.attention_mask()
         opened = None if documents is None else documents.open_at_end(0).T
         if state is not None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from hope.dense import Dense
 from hope.documents import Documents
 from hope.flops import Flops
 from hope.sections import MixerSection
@@ -105,7 +106,7 @@ class Report:
     histograms: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Mixer(nn.Module):
+class Mixer(Dense):
     """Base of all mixers; `name` is filled in by `mixer`.
 
     A constructor takes (trunk, section). Make every parameter with `hope.parameters.new_parameter`, or of modules that
@@ -115,6 +116,7 @@ class Mixer(nn.Module):
     Attributes:
         chunk: tokens between two writes of the state; memory use is linear in whole chunks. 1: no chunks.
         watched: whether the next forward passes collect what `report` tells.
+        form: what its dense parts go through, see `hope.dense`.
     """
 
     name = ""

@@ -21,11 +21,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hope.documents import NO_PENDING, Documents, Pending, of_open_document, plain_layout
 from hope.flops import Flops
-from hope.layers import CausalConv, Linear, RMSNorm, unit
+from hope.layers import CausalConv, Linear, RMSNorm, convolved, gated, rms_norm, unit
 from hope.memory.bank import State as FastWeights
 from hope.memory.bank import reset_rows
 from hope.memory.config import MemoryConfig
@@ -69,6 +68,23 @@ class SelfModifyingState(State):
         return {f"main.{number}": layer.weight for number, layer in enumerate(self.main)}
 
 
+def memory_input(
+    x_TBD: Tensor, weight: Tensor, history: Tensor, same: Tensor | None, head_dim: int, dtype: torch.dtype
+) -> Tensor:
+    """Convolved and cut into heads of unit length [B, H, T, K], normalised in fp32 (or fp64). One of fewer bits than
+    that lies without gaps, as the kernels take it."""
+    heads = convolved(x_TBD, weight, history, same).unflatten(-1, (-1, head_dim)).permute(1, 2, 0, 3)
+    wide = torch.promote_types(x_TBD.dtype, torch.float32)
+    vectors = unit(heads.to(wide))
+    return vectors if dtype == wide else vectors.to(dtype, memory_format=torch.contiguous_format)
+
+
+def merge_heads(y_BHTK: Tensor, gate_TBD: Tensor, norm_weight: Tensor) -> Tensor:
+    """Heads normed by one weight in the memory's precision, side by side [T, B, D] in the trunk's, and gated."""
+    y_BHTK = rms_norm(y_BHTK, norm_weight.to(y_BHTK.dtype)).to(gate_TBD.dtype)
+    return gated(gate_TBD, y_BHTK.permute(2, 0, 1, 3).flatten(-2))
+
+
 @mixer("hope", section=MemoryConfig)
 class SelfModifyingTitans(Mixer):
     """forward: x [T, B, D] -> (y [T, B, D], state). Parameters of a head touch only that head's memories."""
@@ -105,7 +121,8 @@ class SelfModifyingTitans(Mixer):
         x_TBD = self.enter(x_TBD)
         length, batch, _ = x_TBD.shape
         dtype = torch.promote_types(x_TBD.dtype, torch.float32)
-        x_BHTK, q_BHTK, history = self._convolved(x_TBD, state, documents, dtype)
+        choice = scan_for(self.config, x_TBD.device, x_TBD.dtype, self.head_dim)
+        x_BHTK, q_BHTK, history = self._convolved(x_TBD, state, documents, choice.operands or dtype)
         pending = NO_PENDING if state is None else state.pending
         if state is not None and pending.slots:
             x_BHTK = torch.cat([state.pending_x, x_BHTK], 2)
@@ -117,39 +134,35 @@ class SelfModifyingTitans(Mixer):
             else documents.layout(window, pending)
         )
         before = None if state is None else States(state.projections, state.main)
-        loop = scan_for(self.config, device, x_TBD.dtype, self.head_dim).scan
         given = self._given(layout.spread(x_BHTK), layout.spread(q_BHTK))
-        found = loop(self.config, self._memories(dtype), given, layout, before)
+        found = choice.scan(self.config, self._memories(dtype), given, layout, before)
         if self.watched:
             self._collected = summary(found)
-        y_BHTK = self.norm_heads(layout.collect(found.y)).to(x_TBD.dtype)
-        merged = y_BHTK.permute(2, 0, 1, 3).flatten(-2)
-        out = self.leave(self.output(merged * F.silu(self.gate(x_TBD))))
-        left = layout.remaining(x_BHTK), layout.remaining(q_BHTK), layout.left
+        merged = self.form(merge_heads)(layout.collect(found.y), self.gate(x_TBD), self.norm.weight)
+        out = self.leave(self.output(merged))
+        left = layout.remaining(x_BHTK).to(dtype), layout.remaining(q_BHTK).to(dtype), layout.left
         return out, SelfModifyingState(found.states.projections, found.states.main, history, *left)
 
     def _convolved(
         self, x_TBD: Tensor, state: SelfModifyingState | None, documents: Documents | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The memory's inputs x and q, unit vectors [B, H, T, K] each, and the history [B, taps-1, 2 D]."""
+        """The memory's inputs x and q, unit vectors [B, H, T, K] of `dtype` each, and the history [B, taps-1, 2 D]."""
         width, past = self.conv_input.weight.shape[0], self.config.conv_width - 1  # of the heads that are here
         history = x_TBD.new_zeros(past, x_TBD.shape[1], 2 * width)
         if state is not None:
             history = state.history.transpose(0, 1)
         same = None if documents is None or past == 0 else documents.same(past + 1)
-        xs, past_x = self.conv_input(self.input(x_TBD), history[..., :width], same)
-        qs, past_q = self.conv_query(self.query(x_TBD), history[..., width:], same)
-        x_BHTK, q_BHTK = (unit(self._heads(z).to(dtype)) for z in (xs, qs))
-        latest = torch.cat([past_x, past_q], -1).to(dtype)
-        return x_BHTK, q_BHTK, of_open_document(latest, documents).transpose(0, 1)
-
-    def norm_heads(self, y: Tensor) -> Tensor:
-        """One norm weight for all heads, applied per head in the memory's precision."""
-        return F.rms_norm(y, (y.shape[-1],), self.norm.weight.to(y.dtype), eps=1e-6)
-
-    def _heads(self, x_TBD: Tensor) -> Tensor:
-        heads: Tensor = x_TBD.unflatten(-1, (-1, self.head_dim))
-        return heads.permute(1, 2, 0, 3)
+        found, latest = [], []
+        halves = history[..., :width], history[..., width:]
+        for project, conv, before in zip(
+            (self.input, self.query), (self.conv_input, self.conv_query), halves, strict=True
+        ):
+            z = project(x_TBD)
+            found.append(self.form(memory_input)(z, conv.weight, before, same, self.head_dim, dtype))
+            latest.append(conv.latest(z, before))
+        wide = torch.promote_types(x_TBD.dtype, torch.float32)
+        past_TBD = of_open_document(torch.cat(latest, -1).to(wide), documents)
+        return found[0], found[1], past_TBD.transpose(0, 1)
 
     def _given(self, x: Tensor, q: Tensor) -> Given:
         """What the loop takes of the whole sequence, and of this module apart from its memories."""

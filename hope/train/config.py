@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hope.dense import SHAPES
 from hope.sections import Problem, only_if
 
 
@@ -77,6 +78,15 @@ class TrainConfig:
     last bit (same layout, same kind of GPU, same versions). Attention becomes slower."""
     recompute: Literal["none", "memory", "block"] = "none"
     """What the backward pass computes again instead of keeping: nothing, the mixers (chunk loops), or whole blocks."""
+    compile: Literal["none", "dense"] = "none"
+    """dense: norms, gates, convolutions, rotations and the loss are fused by torch.compile; memory loops and products
+    stay as they are. The first steps take a minute longer. Needs a C compiler on a GPU, a C++ compiler on a CPU."""
+    loss_chunk: int | None = None
+    """Tokens whose scores over the vocabulary are held at once in the loss and its gradient; 0: those of the whole
+    micro-batch; null: by size, the whole up to 2^27 scores."""
+    profile: list[int] | None = None
+    """[first, last]: steps that rank 0 records with torch's profiler, into the run's folder profile/; a table of the
+    time of every kind of module is printed. null: none."""
     eval_every: int = 0
     """Steps between evaluations on held-out data; 0: only before the first and after the last step."""
     eval_windows: int = 0
@@ -119,7 +129,34 @@ class TrainConfig:
             )
         if self.spike_window < 2:
             yield Problem(f"{path}.spike_window", f"{self.spike_window} losses have no deviation", "64")
+        if self.loss_chunk is not None and self.loss_chunk < 0:
+            what = f"{self.loss_chunk} is no number of tokens"
+            yield Problem(f"{path}.loss_chunk", what, "4096, 0 for the whole micro-batch, or null for a choice by size")
+        yield from self._compile_problems(path)
+        yield from self._profile_problems(path)
         yield from self._stage_problems(f"{path}.seq_len_stages")
+
+    def _compile_problems(self, path: str) -> Iterator[Problem]:
+        if self.compile == "none":
+            return
+        if self.deterministic:
+            what = "chooses kernels by their time, which need not repeat itself, and train.deterministic is true"
+            yield Problem(f"{path}.compile", what, "none; or train.deterministic=false")
+        lengths = len({stage.seq_len for stage in self.seq_len_stages})
+        if lengths > SHAPES:
+            what = f"compiles anew for every length, and train.seq_len_stages has {lengths}"
+            yield Problem(f"{path}.compile", what, f"none; or at most {SHAPES} lengths")
+
+    def _profile_problems(self, path: str) -> Iterator[Problem]:
+        if self.profile is None:
+            return
+        if len(self.profile) != 2:
+            yield Problem(f"{path}.profile", f"{self.profile} is not a first and a last step", "[11, 12], or null")
+            return
+        first, last = self.profile
+        if not 1 <= first <= last <= self.steps:
+            what = f"{self.profile} are no steps of a run with train.steps {self.steps}, in order"
+            yield Problem(f"{path}.profile", what, f"1 <= first <= last <= {self.steps}; or null")
 
     def _stage_problems(self, path: str) -> Iterator[Problem]:
         before = 0

@@ -1,7 +1,7 @@
 """What watches a training step from outside, in one place, so that the step itself reads as mathematics.
 
 The heartbeat tells the launcher which phase this process is in. Two timers measure whole steps and this rank's own
-work. A probe reads the memories. None of them changes a number of the training.
+work. A probe reads the memories. A profiler records some steps. None of them changes a number of the training.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from hope.model import Model
 from hope.train.config import LogConfig, TrainConfig
 from hope.train.diagnostics import MixerProbe
 from hope.train.heartbeat import Heartbeat
+from hope.train.profiler import StepProfiler
 from hope.train.stragglers import BusyTimer
 from hope.train.throughput import Devices, StepTimer, memory_gb, mfu
 
@@ -47,6 +49,7 @@ class Instruments:
         models: this rank's part of the model.
         rank, world_size: of this process, among all processes of the run.
         device: where it computes.
+        folder: of the run, for what `train.profile` asks for; None: nothing is profiled.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Instruments:
         rank: int,
         world_size: int,
         device: torch.device,
+        folder: Path | None = None,
     ) -> None:
         self.beat = beat
         self.devices = Devices.of(device, world_size)
@@ -65,6 +69,8 @@ class Instruments:
         self._train, self._log, self._device = train, log, device
         self._timer = StepTimer(train.tokens_per_step, self.devices)
         self._busy = BusyTimer(rank, device)
+        profiled = train.profile if folder is not None else None
+        self.profiler = StepProfiler(profiled, models, (folder or Path()) / "profile", device, keeps=rank == 0)
 
     def taken(self, step: int, last: int) -> Taken:
         """Which records `step` leaves, when `last` is the last one of this process."""
@@ -80,11 +86,12 @@ class Instruments:
         """Around everything that counts as the time of a step. It begins with waiting for data."""
         taken = self.taken(step, last)
         self.probe.arm(taken.logged or taken.drawn)
-        self._timer.begin()
-        self._busy.begin()
-        self.beat("data", step)
-        yield taken
-        self._timer.end()
+        with self.profiler.step(step):
+            self._timer.begin()
+            self._busy.begin()
+            self.beat("data", step)
+            yield taken
+            self._timer.end()
 
     @contextmanager
     def passes(self) -> Iterator[Callable[[str], object]]:

@@ -35,6 +35,7 @@ class Replica:
     optimizer: ShardedOptimizer
     ranks: groups.Ranks
     layout: ParallelConfig
+    loss_chunk: int | None = None
 
     def run(
         self, batches: Sequence[Batch], forward_only: bool = False, phase: Callable[[str], object] | None = None
@@ -44,10 +45,12 @@ class Replica:
 
     def _stage_step(self, model: Model, hidden: Tensor | None, batch: Batch) -> Tensor | tuple[Tensor, Report]:
         inputs = batch.tokens_TB if model.has_embedding else hidden
-        outputs, _ = model(inputs, starts=batch.starts_TB, keep_state=False)
+        assert inputs is not None
+        outputs, _ = model.trunk(inputs, starts=batch.starts_TB, keep_state=False)
         if not model.has_head:
             return outputs
-        loss = sharded_loss(outputs, batch.targets_TB, self.ranks.tp_size, batch.weights_TB)
+        scores = model.vocabulary.scores(outputs, self.loss_chunk)
+        loss = sharded_loss(scores, batch.targets_TB, self.ranks.tp_size, batch.weights_TB)
         return loss, {"loss": loss}
 
     def reduce(self) -> None:
@@ -73,17 +76,24 @@ def build_replica(
     seed: int,
     recompute: str = "none",
     tokens_per_step: int | None = None,
+    loss_chunk: int | None = None,
+    compile: str = "none",
 ) -> Replica:
-    """Build this rank's slices on full shapes, fill them from (seed, name), cut them, give them to the optimizer."""
+    """Build this rank's slices on full shapes, fill them from (seed, name), cut them, give them to the optimizer.
+
+    Raises:
+        CannotCompile: `compile` asks for what this machine has not got.
+    """
     parts = split(config, seq_len, ranks.pp_size, ranks.vp_size)[ranks.pp_rank]
     models = []
     for part in parts:
         model = Model(config, part).initialise(seed)
         model.set_recompute(recompute)
+        model.set_compile(compile, ranks.device.type)
         models.append(shard_model(model, ranks.tp_rank, ranks.tp_size, layout.sequence).to(ranks.device))
     levels = parameter_groups(models, optim.weight_decay, optim, tokens_per_step)
     optimizer = _sharded_optimizer(models, levels, optim, layout, ranks, precision)
-    return Replica(models, stages_of(models, precision, layout, config.width), optimizer, ranks, layout)
+    return Replica(models, stages_of(models, precision, layout, config.width), optimizer, ranks, layout, loss_chunk)
 
 
 def _sharded_optimizer(

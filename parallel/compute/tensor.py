@@ -12,11 +12,14 @@ One pair per region: the projections of a mixer share their `enter`.
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from hope.loss import ALONE, OverRanks, Unscored, blockwise_loss
 from hope.model import Embedding, Model, next_token_loss
 from parallel.layout.plan import layout_of
 from parallel.layout.regions import outermost_regions
+from parallel.start import groups
 
 
 class Mapping(nn.Module):
@@ -67,11 +70,27 @@ def _borders(sequence: bool) -> tuple[Mapping, Mapping]:
     )
 
 
-def sharded_loss(logits_TBV: Tensor, targets_TB: Tensor, tp_size: int, weights_TB: Tensor | None = None) -> Tensor:
-    """`hope.model.next_token_loss` where each tensor-parallel rank holds V / tp_size scores; the same on every rank."""
+def sharded_loss(
+    scores: Tensor | Unscored, targets_TB: Tensor, tp_size: int, weights_TB: Tensor | None = None
+) -> Tensor:
+    """`hope.model.next_token_loss` where each tensor-parallel rank holds V / tp_size scores; the same on every rank.
+
+    scores: [T, B, V / tp_size], or what they are made of (from `Embedding.scores`).
+    """
+    if isinstance(scores, Unscored):
+        return blockwise_loss(scores, targets_TB, weights_TB, ALONE if tp_size == 1 else _over_tensor_ranks())
     if tp_size == 1:
-        return next_token_loss(logits_TBV, targets_TB, weights_TB)
+        return next_token_loss(scores, targets_TB, weights_TB)
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-    losses_TB = vocab_parallel_cross_entropy(logits_TBV.float(), targets_TB)
+    losses_TB = vocab_parallel_cross_entropy(scores.float(), targets_TB)
     return losses_TB.mean() if weights_TB is None else (losses_TB * weights_TB).mean()
+
+
+def _over_tensor_ranks() -> OverRanks:
+    def reduce(tensor: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
+        tensor = tensor.contiguous()
+        dist.all_reduce(tensor, how, group=groups.tensor_group())
+        return tensor
+
+    return OverRanks(lambda t: reduce(t, dist.ReduceOp.MAX), lambda t: reduce(t, dist.ReduceOp.SUM))

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from hope.config import ModelConfig
+from hope.loss import Unscored, block_of, blockwise_loss, working_bytes
 from hope.model import Model, Slice, next_token_loss
 from hope.optim.build import build_optimizer
 from hope.optim.config import OptimConfig
@@ -34,8 +35,9 @@ _SHORTEST = 8
 @dataclass(frozen=True)
 class RankMemory:
     """Bytes on one rank. `activations`: saved for backward over all micro-batches in flight; `fast_weights`: the
-    memory states of one micro-batch at one time (part of what activations hold per chunk); `loss`: the fp32 gradient
-    of the scores, which is made while all activations are still there (under tensor parallelism in place of them)."""
+    memory states of one micro-batch at one time (part of what activations hold per chunk); `loss`: what the loss needs
+    while all activations are still there: the fp32 gradient of the scores (under tensor parallelism made in place of
+    them), or where they are taken in blocks, the scores of one."""
 
     weights: int
     gradients: int
@@ -52,8 +54,8 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class StepShape:
-    """What decides sizes: tokens and sequences of a micro-batch, precision, division over ranks; and `tokens_per_step`,
-    needed only for CMS periods in tokens."""
+    """What decides sizes: tokens and sequences of a micro-batch, precision, division over ranks; `tokens_per_step`,
+    needed only for CMS periods in tokens; and `train.loss_chunk`."""
 
     seq_len: int
     micro_batch: int
@@ -63,6 +65,7 @@ class StepShape:
     data: int = 1
     recompute: str = "none"
     tokens_per_step: int | None = None
+    loss_chunk: int | None = None
 
     @staticmethod
     def of(train: TrainConfig, layout: ParallelConfig, dims: ParallelDims) -> "StepShape":
@@ -76,7 +79,12 @@ class StepShape:
             dims.data,
             train.recompute,
             train.tokens_per_step,
+            train.loss_chunk,
         )
+
+    def loss_block(self, config: ModelConfig) -> int:
+        """Tokens of a block of the loss; 0: all at once."""
+        return block_of(self.seq_len * self.micro_batch, config.vocab_size // self.tensor, self.loss_chunk)
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -149,9 +157,10 @@ def activation_bytes(model: Model, shape: StepShape) -> int:
         inputs = torch.empty(length, shape.micro_batch, model.config.width, dtype=dtype, device="meta")
         inputs.requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved), _FusedAttention():
-        out = model(inputs)[0]
+        out = model.trunk(inputs)[0]
         if model.has_head:
-            next_token_loss(out, tokens)
+            scores = model.vocabulary.scores(out, shape.loss_chunk)
+            _ = blockwise_loss(scores, tokens) if isinstance(scores, Unscored) else next_token_loss(scores, tokens)
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), tokens)}
     return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
 
@@ -168,6 +177,7 @@ def part_activations(config: ModelConfig, part: Slice, shape: StepShape) -> int:
 def _block_activations(config: ModelConfig, layer: int, shape: StepShape) -> int:
     """Of one block (with embedding or head, if it is the first or last). Linear in the number of chunks: of a long
     sequence two short pieces are measured."""
+    shape = replace(shape, loss_chunk=shape.loss_block(config))  # of the whole sequence, whatever is measured
     measure = lambda s: activation_bytes(build_part(config, Slice(layer, layer + 1), s), s)
     with torch.device("meta"):
         chunk = config.build_mixer(config.mixer_of_layer[layer]).chunk
@@ -215,13 +225,17 @@ def rank_memory(
         optimizer=optimizer_bytes(models, optim, shape),
         activations=round(activations * in_flight) + _recomputed(config, shape),
         fast_weights=sum(state_bytes(model, shape.micro_batch) for model in models),
-        loss=_loss_gradient(config, shape) if models[-1].has_head else 0,
+        loss=_loss_bytes(config, shape) if models[-1].has_head else 0,
     )
 
 
-def _loss_gradient(config: ModelConfig, shape: StepShape) -> int:
-    """The fp32 gradient of the scores; megatron-core's cross-entropy of divided scores makes it in their own place."""
-    return 4 * shape.seq_len * shape.micro_batch * config.vocab_size if shape.tensor == 1 else 0
+def _loss_bytes(config: ModelConfig, shape: StepShape) -> int:
+    """The fp32 gradient of the scores; megatron-core's cross-entropy of divided scores makes it in their own place. Of
+    a loss in blocks what one of them needs."""
+    tokens, rows, block = shape.seq_len * shape.micro_batch, config.vocab_size // shape.tensor, shape.loss_block(config)
+    if block:
+        return working_bytes(tokens, rows, config.width, block, 2 if shape.bf16 else 4)
+    return 4 * tokens * rows if shape.tensor == 1 else 0
 
 
 def _recomputed(config: ModelConfig, shape: StepShape) -> int:

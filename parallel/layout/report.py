@@ -100,12 +100,18 @@ def _optimizer_kernels(optim: OptimConfig, device: str) -> tuple[str, str]:
 
 
 def describe(
-    config: ModelConfig, dims: ParallelDims, shape: StepShape, global_batch: int, optim: OptimConfig, device: str
+    config: ModelConfig,
+    dims: ParallelDims,
+    shape: StepShape,
+    global_batch: int,
+    optim: OptimConfig,
+    device: str,
+    compile: str = "none",
 ) -> str:
     """The table that a start or `--dry-run` prints: the model, the layout, the split, and bytes per rank.
 
     `device`: this process's type of device, such as "cuda", which says what kernels it can take. A dry run without a
-    GPU of a run that will have some says so too.
+    GPU of a run that will have some says so too. `compile`: as in the train section.
     """
     levels, flops, writes = model_facts(config, shape)
     total = sum(count for _, count in levels.values())
@@ -123,7 +129,8 @@ def describe(
         ("traffic", f"{_traffic(config, dims, shape, optim) / GIB:.3f} GiB of gradients reduced per step and rank "
                     f"(optim.accumulate {optim.accumulate})"),
         ("FLOPs", f"{flops:.3e} per trained token, {writes / flops:.1%} of them memory writes"),
-        ("kernels", kernel_facts([*_mixer_kernels(config, device, shape.bf16), _optimizer_kernels(optim, device)])),
+        ("kernels", kernel_facts([*_mixer_kernels(config, device, shape.bf16), _optimizer_kernels(optim, device),
+                                  *([("dense parts", "compiled")] if compile == "dense" else [])])),
     ]  # fmt: skip
     text = [f"{name:<11} {fact}" for name, fact in rows]
     if dims.pipeline > 1:

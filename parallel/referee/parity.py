@@ -134,5 +134,7 @@ def run_layout(config: Config, task: Task, ranks: groups.Ranks) -> Evidence | No
         precision=task.precision,
         seed=task.seed,
         recompute=config.train.recompute,
+        loss_chunk=config.train.loss_chunk,
+        compile=config.train.compile,
     )
     return from_layout(task, replica, config.train.micro_batch)

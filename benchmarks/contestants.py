@@ -1,0 +1,192 @@
+"""The models that benchmarks/throughput.py compares: sizes, equal parameter counts, and megatron-core's GPTModel."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hope.batch import Batch
+from hope.config import CmsConfig, ModelConfig
+from hope.memory.config import MemoryConfig
+from hope.model import Model
+from hope.optim.build import build_optimizer
+from hope.optim.config import OptimConfig
+from hope.optim.levels import parameter_groups
+from hope.parameters import Declaration, constant
+from parallel.compute.pipeline import Stage, forward_backward
+from parallel.compute.replica import build_replica
+from parallel.layout.topology import ParallelConfig
+from parallel.optimizer.sharded import ShardedOptimizer
+from parallel.optimizer.zero import ZeroOptimizer
+from parallel.start import groups
+
+# Width, layers, heads, vocabulary of the Transformer++. The others have its trunk, and MLPs as wide as it takes.
+SIZES = {
+    "tiny": (32, 2, 2, 64),
+    "17m": (384, 8, 6, 8192),
+    "340m": (1024, 24, 16, 32000),
+    "760m": (1536, 24, 24, 32000),
+    "1.3b": (2048, 24, 32, 32000),
+}
+PATTERNS = {
+    "transformer": ["attention"],
+    "hope": ["hope"],
+    "hope_hybrid": ["hope", "hope", "hope", "attention"],
+    "hope_mlp": ["hope"],
+    "hope_attention": ["attention"],
+}
+GPT = "megatron_gpt"
+MODELS = (*PATTERNS, GPT)
+WITHIN = 0.02  # of the Transformer's parameters
+
+
+def parameters(config: ModelConfig) -> int:
+    """Of the whole model."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Model(config).parameters())
+
+
+def model_config(name: str, size: str) -> ModelConfig:
+    """A model of this project, matched to the Transformer++ of its size by the width of its MLPs.
+
+    Raises:
+        ValueError: no width comes within 2 % of its parameters.
+    """
+    width, layers, heads, vocabulary = SIZES[size]
+    pattern = [*PATTERNS[name] * layers][:layers]
+    memory = MemoryConfig(memory="mlp" if name == "hope_mlp" else "matrix")
+    sections = {"mixers": {"hope": memory}} if "hope" in pattern else {}
+    make = lambda periods, hidden: ModelConfig(
+        pattern=pattern, vocab_size=vocabulary, width=width, layers=layers, heads=heads,
+        cms=CmsConfig(periods=periods, hidden=hidden), **sections,
+    )  # fmt: skip
+    if name == "transformer":
+        return make([1], None)
+    wanted = parameters(model_config("transformer", size))
+    without = parameters(make([1, 4], 1)) - (unit := parameters(make([1, 4], 2)) - parameters(make([1, 4], 1)))
+    for multiple in (64, 32, 16, 8, 4, 2, 1):  # the widest tiles that a product can have without missing the count
+        hidden = max(1, round((wanted - without) / unit / multiple)) * multiple
+        if abs(without + hidden * unit - wanted) <= WITHIN / 2 * wanted or multiple == 1:
+            break
+    found = make([1, 4], hidden)
+    if abs(parameters(found) - wanted) > WITHIN * wanted:
+        raise ValueError(f"{name} at {size}: {parameters(found):,} parameters, transformer {wanted:,}")
+    return found
+
+
+@dataclasses.dataclass
+class Contestant:
+    """One built model: what a step is made of."""
+
+    optimizer: ShardedOptimizer
+    run: Callable[[Sequence[Batch]], Any]
+    reduce: Callable[[], None]
+    parameters: int
+
+    def step(self, batches: Sequence[Batch]) -> float:
+        """A whole training step; the gradient norm, for which the device has finished the backward pass."""
+        self.run(batches)
+        self.reduce()
+        norm: float = sum(n * n for n in self.optimizer.grad_norms().values()) ** 0.5
+        self.optimizer.set_lr(1e-4)
+        self.optimizer.step(min(1.0, 1 / (norm + 1e-6)))
+        return norm
+
+
+def build(
+    name: str, size: str, seq: int, precision: str, ranks: groups.Ranks, compile: str, recompute: str
+) -> Contestant:
+    """A model with its optimizer on this device, through the code that a run uses."""
+    optim, layout = OptimConfig(), ParallelConfig()
+    if name == GPT:
+        return _build_gpt(size, seq, precision, ranks, optim, layout)
+    config = model_config(name, size)
+    replica = build_replica(
+        config, optim, layout, ranks, seq_len=seq, precision=precision, seed=1, recompute=recompute, compile=compile
+    )
+    return Contestant(replica.optimizer, replica.run, replica.reduce, parameters(config))
+
+
+class Gpt(nn.Module):
+    """megatron-core's GPTModel by its local layer specification, which needs no TransformerEngine.
+
+    Its own attention keeps T x T scores; torch's fused one stands in its place, as in our Transformer++, so that it is
+    no weaker than it has to be. Not compared: TransformerEngine's fused norms and attention, and FP8.
+    """
+
+    def __init__(self, size: str, seq: int, precision: str) -> None:
+        super().__init__()
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+        from megatron.core.models.gpt.gpt_model import GPTModel
+        from megatron.core.transformer.spec_utils import ModuleSpec
+        from megatron.core.transformer.transformer_config import TransformerConfig
+
+        width, layers, heads, vocabulary = SIZES[size]
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = TransformerConfig(
+                num_layers=layers, hidden_size=width, num_attention_heads=heads,
+                ffn_hidden_size=model_config("transformer", size).hidden_per_level(),
+                gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False, normalization="RMSNorm",
+                layernorm_epsilon=1e-6, hidden_dropout=0.0, attention_dropout=0.0, bf16=precision == "bf16",
+                params_dtype=dtype, pipeline_dtype=dtype, use_cpu_initialization=True,
+                cross_entropy_loss_fusion=True, bias_activation_fusion=False, apply_rope_fusion=False,
+            )  # fmt: skip
+            spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+            spec.submodules.self_attention.submodules.core_attention = ModuleSpec(module=_FusedAttention)
+            self.gpt = GPTModel(
+                config, spec, vocabulary, seq, position_embedding_type="rope",
+                share_embeddings_and_output_weights=True,
+            )  # fmt: skip
+        self.blocks: dict[str, nn.Module] = {}
+        for parameter in self.gpt.parameters():
+            parameter.declaration = Declaration(constant(0.0), None, "trunk", "elementwise")  # type: ignore[attr-defined]
+
+    def loss(self, batch: Batch) -> Tensor:
+        tokens = batch.tokens_TB.T.contiguous()
+        position = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        with nullcontext() if tokens.is_cuda else patch("torch.cuda.current_device", lambda: tokens.device):
+            # its rotary embedding asks for the current GPU, also where there is none
+            losses: Tensor = self.gpt(tokens, position, None, labels=batch.targets_TB.T.contiguous())
+        return losses.mean()
+
+
+class _FusedAttention(nn.Module):
+    """What megatron-core calls a core attention: q, k, v [T, B, H, K] -> [T, B, H K]."""
+
+    def __init__(self, *args: Any, **choices: Any) -> None:
+        super().__init__()
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **choices: Any) -> Tensor:
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).permute(2, 0, 1, 3).flatten(2)
+
+
+def _build_gpt(
+    size: str, seq: int, precision: str, ranks: groups.Ranks, optim: OptimConfig, layout: ParallelConfig
+) -> Contestant:
+    torch.manual_seed(1)
+    model = Gpt(size, seq, precision).to(ranks.device)
+    levels = parameter_groups([model], optim.weight_decay, optim)  # type: ignore[list-item]
+    optimizer = ZeroOptimizer(model, build_optimizer(levels, optim), precision, ranks, zero=layout.zero)
+    stage = Stage(model, precision)
+
+    def step_fn(model: Gpt, hidden: Tensor | None, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = model.loss(batch)
+        return loss, {"loss": loss}
+
+    def reduce() -> None:
+        optimizer.prepare()
+        optimizer.reduce()
+
+    count = sum(p.numel() for p in model.parameters())
+    return Contestant(optimizer, lambda batches: forward_backward(stage, batches, step_fn), reduce, count)

@@ -1,0 +1,270 @@
+"""Training speed of the models side by side: one process, turn by turn (A B A B), medians and spread.
+
+    python benchmarks/throughput.py --size 340m --seq 4096 16384 --json docs/measurements/throughput.json
+    python benchmarks/throughput.py --size 17m --seq 1024 --models hope transformer --compile dense --rounds 3
+
+Every model has the parameters of the Transformer++ of its size (+- 2 %), sees as many tokens per step at every length,
+and takes whole training steps with its optimizer, on random tokens, through the code that a run uses. Its micro-batch
+is the fastest of those that fit under --cap GiB: memory is predicted, then halved as long as it does not fit, and the
+two largest that do are timed. The cap is enforced by torch's allocator. Models are built anew for every turn, so that
+each has the whole memory.
+
+MFU = tokens/s x FLOPs per token of forward and backward (no recomputation) / peak of dense bf16. The share of the
+memory loop is of the device's time in one profiled step, with the fused kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from contestants import GPT, MODELS, SIZES, Contestant, build, model_config
+
+from hope.batch import Batch
+from hope.dense import COMPILE
+from hope.model import Slice
+from hope.optim.config import OptimConfig
+from hope.train.config import TrainConfig
+from hope.train.numerics import set_numerics
+from hope.train.throughput import GIB, Devices, mfu
+from parallel.layout import report
+from parallel.layout.memory import StepShape, rank_memory
+from parallel.layout.topology import ParallelConfig
+from parallel.referee.evidence import micro_batches
+from parallel.start import groups
+
+Row = dict[str, Any]
+# How far over the cap a prediction may be that is worth a try: it knows the plain memory loop, not the kernels.
+TOO_HIGH = {"hope": 4.0, "hope_hybrid": 4.0}
+
+
+class Bench:
+    """What all turns share: device, memory cap, and the micro-batch that was found for a model and length."""
+
+    def __init__(self, args: argparse.Namespace, ranks: groups.Ranks) -> None:
+        self.args, self.ranks, self.cuda = args, ranks, ranks.device.type == "cuda"
+        self.gpu = torch.cuda.get_device_name(ranks.device) if self.cuda else "cpu"
+        self.devices = Devices.of(ranks.device, 1)
+        if self.cuda:
+            assert self.devices.memory_gb is not None
+            torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap / self.devices.memory_gb), ranks.device)
+
+    def compile_of(self, model: str) -> str:
+        return "none" if model == GPT else str(self.args.compile)
+
+    def turn(self, model: str, seq: int, micro: int, steps: int, warm: int = 2) -> Row:
+        """Build, warm up, and time `steps` steps. Raises torch.OutOfMemoryError."""
+        args, ranks, rows = self.args, self.ranks, self.args.tokens // seq
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        built = build(model, args.size, seq, args.precision, ranks, self.compile_of(model), args.recompute)
+        tokens = torch.randint(0, SIZES[args.size][3], (seq + 1, rows), generator=torch.Generator().manual_seed(0))
+        batches = micro_batches(Batch(tokens[:-1], tokens[1:]), micro, ranks)
+        seconds = []
+        for _ in range(warm + steps):
+            self._wait()
+            began = time.perf_counter()
+            built.step(batches)
+            self._wait()
+            seconds.append(time.perf_counter() - began)
+        peak = torch.cuda.max_memory_reserved() / GIB if self.cuda else None
+        share = self._loop_share(built, batches) if steps > 1 else None
+        return {"parameters": built.parameters, "seconds": seconds[warm:], "peak_gib": peak, "loop_share": share}
+
+    def _wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def _loop_share(self, built: Contestant, batches: Sequence[Batch]) -> float | None:
+        """Device time inside the fused memory loop over that of a whole step; None without kernels."""
+        from torch.profiler import ProfilerActivity, profile
+
+        if not self.cuda:
+            return None
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+            built.step(batches)
+            self._wait()
+        events = found.key_averages()
+        total = sum(event.self_device_time_total for event in events)
+        loop = sum(e.device_time_total for e in events if e.key in ("hope::memory_loop", "hope::memory_loop_backward"))
+        return loop / total if loop and total else None
+
+    def free(self) -> None:
+        """Give back what the turn before held."""
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+
+    def fits(self, model: str, seq: int, micro: int, steps: int) -> Row | None:
+        """A turn, or None if it does not fit."""
+        row = None
+        with suppress(torch.OutOfMemoryError):
+            row = self.turn(model, seq, micro, steps, warm=1)
+        self.free()  # once nothing holds the error, whose frames hold tensors
+        return row
+
+    def micro_batch(self, model: str, seq: int) -> int:
+        """The faster of the two largest micro-batches under the cap. Raises ValueError: not even one sequence fits."""
+        rows = self.args.tokens // seq
+        sizes = [rows // 2**n for n in range(rows.bit_length()) if rows % 2**n == 0]
+        predicted = [self.predicted(model, seq, size) for size in sizes]
+        limit = TOO_HIGH.get(model, 1.25) * self.args.cap
+        sizes = [s for s, p in zip(sizes, predicted, strict=True) if p <= limit] or sizes[-1:]
+        found: dict[int, float] = {}
+        for size in sizes:
+            row = self.fits(model, seq, size, 1)
+            if row is not None:
+                found[size] = min(row["seconds"])
+            if len(found) == 2:
+                break
+        if not found:
+            raise ValueError(f"{model} at {seq}: one sequence does not fit under {self.args.cap} GiB")
+        return min(found, key=lambda size: found[size])
+
+    def predicted(self, model: str, seq: int, micro: int) -> float:
+        """GiB of a step, from the configuration alone; of the Transformer++ for megatron-core's."""
+        config = model_config("transformer" if model == GPT else model, self.args.size)
+        shape = StepShape(seq, micro, self.args.precision == "bf16", recompute=self.args.recompute)
+        return rank_memory(config, [Slice(0, config.layers)], 1, shape, OptimConfig()).peak / GIB
+
+    def row(self, model: str, seq: int, micro: int, turns: list[Row]) -> Row:
+        """A line of the table: medians over all turns."""
+        speeds = [self.args.tokens / second for turn in turns for second in turn["seconds"]]
+        config = model_config("transformer" if model == GPT else model, self.args.size)
+        tokens_per_s = statistics.median(speeds)
+        peaks = [turn["peak_gib"] for turn in turns if turn["peak_gib"] is not None]
+        return {
+            "model": model,
+            "size": self.args.size,
+            "parameters": turns[0]["parameters"],
+            "seq": seq,
+            "tokens_per_s": tokens_per_s,
+            "smallest": min(speeds),
+            "largest": max(speeds),
+            "peak_gib": max(peaks) if peaks else None,
+            "gpu": self.gpu,
+            "micro_batch": micro,
+            "tokens_per_step": self.args.tokens,
+            "precision": self.args.precision,
+            "compile": self.compile_of(model),
+            "recompute": "none" if model == GPT else self.args.recompute,
+            "mfu": mfu(tokens_per_s, report.model_flops(config)(seq).training, self.devices),
+            "memory_loop_share": turns[-1]["loop_share"],
+            "rounds": len(turns),
+            "torch": torch.__version__,
+        }
+
+
+def compare(bench: Bench, seq: int) -> list[Row]:
+    """All models at one length. One that cannot be built or does not fit has a row that says why."""
+    rows: dict[str, Row] = {}
+    micro: dict[str, int] = {}
+    turns: dict[str, list[Row]] = {}
+    for model in bench.args.models:
+        try:
+            micro[model] = bench.args.micro_batch or bench.micro_batch(model, seq)
+            print(f"  {model}: micro-batch {micro[model]}", flush=True)
+        except Exception as error:  # the others are still worth their numbers
+            rows[model] = _failed(bench, model, seq, error)
+    for number in range(bench.args.rounds):
+        for model in [m for m in bench.args.models if m in micro and m not in rows]:
+            try:
+                turns.setdefault(model, []).append(bench.turn(model, seq, micro[model], bench.args.steps))
+                spread = [round(bench.args.tokens / s) for s in turns[model][-1]["seconds"]]
+                print(f"  round {number + 1} {model}: {spread} tokens/s", flush=True)
+            except Exception as error:
+                rows[model] = _failed(bench, model, seq, error)
+            bench.free()
+    done = {model: bench.row(model, seq, micro[model], turns[model]) for model in turns if model not in rows}
+    return [{**rows, **done}[model] for model in bench.args.models]
+
+
+def _failed(bench: Bench, model: str, seq: int, error: Exception) -> Row:
+    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    print(f"  {model}: not compared, {reason}", flush=True)
+    return {"model": model, "size": bench.args.size, "seq": seq, "gpu": bench.gpu, "not_compared": reason}
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown, with the share of the Transformer++ at the same length."""
+    base = {row["seq"]: row["tokens_per_s"] for row in rows if row["model"] == "transformer" and "tokens_per_s" in row}
+    speed = "tokens/s (smallest - largest)"
+    titles = ("model", "parameters", "seq", "micro-batch", speed, "of transformer", "MFU", "GiB", "loop")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    percent = lambda value: "" if value is None else f"{value:.1%}"
+    for row in rows:
+        if "not_compared" in row:
+            lines.append(f"| {row['model']} | | {row['seq']} | | not compared: {row['not_compared']} | | | | |")
+            continue
+        ratio = f"{row['tokens_per_s'] / base[row['seq']]:.2f}" if row["seq"] in base else ""
+        speed = f"{row['tokens_per_s']:,.0f} ({row['smallest']:,.0f} - {row['largest']:,.0f})"
+        peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
+        lines.append(
+            f"| {row['model']} | {row['parameters'] / 1e6:,.1f}M | {row['seq']} | {row['micro_batch']} | {speed} | "
+            f"{ratio} | {percent(row['mfu'])} | {peak} | {percent(row['memory_loop_share'])} |"
+        )
+    return "\n".join(lines)
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=list(SIZES), default="340m")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--seq", nargs="+", type=int, default=[4096], help="lengths; each divides --tokens")
+    parser.add_argument("--tokens", type=int, default=131072, help="per step, at every length")
+    parser.add_argument("--compile", choices=COMPILE, default="none", help="train.compile of this project's models")
+    parser.add_argument("--recompute", choices=["none", "memory", "block"], default="none")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--micro-batch", type=int, default=0, help="of all models, instead of searching")
+    parser.add_argument("--cap", type=float, default=72.0, help="GiB that a model may reserve")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of every model")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of a turn")
+    parser.add_argument("--json", type=Path, help="rows are added to this file; an equal measurement is replaced")
+    args = parser.parse_args(argv)
+    for seq in args.seq:
+        if seq < 1 or args.tokens % seq:
+            parser.error(f"--seq {seq} does not divide --tokens {args.tokens}")
+        if args.micro_batch and args.tokens // seq % args.micro_batch:
+            parser.error(
+                f"--micro-batch {args.micro_batch} does not divide the {args.tokens // seq} sequences of {seq}"
+            )
+    return args
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """Add rows to a list in a file; of one model, size, length, GPU and way of compiling the newest stays."""
+    key = lambda row: tuple(row.get(name) for name in ("model", "size", "seq", "gpu", "compile", "precision"))
+    old = json.loads(path.read_text()) if path.exists() else []
+    new = {key(row) for row in rows}
+    kept = [row for row in old if key(row) not in new]
+    path.write_text(json.dumps([*kept, *rows], indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    set_numerics(TrainConfig(steps=1, seq_len=1, global_batch=1, micro_batch=1, precision=args.precision))
+    rows: list[Row] = []
+    with groups.start(ParallelConfig()) as ranks:
+        bench = Bench(args, ranks)
+        for seq in args.seq:
+            print(f"sequence {seq}", flush=True)
+            rows += compare(bench, seq)
+            if args.json:
+                write(args.json, rows)
+    print(table(rows), flush=True)
+    return int(any("not_compared" in row for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""`train.compile=dense`: the compiled dense parts compute what they compute as they are, in float64 to 1e-12.
+
+The suite lets torch trace and differentiate them (aot_eager). Its code generator, which takes a C++ compiler a minute
+here, is a slow test.
+"""
+
+import functools
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import named
+from multirank import run_ranks
+from tiny import config_file
+
+import pretrain_hope
+from hope import dense
+from hope.config import CmsConfig, ModelConfig
+from hope.dense import CannotCompile, Compiled, Form, eager, set_form
+from hope.layers import unit
+from hope.loss import block_alone
+from hope.memory.config import MemoryConfig
+from hope.memory.kernels import ScanChoice
+from hope.memory.scan import Given, scan
+from hope.mixers import Trunk, self_modifying
+from hope.mixers.self_modifying import SelfModifyingTitans, memory_input
+from hope.model import Model
+from hope.parameters import initialise
+from hope.train.config import SeqLenStage, TrainConfig
+from parallel.compute.tensor import sharded_loss
+
+SIZES = {"steps": 8, "seq_len": 64, "global_batch": 1, "micro_batch": 1}
+PARTS = {
+    "hope": {"rms_norm", "gated", "memory_input", "merge_heads", "block_alone"},
+    "transformer": {"rms_norm", "gated", "rotated", "block_alone"},
+}
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled():
+    yield
+    torch.compiler.reset()
+
+
+def config(kind: str) -> ModelConfig:
+    memory, cms = MemoryConfig(projection_chunk=4, main_chunk=8), CmsConfig(periods=[1, 2])
+    return named(kind, vocab_size=64, width=32, layers=2, heads=2, memory=memory, cms=cms)
+
+
+def trained(kind: str, form: Form, packed: bool, recompute: str = "none") -> dict[str, torch.Tensor]:
+    """The loss, in blocks with a shorter last one, and every gradient."""
+    model = Model(config(kind)).initialise(7).double()
+    model.set_recompute(recompute)
+    set_form(model, form)
+    generator = torch.Generator().manual_seed(3)
+    ids, starts = torch.randint(0, 64, (18, 3), generator=generator), None
+    if packed:
+        starts = torch.rand(17, 3, generator=generator) < 0.2
+    loss = sharded_loss(model.vocabulary.scores(model.trunk(ids[:-1], starts=starts)[0], 20), ids[1:], 1)
+    loss.backward()
+    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+
+
+def assert_equal(kind: str, form: Compiled, packed: bool, recompute: str = "none") -> None:
+    found, expected = trained(kind, form, packed, recompute), trained(kind, eager, packed)
+    assert {function.__name__ for function in form._made} == PARTS[kind]
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-11, atol=1e-13, msg=name)
+
+
+@pytest.mark.parametrize(("kind", "recompute"), [("hope", "memory"), ("transformer", "block")])
+def test_traced_parts_equal_eager_ones(kind, recompute):
+    assert_equal(kind, Compiled("aot_eager"), True, recompute)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", list(PARTS))
+def test_generated_code_equals_eager(kind):
+    assert_equal(kind, Compiled(), True)
+
+
+def test_a_part_that_computes_something_else_is_seen():
+    class Spoiled(Compiled):
+        def __call__(self, function, /):
+            self._made[function] = function
+            return (lambda *args: 1.001 * function(*args)) if function.__name__ == "memory_input" else function
+
+    with pytest.raises(AssertionError, match="loss"):
+        assert_equal("hope", Spoiled(), False)
+
+
+def test_the_functional_loss_of_a_block_is_that_of_the_model():
+    scores = torch.randn(6, 11, dtype=torch.float64, requires_grad=True)
+    row, count = torch.tensor([0, 3, 10, 3, 5, 7]), torch.tensor([0.5, 0.0, 1.0, 2.0, 1.0, 1.0], dtype=torch.float64)
+    expected = (torch.nn.functional.cross_entropy(scores, row, reduction="none") * count).sum()
+    loss, gradient = block_alone(scores.detach(), row, count)
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, scores)[0])
+
+
+def test_inputs_of_the_kernels_are_rounded_once_and_lie_without_gaps():
+    generator = torch.Generator().manual_seed(0)
+    x, history = (torch.randn(n, 2, 32, generator=generator).bfloat16() for n in (9, 3))
+    weight = torch.randn(32, 4, generator=generator).bfloat16()
+    wide, narrow = (memory_input(x, weight, history, None, 16, dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert narrow.shape == (2, 2, 9, 16)
+    assert narrow.is_contiguous()
+    assert torch.equal(narrow, wide.bfloat16())
+    torch.testing.assert_close(unit(wide), wide)
+
+
+def test_what_is_carried_between_calls_stays_fp32(monkeypatch):
+    """A form of the loop that wants bf16 is handed bf16; the tokens that wait for their chunk are kept in fp32."""
+    seen = []
+
+    def loop(config, memories, given: Given, layout, state):
+        seen.extend([given.x.dtype, given.q.dtype])
+        return scan(config, memories, given._replace(x=given.x.float(), q=given.q.float()), layout, state)
+
+    monkeypatch.setattr(self_modifying, "scan_for", lambda *_: ScanChoice(loop, "test", "", torch.bfloat16))
+    mixer = SelfModifyingTitans(Trunk(32, 2, 1), MemoryConfig(projection_chunk=4, main_chunk=4))
+    initialise(mixer, 0)
+    mixer = mixer.bfloat16()
+    x = torch.randn(11, 2, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    whole, _ = mixer(x)
+    first, state = mixer(x[:6])
+    assert (state.pending_x.dtype, state.pending_q.dtype, state.history.dtype) == (torch.float32,) * 3
+    torch.testing.assert_close(torch.cat([first, mixer(x[6:], state)[0]]), whole)
+    assert seen[:4] == [torch.bfloat16] * 4
+
+
+def paths(**settings) -> list[str]:
+    return [problem.path for problem in TrainConfig(**SIZES, compile="dense", **settings).problems()]
+
+
+def test_what_cannot_be_compiled_is_refused_by_name():
+    assert paths() == []
+    assert paths(deterministic=True) == ["train.compile"]
+    stages = lambda *lengths: [SeqLenStage(from_step=i + 1, seq_len=n) for i, n in enumerate(lengths)]
+    assert paths(seq_len_stages=stages(1, 2, 4, 8, 16, 64, 32)) == ["train.compile"]
+    assert paths(seq_len_stages=stages(1, 2, 4, 8, 16, 64, 16)) == []
+
+
+def test_a_machine_without_a_compiler_says_so(monkeypatch, tmp_path):
+    assert dense.cannot_compile("cpu") == dense.cannot_compile("cuda") == ""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    assert dense.cannot_compile("cuda") == "needs a C compiler, and neither CC nor gcc nor clang is one here"
+    with pytest.raises(CannotCompile, match=r"train\.compile=dense needs a C\+\+ compiler"):
+        Model(config("hope")).set_compile("dense", "cpu")
+
+
+def run(path: str, name: str, compiler: bool, *flags: str) -> int:
+    torch.set_num_threads(1)
+    dense.Compiled = functools.partial(Compiled, "aot_eager")  # the process ends with this run
+    if not compiler:
+        dense.cannot_compile = lambda device: "needs a C++ compiler"
+    return pretrain_hope.main([path, f"run.name={name}", "train.steps=3", *flags])
+
+
+def test_a_run_that_is_compiled_is_the_run(tmp_path: Path, capfd):
+    path, losses = config_file(tmp_path, "attention"), {}
+    for name in ("dense", "none"):
+        assert run_ranks(run, 1, path, name, True, f"train.compile={name}", timeout=120) == [0]
+        assert ("dense parts: compiled" in capfd.readouterr().out) == (name == "dense")
+        lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        losses[name] = [json.loads(line)["grad_norm"] for line in lines[1:]]
+    assert losses["dense"] == pytest.approx(losses["none"], rel=1e-5)
+    assert len(losses["none"]) == 3
+    assert run_ranks(run, 1, path, "refused", False, "train.compile=dense", timeout=120) == [2]
+    assert "config error: train.compile=dense needs a C++ compiler" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("spoiled", ["", "memory_input"])
+def test_the_benchmark_of_the_parts_names_the_wrong_one(spoiled, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    benchmark = importlib.import_module("dense_forms")
+    spoil = lambda f: (lambda *args: 1.1 * f(*args)) if f.__name__ == spoiled else f
+    monkeypatch.setattr(benchmark, "Compiled", lambda backend: spoil)
+    sizes = ["--length", "32", "--batch", "2", "--width", "64", "--head", "16", "--vocabulary", "50", "--repeat", "1"]
+    assert benchmark.main(["--device", "cpu", *sizes]) == int(bool(spoiled))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7
+    assert all(("BAD" in line) == (line.split()[0].rstrip(",") == spoiled) for line in lines)

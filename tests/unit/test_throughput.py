@@ -1,0 +1,105 @@
+"""benchmarks/throughput.py: equal models, turns, the search for a micro-batch, and what it writes."""
+
+import gc
+import importlib
+import json
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from multirank import run_ranks
+
+from parallel.layout.topology import ParallelConfig
+from parallel.start import groups
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("throughput"), importlib.import_module("contestants")
+
+
+@pytest.mark.parametrize("size", ["17m", "760m"])
+def test_models_of_a_size_have_the_parameters_of_its_transformer(bench, size):
+    _, contestants = bench
+    wanted = contestants.parameters(contestants.model_config("transformer", size))
+    for name in contestants.PATTERNS:
+        assert contestants.parameters(contestants.model_config(name, size)) == pytest.approx(wanted, rel=0.02)
+
+
+def run(flags: list[str]) -> int:
+    torch.set_num_threads(1)
+    return importlib.import_module("throughput").main(flags)
+
+
+def test_turns_rows_and_table(bench, tmp_path, capfd):
+    file, models = tmp_path / "rows.json", ["transformer", "hope", "megatron_gpt"]
+    flags = ["--size", "tiny", "--seq", "64", "--tokens", "128", "--precision", "fp32", "--rounds", "2", "--steps", "1"]
+    assert run_ranks(run, 1, [*flags, "--models", *models, "--json", str(file)], timeout=120) == [0]
+    said = capfd.readouterr().out.splitlines()
+    turns = [line.split()[2].rstrip(":") for line in said if line.startswith("  round")]
+    assert turns == 2 * models
+    rows = json.loads(file.read_text())
+    assert [row["model"] for row in rows] == models
+    for row in rows:
+        assert row["parameters"] == pytest.approx(rows[0]["parameters"], rel=0.02)
+        assert 0 < row["smallest"] <= row["tokens_per_s"] <= row["largest"]
+        assert (row["seq"], row["tokens_per_step"], row["gpu"], row["peak_gib"]) == (64, 128, "cpu", None)
+        assert row["micro_batch"] in (1, 2)
+    assert any(line.startswith("| hope | 0.0M | 64 |") for line in said)
+    again = [{**rows[1], "tokens_per_s": 1.0}, {**rows[1], "seq": 128}]
+    importlib.import_module("throughput").write(file, again)  # of one measurement the newest stays
+    assert json.loads(file.read_text()) == [rows[0], rows[2], *again]
+
+
+def freed() -> bool:
+    """Whether a model that had its turn is gone."""
+    torch.set_num_threads(1)
+    contestants = importlib.import_module("contestants")
+    with groups.start(ParallelConfig()) as ranks:
+        built = contestants.build("transformer", "tiny", 16, "bf16", ranks, "none", "none")
+        tokens = torch.zeros(17, 2, dtype=torch.long)
+        built.step([contestants.Batch(tokens[:-1], tokens[1:])])
+        watched = weakref.ref(built.optimizer)
+        del built
+        gc.collect()
+        return watched() is None
+
+
+def test_every_turn_has_the_whole_memory(bench):
+    assert run_ranks(freed, 1, timeout=60) == [True]
+
+
+def search(throughput, fits: dict[int, float], cap: float = 1.0) -> int:
+    """The micro-batch that is found of 16 sequences, where those in `fits` fit and take so long."""
+    made = throughput.Bench.__new__(throughput.Bench)
+    made.args, made.tried = SimpleNamespace(tokens=16 * 64, cap=cap), []
+
+    def turn(model, seq, micro, steps, warm):
+        made.tried.append(micro)
+        if micro not in fits:
+            raise torch.OutOfMemoryError
+        return {"seconds": [fits[micro]]}
+
+    made.turn, made.free = turn, lambda: None
+    made.predicted = lambda model, seq, micro: 0.5 * micro
+    return made.micro_batch("hope", 64), made.tried
+
+
+def test_the_micro_batch_is_the_faster_of_the_two_largest_that_fit(bench):
+    throughput, _ = bench
+    assert search(throughput, {4: 1.0, 2: 0.9, 1: 0.1}) == (2, [8, 4, 2])  # 16 is predicted at eight times the cap
+    assert search(throughput, {4: 1.0, 2: 1.1, 1: 0.1}, cap=10) == (4, [16, 8, 4, 2])
+    assert search(throughput, {1: 1.0}, cap=10) == (1, [16, 8, 4, 2, 1])
+    with pytest.raises(ValueError, match="one sequence does not fit under 10 GiB"):
+        search(throughput, {}, cap=10)
+
+
+def test_lengths_that_do_not_divide_the_tokens_are_refused(bench, capsys):
+    with pytest.raises(SystemExit):
+        bench[0].arguments(["--seq", "3000"])
+    assert "--seq 3000 does not divide --tokens 131072" in capsys.readouterr().err
