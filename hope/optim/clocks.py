@@ -22,8 +22,9 @@ class ClockedOptimizer(torch.optim.Optimizer):
     """Base of all optimizers here; a subclass writes `update`.
 
     Keys of a group: `period`, its clock in steps; `clock`, steps seen; `updates`, due steps seen; `gathered`, whether
-    gradients already arrive summed over the period, at due steps only. The caller may set before `step`: `lr`, and
-    `grad_scale`, a factor on this step's gradient (global clipping).
+    gradients already arrive summed over the period, at due steps only; `rate`, a factor on the learning rate;
+    `beta1` and `beta2`, None as configured; `head_rows`, see `hope.optim.matrix`. The caller may set before `step`:
+    `lr`, or all of them by `set_lr`, and `grad_scale`, a factor on this step's gradient (global clipping).
 
     Attributes:
         measured: what the last step did to every parameter that it moved, {} if it was not watched: [tensors, 6],
@@ -47,8 +48,20 @@ class ClockedOptimizer(torch.optim.Optimizer):
             "gathered": False,
             "vectors": False,
             "matrices": False,
+            "rate": 1.0,
+            "beta1": None,
+            "beta2": None,
+            "head_rows": 0,
         }
-        super().__init__(groups, defaults)
+        whole = [{"lr": config.lr * group.get("rate", 1.0), **group} for group in groups]
+        super().__init__(whole or [{"params": []}], defaults)
+        if not whole:  # as on a pipeline stage without matrices
+            self.param_groups.clear()
+
+    def set_lr(self, lr: float | Callable[[dict[str, Any]], float]) -> None:
+        """Set every group's learning rate: one number times the group's `rate`, or a function of the group."""
+        for group in self.param_groups:
+            group["lr"] = lr(group) if callable(lr) else lr * group["rate"]
 
     def attach(self, sums: Sums, segments: Mapping[Tensor, Segments]) -> None:
         """Parameters are pieces of tensors; an optimizer that is purely element-wise need not know it.

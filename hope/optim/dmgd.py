@@ -26,6 +26,7 @@ from hope.optim import coordinate_memory as memory
 from hope.optim.clocks import ClockedOptimizer, Due, Sums
 from hope.optim.config import OptimConfig
 from hope.optim.kernels import kernels_for, stretches
+from hope.optim.momentum import beta1_of
 from hope.optim.rules import Rates, Stretch, UpdateRule, Whole, measure
 from hope.optim.segments import Segments
 
@@ -163,15 +164,15 @@ class Dmgd(ClockedOptimizer):
 
     def _write(self, p: Tensor, group: dict[str, Any], found: Tensor) -> None:
         """Take one inner step per tensor from the sums over all its elements."""
-        rule, config = self.rule(group), self.config
+        rule = self.rule(group)
         nets, squares = self._of_tensors(p, rule)
         mean = (found[:, 1:] / found[:, :1].clamp(min=1)).to(p.dtype)
         # The first update only sets the scale: without one the network could neither read nor learn.
-        keep = config.beta1 if group["updates"] > 1 else 0.0
+        keep = beta1_of(self.config, group) if group["updates"] > 1 else 0.0
         squares.mul_(keep).add_(mean[:, :1], alpha=1 - keep)
         if rule.width:
             gradient = mean[:, 2 : 2 + rule.size] / (mean[:, 1:2] + _LEAST_NORM)
-            mlp = config.elementwise.mlp
+            mlp = self.config.elementwise.mlp
             nets.sub_(mlp.lr * gradient + mlp.decay * (nets - self._initial(rule, p)))
         if rule.match:
             linear, deep = mean[:, 2 + rule.size], mean[:, 3 + rule.size]

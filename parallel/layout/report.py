@@ -13,7 +13,8 @@ from hope.flops import Flops
 from hope.model import Model
 from hope.optim.config import OptimConfig
 from hope.optim.kernels import kernels_of_run
-from hope.optim.levels import MATRIX_OPTIMIZERS, parameter_groups
+from hope.optim.levels import parameter_groups
+from hope.optim.policy import MATRIX_OPTIMIZERS
 from parallel.layout.memory import GIB, RankMemory, StepShape, build_part, rank_memory
 from parallel.layout.stages import describe_split, split
 from parallel.layout.topology import ParallelDims

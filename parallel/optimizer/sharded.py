@@ -98,7 +98,7 @@ class ShardedOptimizer(ShardedState, Protocol):
         """
 
     def set_lr(self, lr: float | Callable[[dict[str, Any]], float]) -> None:
-        """Set every group's learning rate: one number, or a function of the group."""
+        """Set every group's learning rate: one number times the group's `rate`, or a function of the group."""
 
     def gradient_pieces(self) -> Iterator[tuple[str, int, Tensor]]:
         """(name, offset in the flattened shard, values) of this rank's reduced gradients. Ranks hold each once.
