@@ -3,6 +3,7 @@ what a checkpoint recorded."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -25,6 +26,18 @@ RENAMED: dict[str, tuple[str, ...]] = {
     **{f"optim.{key}": (f"optim.muon.{key}", f"optim.m3.{key}") for key in _MATRIX},
 }
 """Old path: what it is now. Of two, the one in the section of `optim.name` is meant."""
+
+NEWER: dict[str, Any] = {
+    "optim.lr_elementwise": None,
+    "optim.level_rate": 0.0,
+    "optim.momentum_warmup": 0,
+    "optim.groups": [],
+    "optim.muon.per_head": False,
+    "optim.m3.per_head": False,
+    "train.tokens": None,
+    "train.eval_levels": False,
+}
+"""Keys that earlier records lack: what the recording version did, whatever the default is today."""
 
 KIND = "model.kind"
 """It became several keys, `hope.renamed.KINDS`."""
@@ -50,7 +63,7 @@ def current(record: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: it says what no key of today says.
     """
-    values = {section: dict(part) if isinstance(part, Mapping) else part for section, part in record.items()}
+    values = copy.deepcopy(dict(record))
     if "model" in values:
         values["model"] = current_model(values["model"])
     # `optim.memory` was renamed, and `model.memory` has just been: only the first can still be there
@@ -59,6 +72,10 @@ def current(record: Mapping[str, Any]) -> dict[str, Any]:
         _take(values, old)
         for new in _meant(old, values):
             put(values, new, found)
+    for path, value in NEWER.items():
+        section = lookup(values, path.rpartition(".")[0])
+        if isinstance(section, Mapping) and section and lookup(values, path) is UNKNOWN:
+            put(values, path, copy.deepcopy(value))
     return values
 
 

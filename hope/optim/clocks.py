@@ -16,6 +16,7 @@ from hope.optim.segments import Segments
 
 Due = list[tuple[dict[str, Any], list[Tensor]]]
 Sums = Callable[[Tensor], Tensor]
+Watched = bool | Callable[[dict[str, Any]], bool]
 
 
 class ClockedOptimizer(torch.optim.Optimizer):
@@ -27,8 +28,8 @@ class ClockedOptimizer(torch.optim.Optimizer):
     `lr`, or all of them by `set_lr`, and `grad_scale`, a factor on this step's gradient (global clipping).
 
     Attributes:
-        measured: what the last step did to every parameter that it moved, {} if it was not watched: [tensors, 6],
-            float64, the numbers of `hope.optim.rules.measure`.
+        measured: what its group's last due step did to a parameter, if that step was watched: [tensors, 6], float64,
+            the numbers of `hope.optim.rules.measure`.
     """
 
     per_tensor_keys: frozenset[str] = frozenset()
@@ -38,6 +39,7 @@ class ClockedOptimizer(torch.optim.Optimizer):
         self.config = config
         self.measured: dict[Tensor, Tensor] = {}
         self._completed = False
+        self._watched: Watched = False
         defaults = {
             "lr": config.lr,
             "grad_scale": 1.0,
@@ -72,8 +74,13 @@ class ClockedOptimizer(torch.optim.Optimizer):
             segments: which tensors lie where in a parameter. One that is not in here is a whole tensor.
         """
 
-    def watch(self, on: bool) -> None:
-        """Whether the next step fills `measured`, where the optimizer can."""
+    def watch(self, which: Watched) -> None:
+        """Whether the next step fills `measured`, where the optimizer can: for all groups that move, or for which."""
+        self._watched = which
+
+    def watching(self, group: dict[str, Any]) -> bool:
+        """Whether the next step of this group is watched."""
+        return self._watched(group) if callable(self._watched) else self._watched
 
     def due(self, group: dict[str, Any]) -> bool:
         """Whether the coming step is a due one of this group."""
@@ -136,6 +143,8 @@ class ClockedOptimizer(torch.optim.Optimizer):
                 due.append((group, present))
             elif present:
                 torch._foreach_add_(self.states(present, "accumulator"), [p.grad for p in present])
+        for p in (p for group, _ in due for p in group["params"]):
+            self.measured.pop(p, None)
         self.update(due)
         for _, present in due:
             for p in present:

@@ -43,7 +43,6 @@ class Dmgd(ClockedOptimizer):
         segments: which tensors lie where in a parameter; one that is not in here is a tensor of its own.
         tensor_sums: adds up a buffer [tensors, numbers] (float64, all parameters of all groups in order) over
             everything that holds parts of these tensors. Called once per step if anything needs it.
-        watching: whether the next step fills `measured`.
     """
 
     per_tensor_keys = frozenset({"mlp", "mean_square"})
@@ -52,16 +51,12 @@ class Dmgd(ClockedOptimizer):
         super().__init__(groups, config)
         self.segments: dict[Tensor, Segments] = {}
         self.tensor_sums: Sums = lambda parts: parts
-        self.watching = False
         self._start: Tensor | None = None
         self._gains: dict[Tensor, Tensor] = {}
 
     def attach(self, sums: Sums, segments: Mapping[Tensor, Segments]) -> None:
         self.tensor_sums = sums
         self.segments.update(segments)
-
-    def watch(self, on: bool) -> None:
-        self.watching = on
 
     def rule(self, group: dict[str, Any]) -> UpdateRule:
         return UpdateRule.of(self.config, vectors=group["vectors"])
@@ -80,15 +75,14 @@ class Dmgd(ClockedOptimizer):
                 self._of_tensors(p, self.rule(group))
 
     def update(self, due: Due) -> None:
-        self.measured = {}
-        nets = self._networks() if self.watching else {}
+        nets = self._networks() if any(self.watching(group) for group, _ in due) else {}
         if any(self.rule(group).whole for group in self.param_groups):
             self._learn(due)
         for group, params in due:
             rule, rates = self.rule(group), self._rates(group)
             for p in params:
                 x, whole = self._stretch(p, rule), self._whole(p, rule)
-                if self.watching:
+                if self.watching(group):
                     self._watched_update(p, rule, x, rates, whole._replace(network=nets[p]), whole)
                 else:
                     # All as one stretch if nothing asks which tensor a coordinate belongs to.

@@ -50,7 +50,7 @@ class MatrixOptimizer(Dmgd):
         scale = self.gradient_factor(group) * group["grad_scale"]
         gradients = [p.grad for p in params if p.grad is not None]
         torch._foreach_mul_(gradients, scale)
-        before = [m.clone() for m in self.states(params, "memory")] if self.watching else []
+        before = [m.clone() for m in self.states(params, "memory")] if self.watching(group) else []
         update = self._m3 if self.config.name == "m3" else self._muon
         directions = update(group, params, gradients)
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])

@@ -47,7 +47,7 @@ def learning_rate(
         _check_wsd(begin, warmup, length, steps, shape)
     if step < warmup:
         return peak * step / warmup
-    if decay == "constant" or step <= begin < steps and decay == "wsd":
+    if decay == "constant" or (decay == "wsd" and step <= begin):
         return peak
     done = min(1.0, (step - begin) / (steps - begin))
     return peak * (final + (1.0 - final) * _remaining(shape if decay == "wsd" else decay, done))

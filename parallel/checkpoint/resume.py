@@ -45,7 +45,8 @@ def check_end(found: Found, train: TrainConfig) -> None:
         CheckpointError: train.steps or train.stop_after is before the checkpoint's step.
     """
     step = found.manifest.step
-    ends = {"train.steps": train.steps, "train.stop_after": train.stop_after or step}
+    whole = "train.steps" if train.tokens is None else "the last step by train.tokens,"
+    ends = {whole: train.total_steps, "train.stop_after": train.stop_after or step}
     early = [f"{path} {last}" for path, last in ends.items() if last < step]
     if early:
         raise CheckpointError(

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hope.optim.build import build_optimizer
+from hope.optim.clocks import Watched
 from hope.optim.config import OptimConfig
 from hope.optim.levels import counters_of
 from parallel.optimizer.checkpoint_views import StatePiece
@@ -126,9 +127,9 @@ class MatrixZeroOptimizer(ShardedOptimizer):
         self.rest.set_lr(lr)
         self.matrices.set_lr(lr)
 
-    def watch(self, on: bool) -> None:
-        self.rest.watch(on)
-        self.matrices.watch(on)
+    def watch(self, which: Watched) -> None:
+        self.rest.watch(which)
+        self.matrices.watch(which)
 
     def statistics(self) -> dict[str, float]:
         one = torch.ones(1, dtype=torch.float64, device=self.ranks.device)

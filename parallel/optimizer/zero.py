@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from hope.optim.clocks import ClockedOptimizer
+from hope.optim.clocks import ClockedOptimizer, Watched
 from hope.optim.levels import counters_of
 from parallel.optimizer import engine
 from parallel.optimizer.checkpoint_views import StatePiece, inner_states
@@ -178,8 +178,8 @@ class ZeroOptimizer(ShardedOptimizer):
         self._gradients = {}
         self.order.reach(StepStage.ACCUMULATING)
 
-    def watch(self, on: bool) -> None:
-        self.optimizer.watch(on)
+    def watch(self, which: Watched) -> None:
+        self.optimizer.watch(which)
 
     def statistics(self) -> dict[str, float]:
         masters, device = self._partitions.masters, self.ranks.device
