@@ -24,6 +24,7 @@ from configs.schema import Config, load, to_yaml, validate_without_data
 from configs.used import recorded
 from data_prep.errors import DataError
 from data_prep.training.feed import Feed
+from hope.cms import without_level
 from hope.dense import CannotCompile
 from hope.train.console import print_line
 from hope.train.heartbeat import Heartbeat
@@ -126,7 +127,8 @@ class Run:
         # 1. where it stands: a checkpoint has a say in the configuration
         checkpointer, self.resumed, self.notes = start_from(self.folder / "checkpoints", config.checkpoint, ranks)
         if self.resumed:
-            config, changes = settle(config, self.resumed.manifest.extra["config"], ranks.world_size)
+            record, at = self.resumed.manifest.extra["config"], self.resumed.manifest.step
+            config, changes = settle(config, record, ranks.world_size, at)
             self.notes += changes
             check_end(self.resumed, config.train)
         self.config = config
@@ -166,14 +168,14 @@ class Run:
     def train(self, check_owner: Callable[[], None] = lambda: None) -> int:
         """Run to the last step, `train.stop_after`, or a signal. `check_owner` raises if the folder is lost."""
         config, beat = self.config, self.instruments.beat
-        last = min(config.train.stop_after or config.train.steps, config.train.steps)
+        last = min(config.train.stop_after or config.train.total_steps, config.train.total_steps)
         with ExitStack() as stack:
             stack.callback(self.feed.close)
             log = stack.enter_context(
                 open_log(
                     self.ranks.rank == 0,
                     self.folder,
-                    steps=config.train.steps,
+                    steps=config.train.total_steps,
                     devices=self.instruments.devices,
                     resume_step=self.step if self.resumed else None,
                     tensorboard=config.log.tensorboard,
@@ -229,12 +231,13 @@ class Run:
             self.replica.reduce()
             norms = self.optimizer.grad_norms()
             total = math.sqrt(sum(n * n for n in norms.values()))
-            rate = rate_at(step, self.config.optim, train.steps)
+            rate = rate_at(step, self.config.optim, train.total_steps)
             loss = self._loss(reports) if taken.line or self.skips.needs_loss else None
             skip = self.skips.judge(total, loss)
             if skip is None:
                 self.optimizer.set_lr(rate)
-                self.optimizer.watch(taken.logged)
+                within = lambda group: self.instruments.logged_within(step, group["period"], last)
+                self.optimizer.watch(within)  # a slow level's last update before each line
                 self.optimizer.step(min(1.0, train.grad_clip / (total + 1e-6)) if train.grad_clip else 1.0)
             else:  # no weight, moment or level clock moves; the data position does
                 param = {} if math.isfinite(total) else {"param": self.optimizer.first_nonfinite()}
@@ -278,8 +281,23 @@ class Run:
         """Held-out losses in nats, of every source and of the blend; nothing if asked to stop."""
         self.instruments.probe.arm(False)
         beat = self.instruments.beat
-        losses = heldout_losses(self.replica, self.feed.heldout(), beat, lambda: self.stop.requested)
-        return {} if losses is None else self.feed.summary(losses)
+        take = lambda: heldout_losses(self.replica, self.feed.heldout(), beat, lambda: self.stop.requested)
+        losses = take()
+        if losses is None:
+            return {}
+        levels = range(len(self.config.model.periods) if self.config.train.eval_levels else 0)
+        return self.feed.summary(losses) | self._without_levels(levels, take)
+
+    def _without_levels(self, levels: range, take: Callable[[], dict[str, float] | None]) -> dict[str, float]:
+        """`heldout_loss_without.cmsN`: the held-out loss, taken by `take`, with each of these levels switched off."""
+        found = {}
+        for number in levels:
+            with without_level(self.replica.models, number):
+                losses = take()
+            if losses is None:
+                break
+            found[f"heldout_loss_without.cms{number}"] = self.feed.summary(losses)["heldout_loss"]
+        return found
 
     def _announce(self, log: NoLog) -> None:
         log.text("config.yaml", to_yaml(self.config))
@@ -297,7 +315,7 @@ class Run:
         return {
             **self.feed.position(step),
             "tokens": step * train.tokens_per_step,
-            "schedule": {"step": step, "of": train.steps, "lr": rate_at(step, optim, train.steps)},
+            "schedule": {"step": step, "of": train.total_steps, "lr": rate_at(step, optim, train.total_steps)},
             "skips": self.skips.state(),
             "doubt": self.skips.doubt,
             "config": recorded(self.config),

@@ -8,7 +8,10 @@ from typing import Any
 
 from configs.merge import GUESS
 from hope.config import ModelConfig
+from hope.optim.config import OptimConfig
+from hope.optim.policy import group_problems
 from hope.sections import Problem
+from hope.train.schedule import in_steps
 
 
 def section_problems(sections: Mapping[str, Any], world_size: int | None, paths: Sequence[str]) -> Iterator[Problem]:
@@ -25,17 +28,29 @@ def section_problems(sections: Mapping[str, Any], world_size: int | None, paths:
     model, data, optim, train = (sections.get(name) for name in ("model", "data", "optim", "train"))
     if model and data and train and min(model.vocab_size, train.seq_len) >= 1:
         yield from data.problems(model.vocab_size, train.seq_len)
-    if optim and train and optim.warmup >= train.steps >= 1:
-        what = f"{optim.warmup} steps of warm-up leave none of train.steps {train.steps} for the decay"
-        yield Problem("optim.warmup", what, f"at most {train.steps - 1}; usual: {train.steps // 20}")
+    if optim and train and train.total_steps >= 1:
+        yield from _schedule(optim, train.total_steps)
     if model and train and min(train.global_batch, train.seq_len) >= 1:
         yield from _token_periods(model, train.tokens_per_step)
+    if model and optim and optim.groups and not list(model.problems()):
+        yield from group_problems(model, optim)
     if "checkpoint" in sections:
         yield from _unknown_changes(sections["checkpoint"].on_change, paths)
     parallel = sections.get("parallel")
     if world_size is not None and parallel and train and min(train.global_batch, train.micro_batch) >= 1:
         whole = model if model and min(model.heads, model.vocab_size, model.layers, model.width) >= 1 else None
         yield from parallel.problems(world_size, train.global_batch, train.micro_batch, whole, train.seq_len)
+
+
+def _schedule(optim: OptimConfig, steps: int) -> Iterator[Problem]:
+    """A warm-up, and a decay of its own, that do not fit into the run."""
+    warmup = in_steps(optim.warmup, steps)
+    if warmup >= steps:
+        what = f"{warmup} steps of warm-up leave none of train.steps {steps} for the decay"
+        yield Problem("optim.warmup", what, f"at most {steps - 1}; usual: {steps // 20}")
+    elif optim.decay == "wsd" and warmup + (length := in_steps(optim.decay_length, steps)) > steps:
+        what = f"{length} steps of decay do not fit behind {warmup} of warm-up in {steps} steps"
+        yield Problem("optim.decay_length", what, f"at most {steps - warmup}; usual: 0.2 of the run")
 
 
 def _token_periods(model: ModelConfig, step: int) -> Iterator[Problem]:

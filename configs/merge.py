@@ -174,6 +174,8 @@ def describe(hint: Any) -> str:
     inner = strip_optional(hint)
     if inner is not hint:
         return f"{describe(inner)} or null"
+    if inner == int | float:
+        return "a number"
     if typing.get_origin(inner) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(inner)))
     if typing.get_origin(inner) is list:

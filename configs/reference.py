@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import re
 import textwrap
+import types
 import typing
 from typing import Any
 
@@ -73,6 +74,8 @@ def type_name(hint: Any) -> str:
         return f"{type_name(inner)} or null"
     if typing.get_origin(inner) is typing.Literal:
         return ", ".join(map(str, typing.get_args(inner)))
+    if typing.get_origin(inner) is types.UnionType:
+        return " or ".join(map(type_name, typing.get_args(inner)))
     if typing.get_origin(inner) is not None:
         return str(inner).replace("typing.", "")
     return getattr(inner, "__name__", str(inner))

@@ -3,6 +3,7 @@ what a checkpoint recorded."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -26,8 +27,21 @@ RENAMED: dict[str, tuple[str, ...]] = {
 }
 """Old path: what it is now. Of two, the one in the section of `optim.name` is meant."""
 
-NEWER: dict[str, Any] = {"train.loss_chunk": None, "train.compile": "none", "train.profile": None}
-"""Keys that records of earlier versions lack, and what they are in those runs. (`hope.renamed` has the model's.)"""
+NEWER: dict[str, Any] = {
+    "optim.lr_elementwise": None,
+    "optim.level_rate": 0.0,
+    "optim.momentum_warmup": 0,
+    "optim.groups": [],
+    "optim.muon.per_head": False,
+    "optim.m3.per_head": False,
+    "train.tokens": None,
+    "train.loss_chunk": None,
+    "train.compile": "none",
+    "train.profile": None,
+    "train.eval_levels": False,
+}
+"""Keys that earlier records lack: what the recording version did, whatever the default is today.
+(`hope.renamed` has the model's.)"""
 
 KIND = "model.kind"
 """It became several keys, `hope.renamed.KINDS`."""
@@ -53,7 +67,7 @@ def current(record: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: it says what no key of today says.
     """
-    values = {section: dict(part) if isinstance(part, Mapping) else part for section, part in record.items()}
+    values = copy.deepcopy(dict(record))
     if "model" in values:
         values["model"] = current_model(values["model"])
     # `optim.memory` was renamed, and `model.memory` has just been: only the first can still be there
@@ -63,8 +77,9 @@ def current(record: Mapping[str, Any]) -> dict[str, Any]:
         for new in _meant(old, values):
             put(values, new, found)
     for path, value in NEWER.items():
-        if path.split(".")[0] in values and lookup(values, path) is UNKNOWN:
-            put(values, path, value)
+        section = lookup(values, path.rpartition(".")[0])
+        if isinstance(section, Mapping) and section and lookup(values, path) is UNKNOWN:
+            put(values, path, copy.deepcopy(value))
     return values
 
 

@@ -4,7 +4,8 @@ This file says what the blocks compute. Between two steps at which a level is du
 is the optimizer's business (hope/optim/levels.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +19,21 @@ NormAndBody = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
 class Level(nn.Module):
-    """One block of the chain: f(norm(x)), to be added to x."""
+    """One block of the chain: f(norm(x)), to be added to x; zeros while it is `silent`."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.norm, self.mlp = RMSNorm(width), SwiGlu(width, hidden)
+        self.silent = False
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, B, D] -> [T, B, D]."""
-        y: Tensor = self.mlp(self.norm(x))
-        return y
+        norm, body = self.parts()
+        return body(norm(x))
+
+    def parts(self) -> NormAndBody:
+        """(norm, f)."""
+        return (nn.Identity(), torch.zeros_like) if self.silent else (self.norm, self.mlp)
 
     def flops(self) -> Flops:
         """Per token, forward."""
@@ -61,7 +67,7 @@ class SequentialCms(nn.Module):
 
     def sublayers(self) -> list[NormAndBody]:
         """(norm, f) of every level, each with a residual of its own."""
-        return [(level.norm, level.mlp) for level in self.levels]  # type: ignore[misc]
+        return [level.parts() for level in self.levels]  # type: ignore[operator]
 
     def flops(self) -> Flops:
         return _flops(self.levels)
@@ -90,6 +96,25 @@ class IndependentCms(nn.Module):
 
     def flops(self) -> Flops:
         return _flops(self.levels)
+
+
+@contextmanager
+def without_level(modules: Iterable[nn.Module], number: int) -> Iterator[None]:
+    """Inside the block, CMS level `number` of every block in these modules adds nothing: what is it worth?
+
+    All ranks of a layout do it together: a silent level takes part in no collective.
+    """
+    chains = [
+        part for module in modules for part in module.modules() if isinstance(part, SequentialCms | IndependentCms)
+    ]
+    levels = [chain.levels[number] for chain in chains]
+    for level in levels:
+        level.silent = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for level in levels:
+            level.silent = False  # type: ignore[assignment]
 
 
 def build_cms(config: ModelConfig) -> SequentialCms | IndependentCms:

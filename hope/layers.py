@@ -28,12 +28,16 @@ class Linear(nn.Module):
 
     parallel: as Megatron names it. "column": output features are divided over tensor-parallel ranks; "row": input
     features are, and the region's `leave` sums.
+    head_rows: how many consecutive output features are one head's, see `Declaration`. Column-parallel maps only.
     """
 
-    def __init__(self, fan_in: int, fan_out: int, parallel: Literal["column", "row"]) -> None:
+    def __init__(
+        self, fan_in: int, fan_out: int, parallel: Literal["column", "row"], head_rows: int | None = None
+    ) -> None:
         super().__init__()
         cut = 0 if parallel == "column" else 1
-        self.weight = new_parameter(fan_out, fan_in, init=normal(0.4 * fan_in**-0.5), cut=cut, update="matrix")
+        init = normal(0.4 * fan_in**-0.5)
+        self.weight = new_parameter(fan_out, fan_in, init=init, cut=cut, update="matrix", head_rows=head_rows)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)

@@ -34,12 +34,15 @@ class Declaration:
         trunk's tokens are divided). None where the parameter is cut.
     update: "matrix", one map [out, in] that a matrix optimizer may orthogonalise; "matrix_per_head", a stack of them
         [heads, out, in]; "elementwise", anything else: look-up tables, gates, convolutions, norms.
+    head_rows: of a map [out, in] whose output features belong to heads: how many consecutive rows one head has, so
+        that a matrix optimizer may take each head's map by itself. None: the map is one.
     """
 
     init: Init
     cut: int | None
     used: Used | None
     update: Update
+    head_rows: int | None = None
 
 
 def normal(std: float) -> Init:
@@ -56,19 +59,27 @@ def last_tap(shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 def new_parameter(
-    *shape: int, init: Init, cut: int | None = None, used: Used | None = None, update: Update
+    *shape: int,
+    init: Init,
+    cut: int | None = None,
+    used: Used | None = None,
+    update: Update,
+    head_rows: int | None = None,
 ) -> nn.Parameter:
     """An unfilled parameter of the whole `shape`, with its declaration; the arguments are `Declaration`'s.
 
     Raises:
-        ValueError: neither or both of `cut` and `used` are given, or `update` does not fit the number of dimensions.
+        ValueError: neither or both of `cut` and `used` are given, `update` does not fit the number of dimensions, or
+            `head_rows` does not divide the rows of a map.
     """
     if (cut is None) == (used is None):
         raise ValueError(f"a parameter {shape} is either cut over ranks, or a copy that is used on heads or trunk")
     if update != "elementwise" and len(shape) != {"matrix": 2, "matrix_per_head": 3}[update]:
         raise ValueError(f"a parameter {shape} cannot be updated as {update}")
+    if head_rows is not None and (update != "matrix" or cut == 1 or head_rows < 1 or shape[0] % head_rows):
+        raise ValueError(f"a parameter {shape}, updated as {update} and cut at {cut}, has no heads of {head_rows} rows")
     parameter = nn.Parameter(torch.zeros(*shape))
-    parameter.declaration = Declaration(init, cut, used, update)  # type: ignore[attr-defined]
+    parameter.declaration = Declaration(init, cut, used, update, head_rows)  # type: ignore[attr-defined]
     return parameter
 
 

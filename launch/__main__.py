@@ -128,7 +128,7 @@ def _estimate(acts: Commands) -> None:
         own, sites = split_overrides(args.overrides)
         site = profile.load(args.profile, sites)
         config = load(args.config, own, check=False)
-        tokens = args.tokens or config.train.steps * config.train.tokens_per_step
+        tokens = args.tokens or config.train.total_steps * config.train.tokens_per_step
         say = lambda text: print(f"estimate: {text}", file=sys.stderr, flush=True)
         print(estimate.describe(config, args.nodes * site.ranks_per_node, site, tokens, args.mfu, say))
         return 0
@@ -137,7 +137,7 @@ def _estimate(acts: Commands) -> None:
     _configured(parser)
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--profile", required=True, help="name in launch/profiles/, or a YAML file")
-    parser.add_argument("--tokens", type=float, help="token budget; default: train.steps")
+    parser.add_argument("--tokens", type=float, help="token budget; default: that of the run")
     parser.add_argument("--mfu", type=float, help="model FLOPs utilisation, 0 to 1; default: the nearest measured")
 
 

@@ -15,11 +15,13 @@ from configs.errors import ConfigError
 from configs.schema import Config
 from data_prep.training.feed import Foreseen
 from hope.sections import Problem
+from hope.train.schedule import in_steps
 from launch.folder import RunFolder
+from parallel.layout.report import group_table
 
 
 def outlook(config: Config, root: Path, world_size: int, *, data: bool = True) -> list[str]:
-    """Lines for people: tokens and epochs, optimizer, schedule, evaluation, run folder, and what is resumed.
+    """Lines for people: tokens and epochs, optimizer and its groups, schedule, evaluation, folder, and what is resumed.
 
     Args:
         config: checked for `world_size` devices.
@@ -31,7 +33,8 @@ def outlook(config: Config, root: Path, world_size: int, *, data: bool = True) -
         DataError: a set is damaged.
     """
     run = RunFolder(root)
-    foreseen = Foreseen(config.data, config.train, config.train.steps * config.train.global_batch) if data else None
+    train = config.train
+    foreseen = Foreseen(config.data, train, train.total_steps * train.global_batch) if data else None
     order = foreseen.order() if foreseen else None
     if found := [*unwritable(run.root), *not_resumable(config, run, world_size, order)]:
         raise ConfigError(str(root), found)
@@ -43,7 +46,8 @@ def outlook(config: Config, root: Path, world_size: int, *, data: bool = True) -
         ("run", f"{root}: {_start(config, run)}"),
     ]
     lines = [f"{name:<11} {fact}" for name, fact in rows]
-    return lines + [f"{'':<11} {change}" for change in _changes(config, run, world_size)]
+    changes = [f"{'':<11} {change}" for change in _changes(config, run, world_size)]
+    return [*lines, *changes, group_table(config.model, config.optim, train.tokens_per_step)]
 
 
 def unwritable(root: Path) -> Iterator[Problem]:
@@ -91,7 +95,7 @@ def not_resumable(
 
 def _start(config: Config, run: RunFolder) -> str:
     step = run.saved_step()
-    return "new" if step < 0 else f"resumes from step {step} of {config.train.steps}"
+    return "new" if step < 0 else f"resumes from step {step} of {config.train.total_steps}"
 
 
 def _changes(config: Config, run: RunFolder, world_size: int) -> list[str]:
@@ -106,14 +110,21 @@ def _optimizer(config: Config) -> str:
 
 
 def _schedule(config: Config) -> str:
-    optim, steps = config.optim, config.train.steps
-    end = "" if optim.decay == "constant" else f" to {optim.final_lr * optim.lr:g} at step {steps}"
-    return f"{optim.warmup} steps of warm-up to {optim.lr:g}, then {optim.decay}{end}"
+    optim, steps = config.optim, config.train.total_steps
+    start = f"{in_steps(optim.warmup, steps)} steps of warm-up to {optim.lr:g}, then "
+    end = f"to {optim.final_lr * optim.lr:g} at step {steps}"
+    if optim.decay == "constant":
+        return f"{start}constant"
+    if optim.decay == "wsd":
+        stable = steps - in_steps(optim.decay_length, steps)
+        return f"{start}stable until step {stable}, then {optim.decay_shape} {end}"
+    return f"{start}{optim.decay} {end}"
 
 
 def _training(config: Config, foreseen: Foreseen | None) -> str:
     train = config.train
-    total = f"{train.steps:,} steps of {train.tokens_per_step:,} = {train.steps * train.tokens_per_step:,} tokens"
+    steps, size = train.total_steps, train.tokens_per_step
+    total = f"{steps:,} steps of {size:,} = {steps * size:,} tokens"
     epochs = f", {foreseen.epochs()}" if foreseen else ""
     stop = f"; stops after step {train.stop_after}" if train.stop_after else ""
     return f"{total}{epochs}{stop}"

@@ -28,7 +28,7 @@ def prepare(planned: PlannedRun, script: str | None) -> Path:
     snapshot(SOURCE, run.fresh / run.code.name)
     (run.fresh / run.config.name).write_text(to_yaml(planned.config))
     (run.fresh / "git.txt").write_text(describe_source(SOURCE))
-    last = min(train.stop_after or train.steps, train.steps)
+    last = min(train.stop_after or train.total_steps, train.total_steps)
     write_json(run.fresh / run.job.name, {**facts(planned.job), "steps": last})
     if script is not None:  # without one, nothing submits it
         (run.fresh / run.script.name).write_text(script)

@@ -74,7 +74,7 @@ def _state(known: slurm.Known) -> str:
 def _steps(run: RunFolder) -> str:
     for path in (run.config, run.root / "config.yaml"):  # the latter of any run, the former before its first step
         with contextlib.suppress(ConfigError):
-            return str(load(str(path), [], check=False).train.steps)
+            return str(load(str(path), [], check=False).train.total_steps)
     return "?"
 
 

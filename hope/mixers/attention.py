@@ -60,7 +60,7 @@ class Attention(Mixer):
     def __init__(self, trunk: Trunk, config: AttentionConfig) -> None:
         super().__init__()
         self.head_dim, self.rope_base, width = trunk.head_dim, config.rope_base, trunk.width
-        self.query, self.key, self.value = (Linear(width, width, "column") for _ in range(3))
+        self.query, self.key, self.value = (Linear(width, width, "column", self.head_dim) for _ in range(3))
         self.output = Linear(width, width, "row")
 
     def forward(

@@ -95,7 +95,8 @@ class SelfModifyingTitans(Mixer):
         self.config, self.width, self.head_dim, self.heads = config, width, head_dim, heads
         self.chunk = config.window
         self.boxes = ("k", "v", "eta", "alpha") + (("q",) if config.adaptive_query else ())
-        self.input, self.query, self.gate = (Linear(width, width, "column") for _ in range(3))
+        self.input, self.query = (Linear(width, width, "column", head_dim) for _ in range(2))
+        self.gate = Linear(width, width, "column")
         self.output = Linear(width, width, "row")
         self.conv_input = CausalConv(width, config.conv_width)
         self.conv_query = CausalConv(width, config.conv_width)

@@ -6,8 +6,8 @@ from typing import Any
 from hope.optim.clocks import ClockedOptimizer
 from hope.optim.config import OptimConfig
 from hope.optim.dmgd import Dmgd
-from hope.optim.levels import MATRIX_OPTIMIZERS
 from hope.optim.matrix import MatrixOptimizer
+from hope.optim.policy import MATRIX_OPTIMIZERS
 
 
 def build_optimizer(groups: Iterable[dict[str, Any]], config: OptimConfig, precision: str = "fp32") -> ClockedOptimizer:

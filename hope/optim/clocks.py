@@ -16,18 +16,20 @@ from hope.optim.segments import Segments
 
 Due = list[tuple[dict[str, Any], list[Tensor]]]
 Sums = Callable[[Tensor], Tensor]
+Watched = bool | Callable[[dict[str, Any]], bool]
 
 
 class ClockedOptimizer(torch.optim.Optimizer):
     """Base of all optimizers here; a subclass writes `update`.
 
     Keys of a group: `period`, its clock in steps; `clock`, steps seen; `updates`, due steps seen; `gathered`, whether
-    gradients already arrive summed over the period, at due steps only. The caller may set before `step`: `lr`, and
-    `grad_scale`, a factor on this step's gradient (global clipping).
+    gradients already arrive summed over the period, at due steps only; `rate`, a factor on the learning rate;
+    `beta1` and `beta2`, None as configured; `head_rows`, see `hope.optim.matrix`. The caller may set before `step`:
+    `lr`, or all of them by `set_lr`, and `grad_scale`, a factor on this step's gradient (global clipping).
 
     Attributes:
-        measured: what the last step did to every parameter that it moved, {} if it was not watched: [tensors, 6],
-            float64, the numbers of `hope.optim.rules.measure`.
+        measured: what its group's last due step did to a parameter, if that step was watched: [tensors, 6], float64,
+            the numbers of `hope.optim.rules.measure`.
     """
 
     per_tensor_keys: frozenset[str] = frozenset()
@@ -37,6 +39,7 @@ class ClockedOptimizer(torch.optim.Optimizer):
         self.config = config
         self.measured: dict[Tensor, Tensor] = {}
         self._completed = False
+        self._watched: Watched = False
         defaults = {
             "lr": config.lr,
             "grad_scale": 1.0,
@@ -47,8 +50,20 @@ class ClockedOptimizer(torch.optim.Optimizer):
             "gathered": False,
             "vectors": False,
             "matrices": False,
+            "rate": 1.0,
+            "beta1": None,
+            "beta2": None,
+            "head_rows": 0,
         }
-        super().__init__(groups, defaults)
+        whole = [{"lr": config.lr * group.get("rate", 1.0), **group} for group in groups]
+        super().__init__(whole or [{"params": []}], defaults)
+        if not whole:  # as on a pipeline stage without matrices
+            self.param_groups.clear()
+
+    def set_lr(self, lr: float | Callable[[dict[str, Any]], float]) -> None:
+        """Set every group's learning rate: one number times the group's `rate`, or a function of the group."""
+        for group in self.param_groups:
+            group["lr"] = lr(group) if callable(lr) else lr * group["rate"]
 
     def attach(self, sums: Sums, segments: Mapping[Tensor, Segments]) -> None:
         """Parameters are pieces of tensors; an optimizer that is purely element-wise need not know it.
@@ -59,8 +74,13 @@ class ClockedOptimizer(torch.optim.Optimizer):
             segments: which tensors lie where in a parameter. One that is not in here is a whole tensor.
         """
 
-    def watch(self, on: bool) -> None:
-        """Whether the next step fills `measured`, where the optimizer can."""
+    def watch(self, which: Watched) -> None:
+        """Whether the next step fills `measured`, where the optimizer can: for all groups that move, or for which."""
+        self._watched = which
+
+    def watching(self, group: dict[str, Any]) -> bool:
+        """Whether the next step of this group is watched."""
+        return self._watched(group) if callable(self._watched) else self._watched
 
     def due(self, group: dict[str, Any]) -> bool:
         """Whether the coming step is a due one of this group."""
@@ -123,6 +143,8 @@ class ClockedOptimizer(torch.optim.Optimizer):
                 due.append((group, present))
             elif present:
                 torch._foreach_add_(self.states(present, "accumulator"), [p.grad for p in present])
+        for p in (p for group, _ in due for p in group["params"]):
+            self.measured.pop(p, None)
         self.update(due)
         for _, present in due:
             for p in present:

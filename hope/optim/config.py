@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from hope.optim.group_config import GroupConfig
 from hope.sections import Problem, only_if
 
 
@@ -83,6 +84,8 @@ class MuonConfig:
     """Iterations of the orthogonalisation."""
     matrix_rms: float = 0.2
     """Root mean square of a matrix's update at learning rate 1, like AdamW's; 0: as it is."""
+    per_head: bool = False
+    """Orthogonalise maps whose rows belong to heads (query, key, value, input) a head at a time, not whole."""
 
     def problems(self, path: str) -> Iterator[Problem]:
         """What cannot work, by key below `path`."""
@@ -99,6 +102,8 @@ class M3Config:
     """literal: Algorithm 1 as printed, sums that never decay; ema: moving averages and an update of matrix_rms."""
     matrix_rms: float = only_if("reading", "ema", default=0.2)
     """Root mean square of a matrix's update at learning rate 1, like AdamW's; 0: as it is."""
+    per_head: bool = False
+    """Orthogonalise maps whose rows belong to heads (query, key, value, input) a head at a time, not whole."""
     slow_period: int = 16
     """Updates between two orthogonalisations of the slow memory (f)."""
     alpha: float = 1.0
@@ -133,14 +138,28 @@ class OptimConfig:
     orthogonalised updates of whole matrices, and AdamW's setting for everything else."""
     lr: float = 1.5e-3
     """Peak learning rate."""
-    warmup: int = 60
-    """Steps of linear warm-up."""
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the schedule after the warm-up, down to final_lr x lr at train.steps."""
-    final_lr: float = only_if("decay", "cosine", "linear", default=0.1)
-    """Learning rate at train.steps as a fraction of lr."""
+    lr_elementwise: float | None = None
+    """Peak rate of what declares an element-wise update: embedding, head, gates, convolutions, norms; and under muon
+    and m3 of all that is no matrix. null: lr."""
+    level_rate: float = 0.0
+    """Exponent g: a CMS level that is due every C steps has its rate times C^g. 0: the same rate for every level."""
+    warmup: int | float = 60
+    """Linear warm-up: steps, or in (0, 1) a fraction of the run."""
+    decay: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape of the schedule after the warm-up, down to final_lr x lr at the last step; wsd: constant (stable), then a
+    decay over the last decay_length."""
+    decay_length: int | float = only_if("decay", "wsd", default=0.2)
+    """The decay of wsd, which ends at the last step: steps, or in (0, 1) a fraction of the run."""
+    decay_shape: Literal["linear", "cosine", "sqrt"] = only_if("decay", "wsd", default="linear")
+    """Shape of the decay of wsd: linear, half a cosine, or sqrt, 1 - sqrt(done), which falls fastest at first."""
+    final_lr: float = only_if("decay", "cosine", "linear", "wsd", default=0.1)
+    """Learning rate at the last step as a fraction of lr."""
     beta1: float = 0.9
     """Retention of the momentum memory."""
+    momentum_warmup: int = 0
+    """Steps over which beta1 rises linearly from beta1_start; 0: none. Counted by each level's clock."""
+    beta1_start: float = only_if("momentum_warmup", default=0.85)
+    """beta1 of the first step."""
     beta2: float = only_if("dmgd.preconditioner", "adam", default=0.95)
     """Retention of the squared-gradient average."""
     eps: float = only_if("dmgd.preconditioner", "adam", default=1e-8)
@@ -152,6 +171,9 @@ class OptimConfig:
     accumulate: Literal["sharded", "local"] = "sharded"
     """Gradients of a level that is not due: reduced every step into 1/dp of an accumulator, or kept on their device
     (4 bytes per weight of the level) and communicated once per period."""
+    groups: list[GroupConfig] = field(default_factory=list)
+    """[{match: "blocks.*.mixer.query.*", rate: 2.0}, ...]: exceptions by pattern of parameter names. Of several that
+    match, the first counts."""
     dmgd: DmgdConfig = only_if("name", "dmgd", factory=DmgdConfig)
     """The choices of dmgd."""
     muon: MuonConfig = only_if("name", "muon", factory=MuonConfig)
@@ -173,18 +195,46 @@ class OptimConfig:
         """What cannot work, by key below `path`; of the kinds' sections only the chosen one counts."""
         if not 0 < self.lr < math.inf:
             yield Problem(f"{path}.lr", f"{self.lr} is not a positive number", "1.5e-3")
-        if self.warmup < 0:
-            yield Problem(f"{path}.warmup", f"{self.warmup} is negative", "60")
+        if self.lr_elementwise is not None and not 0 < self.lr_elementwise < math.inf:
+            yield Problem(f"{path}.lr_elementwise", f"{self.lr_elementwise} is not a positive number", "null, for lr")
+        if not -2 <= self.level_rate <= 2:
+            yield Problem(f"{path}.level_rate", f"{self.level_rate} is not in [-2, 2]", "0.5")
+        yield from _length_problems(f"{path}.warmup", self.warmup, least=0, fix="60, or 0.05 of the run")
+        if self.decay == "wsd":
+            yield from _length_problems(f"{path}.decay_length", self.decay_length, least=1, fix="0.2 of the run")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 yield Problem(f"{path}.{name}", f"{getattr(self, name)} is not in [0, 1)", "0.9")
+        yield from self._momentum_problems(path)
         if not 0 <= self.final_lr <= 1:
             yield Problem(f"{path}.final_lr", f"{self.final_lr} is not in [0, 1]", "0.1")
         if not self.eps > 0:
             yield Problem(f"{path}.eps", f"{self.eps} is not positive", "1e-08")
         if not self.weight_decay >= 0:
             yield Problem(f"{path}.weight_decay", f"{self.weight_decay} is negative", "0.1")
+        for number, group in enumerate(self.groups):
+            yield from group.problems(f"{path}.groups[{number}]")
         if self.name == "dmgd":
             yield from self.dmgd.problems(f"{path}.dmgd")
         elif self.name != "adamw":
             yield from self.matrices.problems(f"{path}.{self.name}")
+
+    def _momentum_problems(self, path: str) -> Iterator[Problem]:
+        if self.momentum_warmup < 0:
+            yield Problem(f"{path}.momentum_warmup", f"{self.momentum_warmup} is negative", "0, or 300")
+        elif self.momentum_warmup:
+            betas = {f"{path}.beta1": self.beta1}
+            own = {f"{path}.groups[{i}].beta1": group.beta1 for i, group in enumerate(self.groups)}
+            betas |= {where: beta1 for where, beta1 in own.items() if beta1 is not None}
+            for where, beta1 in betas.items():
+                if not 0 <= self.beta1_start <= beta1:
+                    what = f"{self.beta1_start} is not in [0, {beta1}], up to {where}, to which it rises"
+                    yield Problem(f"{path}.beta1_start", what, f"at most {beta1}")
+
+
+def _length_problems(path: str, value: float, least: int, fix: str) -> Iterator[Problem]:
+    """Of a number of steps, or a fraction of the run in (0, 1)."""
+    if not least <= value < math.inf and not 0 < value < 1:
+        yield Problem(path, f"{value} is neither a number of steps nor a fraction in (0, 1)", fix)
+    elif value > 1 and value != int(value):
+        yield Problem(path, f"{value} is no whole number of steps", f"nearest: {int(value)}, {int(value) + 1}")

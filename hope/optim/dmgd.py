@@ -26,6 +26,7 @@ from hope.optim import coordinate_memory as memory
 from hope.optim.clocks import ClockedOptimizer, Due, Sums
 from hope.optim.config import OptimConfig
 from hope.optim.kernels import kernels_for, stretches
+from hope.optim.momentum import beta1_of
 from hope.optim.rules import Rates, Stretch, UpdateRule, Whole, measure
 from hope.optim.segments import Segments
 
@@ -42,7 +43,6 @@ class Dmgd(ClockedOptimizer):
         segments: which tensors lie where in a parameter; one that is not in here is a tensor of its own.
         tensor_sums: adds up a buffer [tensors, numbers] (float64, all parameters of all groups in order) over
             everything that holds parts of these tensors. Called once per step if anything needs it.
-        watching: whether the next step fills `measured`.
     """
 
     per_tensor_keys = frozenset({"mlp", "mean_square"})
@@ -51,16 +51,12 @@ class Dmgd(ClockedOptimizer):
         super().__init__(groups, config)
         self.segments: dict[Tensor, Segments] = {}
         self.tensor_sums: Sums = lambda parts: parts
-        self.watching = False
         self._start: Tensor | None = None
         self._gains: dict[Tensor, Tensor] = {}
 
     def attach(self, sums: Sums, segments: Mapping[Tensor, Segments]) -> None:
         self.tensor_sums = sums
         self.segments.update(segments)
-
-    def watch(self, on: bool) -> None:
-        self.watching = on
 
     def rule(self, group: dict[str, Any]) -> UpdateRule:
         return UpdateRule.of(self.config, vectors=group["vectors"])
@@ -79,15 +75,14 @@ class Dmgd(ClockedOptimizer):
                 self._of_tensors(p, self.rule(group))
 
     def update(self, due: Due) -> None:
-        self.measured = {}
-        nets = self._networks() if self.watching else {}
+        nets = self._networks() if any(self.watching(group) for group, _ in due) else {}
         if any(self.rule(group).whole for group in self.param_groups):
             self._learn(due)
         for group, params in due:
             rule, rates = self.rule(group), self._rates(group)
             for p in params:
                 x, whole = self._stretch(p, rule), self._whole(p, rule)
-                if self.watching:
+                if self.watching(group):
                     self._watched_update(p, rule, x, rates, whole._replace(network=nets[p]), whole)
                 else:
                     # All as one stretch if nothing asks which tensor a coordinate belongs to.
@@ -163,15 +158,15 @@ class Dmgd(ClockedOptimizer):
 
     def _write(self, p: Tensor, group: dict[str, Any], found: Tensor) -> None:
         """Take one inner step per tensor from the sums over all its elements."""
-        rule, config = self.rule(group), self.config
+        rule = self.rule(group)
         nets, squares = self._of_tensors(p, rule)
         mean = (found[:, 1:] / found[:, :1].clamp(min=1)).to(p.dtype)
         # The first update only sets the scale: without one the network could neither read nor learn.
-        keep = config.beta1 if group["updates"] > 1 else 0.0
+        keep = beta1_of(self.config, group) if group["updates"] > 1 else 0.0
         squares.mul_(keep).add_(mean[:, :1], alpha=1 - keep)
         if rule.width:
             gradient = mean[:, 2 : 2 + rule.size] / (mean[:, 1:2] + _LEAST_NORM)
-            mlp = config.elementwise.mlp
+            mlp = self.config.elementwise.mlp
             nets.sub_(mlp.lr * gradient + mlp.decay * (nets - self._initial(rule, p)))
         if rule.match:
             linear, deep = mean[:, 2 + rule.size], mean[:, 3 + rule.size]

@@ -10,7 +10,7 @@ the chunks' mean gradients). Dividing an orthogonal matrix by sqrt(V) leaves a s
 gradient's: the ema reading scales it to a root mean square of `matrix_rms`, so that it takes AdamW's learning rates.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +20,12 @@ from hope.optim import newton_schulz
 from hope.optim.clocks import Due
 from hope.optim.config import OptimConfig
 from hope.optim.dmgd import Dmgd
+from hope.optim.momentum import beta1_of, beta2_of
 
 
 class MatrixOptimizer(Dmgd):
     """Groups with `matrices` true hold whole matrices [n, m] or stacks of them [H, n, m], one tensor per parameter.
+    Where such a group has `head_rows`, its matrices are taken a head at a time, [head_rows, m] each.
 
     `half`: orthogonalise with bf16 products on a GPU; false for runs in fp32, whose layouts agree to fp32's rounding.
     """
@@ -48,26 +50,30 @@ class MatrixOptimizer(Dmgd):
         scale = self.gradient_factor(group) * group["grad_scale"]
         gradients = [p.grad for p in params if p.grad is not None]
         torch._foreach_mul_(gradients, scale)
-        before = [m.clone() for m in self.states(params, "memory")] if self.watching else []
-        directions = self._m3(group, params, gradients) if self.config.name == "m3" else self._muon(params, gradients)
+        before = [m.clone() for m in self.states(params, "memory")] if self.watching(group) else []
+        update = self._m3 if self.config.name == "m3" else self._muon
+        directions = update(group, params, gradients)
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(params, directions, alpha=-group["lr"])
         for i, old in enumerate(before):
             self._measure_matrix(params[i], gradients[i], old, directions[i] * group["lr"])
 
-    def _muon(self, params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+    def _muon(self, group: dict[str, Any], params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
         """Nesterov momentum, orthogonalised; sqrt(max(n, m)) undoes the size of an orthogonal matrix's entries."""
-        config, memories = self.config, self.states(params, "memory")
-        torch._foreach_lerp_(memories, gradients, 1 - config.beta1)
-        ahead = torch._foreach_lerp(gradients, memories, config.beta1)
-        found = self._orthogonal(list(ahead))
-        if rms := config.muon.matrix_rms:
-            torch._foreach_mul_(found, [rms * max(p.shape[-2:]) ** 0.5 for p in params])
-        return found
+        beta1, memories = beta1_of(self.config, group), self.states(params, "memory")
+        torch._foreach_lerp_(memories, gradients, 1 - beta1)
+        ahead = _blocks(group, torch._foreach_lerp(gradients, memories, beta1))
+        found = self._orthogonal(ahead)
+        if rms := self.config.muon.matrix_rms:
+            torch._foreach_mul_(found, [rms * max(block.shape[-2:]) ** 0.5 for block in ahead])
+        return [out.view_as(p) for out, p in zip(found, params, strict=True)]
 
     def _m3(self, group: dict[str, Any], params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-        config, m3, ema = self.config, self.config.m3, self.config.m3.reading == "ema"
-        memories, squares, sums, slow, direction = (self.states(params, key) for key in self.state_keys(group))
+        m3, ema = self.config.m3, self.config.m3.reading == "ema"
+        beta1, beta2 = beta1_of(self.config, group), beta2_of(self.config, group)
+        states = (_blocks(group, self.states(params, key)) for key in self.state_keys(group))
+        memories, squares, sums, slow, direction = states
+        gradients = _blocks(group, gradients)
         if (group["updates"] - 1) % m3.slow_period == 0:  # the chunk before this update has ended
             torch._foreach_mul_(slow, m3.beta3 if ema else 1.0)
             factor = (1 - m3.beta3) / m3.slow_period if ema else m3.beta3
@@ -75,17 +81,17 @@ class MatrixOptimizer(Dmgd):
             torch._foreach_zero_(sums)
             torch._foreach_copy_(direction, self._orthogonal(slow))
         torch._foreach_add_(sums, gradients)
-        torch._foreach_mul_(memories, config.beta1 if ema else 1.0)
-        torch._foreach_add_(memories, gradients, alpha=1 - config.beta1 if ema else config.beta1)
-        torch._foreach_mul_(squares, config.beta2 if ema else 1.0)
-        torch._foreach_addcmul_(squares, gradients, gradients, value=1 - config.beta2 if ema else config.beta2)
+        torch._foreach_mul_(memories, beta1 if ema else 1.0)
+        torch._foreach_add_(memories, gradients, alpha=1 - beta1 if ema else beta1)
+        torch._foreach_mul_(squares, beta2 if ema else 1.0)
+        torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2 if ema else beta2)
         found = self._orthogonal(memories)
         torch._foreach_add_(found, direction, alpha=m3.alpha)
         for out, square in zip(found, squares, strict=True):
-            out.div_(square.sqrt().add_(config.eps))
+            out.div_(square.sqrt().add_(self.config.eps))
             if ema and m3.matrix_rms:
                 out.mul_(m3.matrix_rms / (out.square().mean((-2, -1), keepdim=True).sqrt() + 1e-30))
-        return found
+        return [out.view_as(p) for out, p in zip(found, params, strict=True)]
 
     def _orthogonal(self, matrices: list[Tensor]) -> list[Tensor]:
         half = self.half and matrices[0].is_cuda  # a CPU gains nothing
@@ -96,3 +102,9 @@ class MatrixOptimizer(Dmgd):
         losses = [(memory - gradient).square().sum() / 2 for memory in (before, after)]
         squares = [t.square().sum() for t in (after, moved, p, gradient)]
         self.measured[p] = torch.stack([*squares, *losses]).double()[None]
+
+
+def _blocks(group: dict[str, Any], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What is orthogonalised by itself, as views: the tensors, or of each [n, m] a stack [heads, head_rows, m]."""
+    rows = group["head_rows"]
+    return [t.view(-1, rows, t.shape[-1]) for t in tensors] if rows else list(tensors)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hope.optim import coordinate_memory as memory
 from hope.optim.config import OptimConfig
+from hope.optim.momentum import beta1_of, beta2_of, retained
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Rates(NamedTuple):
     gain2: float
     """Multiplies what v takes in: 1 - beta2."""
     correct1: float
-    """Multiplies s: 1 / (1 - beta1^t) with l2 and bias correction, else 1."""
+    """Multiplies s: 1 / (1 - beta1^t) with l2 and bias correction, else 1. The product of beta1's if they change."""
     correct2: float
     """Multiplies sqrt(v): 1 / sqrt(1 - beta2^t) with bias correction, else 1."""
     correct1_before: float
@@ -111,16 +112,17 @@ class Rates(NamedTuple):
         """The rates of a parameter group's coming update, from its `lr`, `weight_decay` and `updates`."""
         l2, updates = config.elementwise.objective == "l2", group["updates"]
         corrected = config.elementwise.bias_correction
-        first = lambda t: 1 / (1 - config.beta1**t) if l2 and corrected and t else 1.0
-        second = lambda t: (1 - config.beta2**t) ** -0.5 if corrected and t else 1.0
+        beta1, beta2 = beta1_of(config, group), beta2_of(config, group)
+        first = lambda t: 1 / (1 - retained(config, group, t)) if l2 and corrected and t else 1.0
+        second = lambda t: (1 - beta2**t) ** -0.5 if corrected and t else 1.0
         numbers = (
             scale,
             group["lr"],
             1 - group["lr"] * group["weight_decay"],
-            config.beta1,
-            1 - config.beta1 if l2 else 1.0,
-            config.beta2,
-            1 - config.beta2,
+            beta1,
+            1 - beta1 if l2 else 1.0,
+            beta2,
+            1 - beta2,
             first(updates),
             second(updates),
             first(updates - 1),

@@ -58,10 +58,12 @@ class SeqLenStage:
 class TrainConfig:
     """How long, how much per step, how often it is evaluated."""
 
-    steps: int
-    """Optimizer steps of the whole run; the learning-rate schedule ends here."""
+    steps: int | None = None
+    """Optimizer steps of the whole run; the learning-rate schedule ends here. Give this or train.tokens."""
+    tokens: int | None = None
+    """Tokens of the whole run, instead of train.steps: a whole number of steps of global_batch x seq_len each."""
     stop_after: int = 0
-    """Save and stop after this step while the schedule still follows `steps`; 0: run to the end."""
+    """Save and stop after this step while the schedule still follows the whole run; 0: run to the end."""
     seq_len: int
     """Tokens per sequence that are predicted; also the window in which data positions are counted."""
     seq_len_stages: list[SeqLenStage] = field(default_factory=list)
@@ -91,6 +93,8 @@ class TrainConfig:
     """Steps between evaluations on held-out data; 0: only before the first and after the last step."""
     eval_windows: int = 0
     """Held-out windows (sequences) of one evaluation, per source; 0: all."""
+    eval_levels: bool = False
+    """Evaluate once more for each CMS level with that level switched off, `heldout_loss_without.cms0` and so on."""
     grad_clip: float = 1.0
     """Largest global gradient norm, larger ones are scaled down to it; 0: never."""
     max_skips: int = 10
@@ -105,6 +109,13 @@ class TrainConfig:
     def tokens_per_step(self) -> int:
         return self.global_batch * self.seq_len
 
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run, whichever way its length was given; 0 if it was not."""
+        if self.steps is not None:
+            return self.steps
+        return (self.tokens or 0) // max(1, self.tokens_per_step)
+
     def seq_len_at(self, step: int) -> int:
         """Tokens per sequence in a step (counted from 1)."""
         begun = [stage.seq_len for stage in self.seq_len_stages if stage.from_step <= step]
@@ -112,15 +123,18 @@ class TrainConfig:
 
     def ends_before(self, step: int) -> dict[str, int]:
         """The ends, by key below `train`'s path, that lie before `step`: a run resumed from there would do nothing."""
-        ends = {"train.steps": self.steps, "train.stop_after": self.stop_after or step}
+        whole = "train.steps" if self.tokens is None else "train.tokens"
+        ends = {whole: self.total_steps, "train.stop_after": self.stop_after or step}
         return {path: last for path, last in ends.items() if last < step}
 
     def problems(self, path: str = "train") -> Iterator[Problem]:
-        ones = dict.fromkeys(("steps", "seq_len", "global_batch", "micro_batch", "max_skips"), 1)
+        ones = dict.fromkeys(("seq_len", "global_batch", "micro_batch", "max_skips"), 1)
         yield from _at_least(self, path, ones | dict.fromkeys(("stop_after", "eval_every", "eval_windows"), 0))
-        if 1 <= self.steps < self.stop_after:
-            what = f"{self.stop_after} is after the last step, train.steps {self.steps}"
-            yield Problem(f"{path}.stop_after", what, f"1 to {self.steps}, or 0 for none")
+        yield from self._budget_problems(path)
+        if 1 <= self.total_steps < self.stop_after:
+            given = "train.steps" if self.tokens is None else "that of train.tokens,"
+            what = f"{self.stop_after} is after the last step, {given} {self.total_steps}"
+            yield Problem(f"{path}.stop_after", what, f"1 to {self.total_steps}, or 0 for none")
         if not (math.isfinite(self.grad_clip) and self.grad_clip >= 0):
             yield Problem(f"{path}.grad_clip", f"{self.grad_clip} is not a norm", "1.0, or 0 to never clip")
         if not (math.isfinite(self.spike_sigma) and self.spike_sigma >= 0):
@@ -154,9 +168,25 @@ class TrainConfig:
             yield Problem(f"{path}.profile", f"{self.profile} is not a first and a last step", "[11, 12], or null")
             return
         first, last = self.profile
-        if not 1 <= first <= last <= self.steps:
-            what = f"{self.profile} are no steps of a run with train.steps {self.steps}, in order"
-            yield Problem(f"{path}.profile", what, f"1 <= first <= last <= {self.steps}; or null")
+        if not 1 <= first <= last <= self.total_steps:
+            what = f"{self.profile} are no steps of a run with {self.total_steps} steps, in order"
+            yield Problem(f"{path}.profile", what, f"1 <= first <= last <= {self.total_steps}; or null")
+
+    def _budget_problems(self, path: str) -> Iterator[Problem]:
+        if self.steps is None and self.tokens is None:
+            what = "required, but neither train.steps nor train.tokens is given"
+            yield Problem(f"{path}.steps", what, "train.steps=1000, or train.tokens=20_000_000")
+        elif self.steps is not None and self.tokens is not None:
+            what = f"{self.tokens:,} tokens and train.steps {self.steps:,} both say how long the run is"
+            yield Problem(f"{path}.tokens", what, "train.steps=null, or leave train.tokens out")
+        elif self.steps is not None:
+            yield from _at_least(self, path, {"steps": 1})
+        elif self.tokens is not None and min(self.global_batch, self.seq_len) >= 1:
+            step = self.tokens_per_step
+            if self.tokens < 1 or self.tokens % step:
+                near = sorted({max(1, self.tokens // step) * step, max(1, -(-self.tokens // step)) * step})
+                what = f"{self.tokens:,} tokens are no whole number of steps of {step:,} (global_batch x seq_len)"
+                yield Problem(f"{path}.tokens", what, "nearest: " + " or ".join(map(str, near)))
 
     def _stage_problems(self, path: str) -> Iterator[Problem]:
         before = 0

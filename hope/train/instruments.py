@@ -81,6 +81,11 @@ class Instruments:
             drawn=histograms > 0 and step % histograms == 0,
         )
 
+    def logged_within(self, step: int, period: int, last: int) -> bool:
+        """Whether one of the `period` steps from `step` on has a line, so that it can tell of an update made now."""
+        end = min(step + period - 1, last)
+        return end == last or step == 1 or end // self._log.every > (step - 1) // self._log.every
+
     @contextmanager
     def step(self, step: int, last: int) -> Iterator[Taken]:
         """Around everything that counts as the time of a step. It begins with waiting for data."""
@@ -111,7 +116,7 @@ class Instruments:
             **speed,
             "mfu": mfu(speed["tokens_per_s"], flops_per_token, self.devices),
             "memory_gb": memory_gb(self._device),
-            "eta_s": self._timer.eta_s(self._train.steps - step),
+            "eta_s": self._timer.eta_s(self._train.total_steps - step),
         }
 
     def readings(self) -> dict[str, float]:

@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from hope.optim.levels import level_of_group
 from hope.stored import folders, manifest
 from hope.stored.manifest import FileEntry, Manifest, TensorEntry
 from parallel.checkpoint import rng
@@ -228,7 +229,12 @@ def _check(path: Path, content: Manifest, units: Sequence[Unit], groups: set[str
     for name in content.tensors:
         if name.partition("/")[2] in names & known and name not in wanted:
             lines.append(f"{name}: checkpoint has it, optimizer has none")
-    lines += [f"group {name}: optimizer has it, checkpoint has none" for name in groups - content.counters.keys()]
+    clocks = {level_of_group(name) for name in content.counters}
+    lines += [
+        f"group {name}: optimizer has it, checkpoint has no clock of its level"
+        for name in groups
+        if level_of_group(name) not in clocks
+    ]
     if lines:
         raise CheckpointError(
             f"{path} belongs to another optimizer, {len(lines)} states differ:{_listed(lines)}\n"

@@ -15,6 +15,7 @@ from hope.model import Model
 from hope.optim.build import build_optimizer
 from hope.optim.config import OptimConfig
 from hope.optim.levels import parameter_groups
+from hope.optim.policy import MATRIX_OPTIMIZERS
 from parallel.compute import gradients
 from parallel.compute.pipeline import Report, Stage, forward_backward, stages_of
 from parallel.compute.tensor import shard_model, sharded_loss
@@ -113,7 +114,7 @@ def _sharded_optimizer(
     def combine(sums: gradients.Accumulated) -> None:
         gradients.combine_over_tensor_ranks(models, sums, layout.sequence, groups.tensor_group())
 
-    if any(group["matrices"] for group in levels):
+    if optim.name in MATRIX_OPTIMIZERS:  # also where this rank has no matrix: others wait for it
         return MatrixZeroOptimizer(
             models, levels, optim, precision, ranks, zero=layout.zero, counts=counts, combine=combine
         )

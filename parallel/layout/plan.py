@@ -83,7 +83,8 @@ def plan_table(config: ModelConfig) -> str:
     for name, parameter, declared in declarations(model):
         layout = layout_of(parameter, name)
         shape = " x ".join(map(str, parameter.shape))
-        row = (_anywhere(name), shape, _division(parameter, layout), layout.rule.value, declared.update)
+        update = declared.update + (f", {declared.head_rows} rows a head" if declared.head_rows else "")
+        row = (_anywhere(name), shape, _division(parameter, layout), layout.rule.value, update)
         rows.setdefault(row, []).append(_block(name))
     titles = ("parameter", "shape", "over tensor ranks", "gradient", "update", "blocks")
     cells = [titles, *((*row, _ranges(blocks)) for row, blocks in rows.items())]

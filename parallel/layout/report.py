@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
+from typing import Any
 
 import torch
 
@@ -13,7 +14,8 @@ from hope.flops import Flops
 from hope.model import Model
 from hope.optim.config import OptimConfig
 from hope.optim.kernels import kernels_of_run
-from hope.optim.levels import MATRIX_OPTIMIZERS, parameter_groups
+from hope.optim.levels import parameter_groups
+from hope.optim.policy import MATRIX_OPTIMIZERS
 from parallel.layout.memory import GIB, RankMemory, StepShape, build_part, rank_memory
 from parallel.layout.stages import describe_split, split
 from parallel.layout.topology import ParallelDims
@@ -136,6 +138,31 @@ def describe(
     if dims.pipeline > 1:
         text += describe_split(config, shape.seq_len, dims.pipeline, dims.virtual_pipeline)
     return "\n".join([*text, *stage_lines(config, dims, shape, count, optim)])
+
+
+def group_table(config: ModelConfig, optim: OptimConfig, tokens_per_step: int | None) -> str:
+    """The optimizer's parameter groups: rule, clock, peak rate and its factor, decay, betas, tensors, parameters."""
+    with torch.device("meta"):
+        groups = parameter_groups(Model(config), optim.weight_decay, optim, tokens_per_step)
+    rows = [("group", "rule", "every", "peak rate", "x", "decay", "beta1", "beta2", "tensors", "parameters")]
+    for group in groups:
+        numbers = (f"{optim.lr * group['rate']:.2e}", f"{group['rate']:.3g}", f"{group['weight_decay']:g}")
+        betas = (f"{_given(group['beta1'], optim.beta1):g}", f"{_given(group['beta2'], optim.beta2):g}")
+        size = (str(len(group["params"])), f"{sum(p.numel() for p in group['params']):,}")
+        rows.append((group["name"], _rule(group, optim), str(group["period"]), *numbers, *betas, *size))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    shown = lambda row: [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+    return "\n".join("  ".join(shown(row)).rstrip() for row in rows)
+
+
+def _given(own: float | None, shared: float) -> float:
+    return shared if own is None else own
+
+
+def _rule(group: Mapping[str, Any], optim: OptimConfig) -> str:
+    if not group["matrices"]:
+        return "adamw" if optim.name in MATRIX_OPTIMIZERS else optim.name
+    return f"{optim.name} per head" if group["head_rows"] else optim.name
 
 
 def _traffic(config: ModelConfig, dims: ParallelDims, shape: StepShape, optim: OptimConfig) -> float:

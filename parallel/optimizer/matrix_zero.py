@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hope.optim.build import build_optimizer
+from hope.optim.clocks import Watched
 from hope.optim.config import OptimConfig
+from hope.optim.levels import counters_of
 from parallel.optimizer.checkpoint_views import StatePiece
 from parallel.optimizer.clocks import Combine, due_groups, waits_locally
 from parallel.optimizer.members import Counts, first_name, members_of, union_of_names
@@ -123,12 +125,11 @@ class MatrixZeroOptimizer(ShardedOptimizer):
 
     def set_lr(self, lr: float | Callable[[dict[str, Any]], float]) -> None:
         self.rest.set_lr(lr)
-        for group in self.matrices.param_groups:
-            group["lr"] = lr(group) if callable(lr) else lr
+        self.matrices.set_lr(lr)
 
-    def watch(self, on: bool) -> None:
-        self.rest.watch(on)
-        self.matrices.watch(on)
+    def watch(self, which: Watched) -> None:
+        self.rest.watch(which)
+        self.matrices.watch(which)
 
     def statistics(self) -> dict[str, float]:
         one = torch.ones(1, dtype=torch.float64, device=self.ranks.device)
@@ -162,10 +163,9 @@ class MatrixZeroOptimizer(ShardedOptimizer):
         return self.rest.counters() | own
 
     def restored(self, counters: Mapping[str, Mapping[str, int]]) -> None:
-        own = {group["name"] for group in self.matrices.param_groups}
-        self.rest.restored({name: values for name, values in counters.items() if name not in own})
+        self.rest.restored(counters)
         for group in self.matrices.param_groups:
-            group.update(counters[group["name"]])
+            group.update(counters_of(group["name"], counters))
         for owned in self.owned:
             owned.publish()
         self._discard_matrices()

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from hope.optim.clocks import Watched
 from parallel.optimizer.checkpoint_views import ShardedState
 from parallel.start.groups import Ranks
 
@@ -88,17 +89,18 @@ class ShardedOptimizer(ShardedState, Protocol):
     def discard(self) -> None:
         """Forget this step's gradients. Parameters, optimizer states and clocks stay as they are. At any time."""
 
-    def watch(self, on: bool) -> None:
-        """Whether the next step collects what `statistics` tells. That costs some passes over the weights."""
+    def watch(self, which: Watched) -> None:
+        """Whether the next step collects what `statistics` tells, of all groups that move or as a function of the group
+        says, the same on every rank. That costs some passes over their weights."""
 
     def statistics(self) -> dict[str, float]:
-        """What the last step did per group of the whole model, as `statistics.group_statistics` says. Collective.
+        """What its last due step did per group of the whole model, as `statistics.group_statistics` says. Collective.
 
-        The same on every rank. Only the clocks if the step was not watched.
+        The same on every rank. Only the clock of a group whose step was not watched.
         """
 
     def set_lr(self, lr: float | Callable[[dict[str, Any]], float]) -> None:
-        """Set every group's learning rate: one number, or a function of the group."""
+        """Set every group's learning rate: one number times the group's `rate`, or a function of the group."""
 
     def gradient_pieces(self) -> Iterator[tuple[str, int, Tensor]]:
         """(name, offset in the flattened shard, values) of this rank's reduced gradients. Ranks hold each once.

@@ -29,7 +29,7 @@ def group_statistics(
         device: where the all-reduce takes its numbers from.
 
     Returns:
-        `clock.<name>` of every group, in steps. Of a group that the last step moved and watched also
+        `clock.<name>` of every group, in steps. Of a group whose last due step was watched also
         `momentum_norm.<name>`, the L2 norm of its memory in units of the gradient, and `update_ratio.<name>`,
         |update| / |weights|. Of one with gradients also `inner_loss_before.<name>` and `inner_loss_after.<name>` the
         write, the memory's inner objective per squared unit of gradient (l2: 1/2 says that it knew nothing).

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from hope.optim.clocks import ClockedOptimizer
+from hope.optim.clocks import ClockedOptimizer, Watched
+from hope.optim.levels import counters_of
 from parallel.optimizer import engine
 from parallel.optimizer.checkpoint_views import StatePiece, inner_states
 from parallel.optimizer.clocks import Combine, LocalSums, due_groups
@@ -177,8 +178,8 @@ class ZeroOptimizer(ShardedOptimizer):
         self._gradients = {}
         self.order.reach(StepStage.ACCUMULATING)
 
-    def watch(self, on: bool) -> None:
-        self.optimizer.watch(on)
+    def watch(self, which: Watched) -> None:
+        self.optimizer.watch(which)
 
     def statistics(self) -> dict[str, float]:
         masters, device = self._partitions.masters, self.ranks.device
@@ -186,8 +187,7 @@ class ZeroOptimizer(ShardedOptimizer):
         return group_statistics(self.optimizer, self.group_names, counted, device)
 
     def set_lr(self, lr: float | Callable[[dict[str, Any]], float]) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr(group) if callable(lr) else lr
+        self.optimizer.set_lr(lr)
 
     def pieces(self) -> Iterator[StatePiece]:
         self._local.flush()
@@ -210,7 +210,7 @@ class ZeroOptimizer(ShardedOptimizer):
 
     def restored(self, counters: Mapping[str, Mapping[str, int]]) -> None:
         for number, group in enumerate(self.optimizer.param_groups):
-            group.update(counters[name_of(group, number)])
+            group.update(counters_of(name_of(group, number), counters))
         self._partitions.publish(range(len(self._members)))
         self.discard()
 

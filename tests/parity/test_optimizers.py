@@ -3,6 +3,8 @@
 import pytest
 from test_referee import LAYOUTS, SPOILERS, verdict
 
+from hope.optim import matrix
+from hope.optim.clocks import ClockedOptimizer
 from parallel.optimizer.tensor_sums import TensorSums
 from parallel.referee import verdict as verdicts
 
@@ -17,6 +19,10 @@ SETTINGS = {
     "local": ["optim.accumulate=local", "train.grad_clip=0.1", "parallel.sequence=true"],
     "muon": ["optim.name=muon"],
     "m3": ["optim.name=m3", "optim.m3.slow_period=2"],
+    # with pp2 the first stage has no matrix
+    "policy": ["optim.name=muon", "optim.muon.per_head=true", "optim.lr_elementwise=2e-2", "optim.level_rate=0.5",
+               "optim.momentum_warmup=3", "optim.beta1_start=0.7",
+               'optim.groups=[{match: "blocks.[01].*", rule: elementwise, beta1: 0.8}, {match: "*down*", rate: 3}]'],
 }  # fmt: skip
 # Training with it makes 2e-4 to 5e-4 in a weight of noise of 1e-6 in the gradients, within four steps: fp32 cannot tell
 # that from a bug.
@@ -34,6 +40,8 @@ QUICK = [
     ("tp2-dp2", "muon"),
     ("dp2", "m3"),
     ("tp2-dp2", "m3"),
+    ("tp2", "policy"),
+    ("pp2", "policy"),
 ]
 
 
@@ -95,3 +103,21 @@ def test_a_broken_sum_over_a_tensor_is_noticed(tmp_path, monkeypatch, layout, br
     found = verdict(tmp_path, layout, "matrix", *setting, spoil="broken sum", double=double)
     assert not found["equal"], verdicts.table(found, 8)
     assert max(row["weight"] for row in found["parameters"]) > found["weight_tolerance"]
+
+
+def whole_instead_of_per_head():
+    original, matrix._blocks = matrix._blocks, lambda group, tensors: list(tensors)
+    return lambda: setattr(matrix, "_blocks", original)
+
+
+def one_rate_for_all():
+    original = ClockedOptimizer.set_lr
+    ClockedOptimizer.set_lr = lambda self, lr: original(self, lambda group: lr)
+    return lambda: setattr(ClockedOptimizer, "set_lr", original)
+
+
+@pytest.mark.parametrize("spoil", [whole_instead_of_per_head, one_rate_for_all], ids=lambda spoil: spoil.__name__)
+def test_a_policy_that_a_layout_does_not_follow_is_noticed(tmp_path, monkeypatch, spoil):
+    monkeypatch.setitem(SPOILERS, "policy", spoil)
+    found = verdict(tmp_path, "tp2", "matrix", *SETTINGS["policy"], spoil="policy")
+    assert not found["equal"], verdicts.table(found, 8)

@@ -69,6 +69,54 @@ def test_keep_and_override_by_key_section_and_default(monkeypatch: pytest.Monkey
     ]
 
 
+def wsd(**settings: object) -> Config:
+    """Stable from step 10 to step 80 of 100."""
+    found = config()
+    found.optim.decay, found.optim.warmup, found.optim.decay_length = "wsd", 10, 20
+    for key, value in settings.items():
+        setattr(found.train if key in ("steps", "tokens") else found.optim, key, value)
+    return found
+
+
+@pytest.mark.parametrize(
+    "change", [{"steps": 300}, {"steps": 70, "decay_length": 0.1}, {"decay": "constant"}, {"decay_shape": "sqrt"},
+               {"steps": None, "tokens": 300 * 512}, {"final_lr": 0.0}],
+)  # fmt: skip
+def test_a_schedule_that_has_made_no_difference_yet_needs_no_word(change: dict) -> None:
+    saved, now = recorded(wsd()), wsd(**change)
+    settled, rows = settle(now, saved, 1, step=60)
+    assert settled == now
+    assert rows
+    assert all(row.endswith("(same so far)") for row in rows)
+    with pytest.raises(ConfigError):
+        settle(now, saved, 1)  # nobody says how far the run has come
+    with pytest.raises(ConfigError):
+        settle(now, saved, 1, step=99)  # the decay has begun
+    with pytest.raises(ConfigError, match=r"optim\.lr"):
+        settle(wsd(lr=1e-4, **change), saved, 1, step=60)
+
+
+def test_under_a_cosine_more_steps_need_a_word() -> None:
+    now = config()
+    now.train.steps = 200
+    with pytest.raises(ConfigError, match=r"train\.steps"):
+        settle(now, SAVED, 1, step=61)
+
+
+def test_records_without_the_newer_keys_say_what_was_done_then() -> None:
+    saved = copy.deepcopy(SAVED)
+    for section, key in (("optim", "lr_elementwise"), ("optim", "level_rate"), ("optim", "groups"),
+                         ("optim", "momentum_warmup"), ("train", "tokens"), ("train", "eval_levels")):  # fmt: skip
+        del saved[section][key]
+    before = copy.deepcopy(saved)
+    assert settle(config(), saved, 1) == (config(), [])
+    assert saved == before
+    now = config()
+    now.optim.level_rate = 0.5
+    with pytest.raises(ConfigError, match=r"optim\.level_rate *checkpoint 0\.0, now 0\.5"):
+        settle(now, saved, 1)
+
+
 @pytest.mark.parametrize("word", ["keep", "override"])
 def test_the_order_of_the_data_is_not_up_for_choice(word: str) -> None:
     now = config(all=word)

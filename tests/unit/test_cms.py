@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import named
 
-from hope.cms import IndependentCms, SequentialCms
+from hope.cms import IndependentCms, SequentialCms, without_level
 from hope.config import CmsConfig, ModelConfig
 from hope.memory.config import MemoryConfig
 from hope.model import Model, next_token_loss
@@ -135,3 +135,17 @@ def test_any_number_of_levels_costs_about_the_same(levels):
         p.numel() for p in SequentialCms(ModelConfig(width=384, cms=CmsConfig(periods=[1] * levels))).parameters()
     )
     assert counted == pytest.approx(8 * 384**2, rel=0.09)
+
+
+@pytest.mark.parametrize("variant", ["sequential", "independent"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_level_that_is_switched_off_is_one_whose_output_is_zero(variant, number):
+    model, ids = Model(config([1, 2], variant)).initialise(0), batch(0)
+    whole = model(ids)[0]
+    with without_level([model], number):
+        off = model(ids)[0]
+    assert torch.equal(model(ids)[0], whole)
+    with torch.no_grad():
+        model.blocks["0"].cms.levels[number].mlp.down.weight.zero_()
+    assert torch.equal(model(ids)[0], off)
+    assert not torch.equal(off, whole)

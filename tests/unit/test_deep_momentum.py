@@ -154,7 +154,7 @@ def test_the_network_learns_what_the_linear_memory_leaves():
     p = torch.nn.Parameter(torch.zeros(64, 8, dtype=torch.float64))
     base = torch.randn(64, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     optimizer = Dmgd([{"params": [p]}], with_dmgd(MLP, mlp_lr=0.5, lr=0.0))
-    optimizer.watching = True
+    optimizer.watch(True)
     relative = []
     for step in range(200):
         p.grad = base * (-1) ** step

@@ -166,7 +166,7 @@ def descend(config: OptimConfig, device: str) -> list[torch.Tensor]:
     statistics = []
     for step in range(4):
         master.grad, vector.grad = draw(733) + master.detach(), draw(37) + vector.detach()
-        optimizer.watching = step == 2
+        optimizer.watch(step == 2)
         optimizer.step()
         statistics += list(optimizer.measured.values())
     states = [t for p in (master, vector) for t in optimizer.state[p].values()]

@@ -89,3 +89,11 @@ def test_the_probe_collects_in_steps_that_leave_records_only() -> None:
     with watching.step(3, last=20), watching.passes():
         model(tokens)
     assert watching.readings()["memory_norm.0"] > 0
+
+
+def test_an_update_is_worth_watching_if_a_line_comes_before_the_next() -> None:
+    watching, _ = instruments()
+    for period in (1, 2, 3, 4, 7):
+        for step in range(1, 21):
+            told = any(watching.taken(s, 20).logged for s in range(step, min(step + period, 21)))
+            assert watching.logged_within(step, period, last=20) is told, (step, period)

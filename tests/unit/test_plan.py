@@ -95,6 +95,7 @@ def test_the_table(tmp_path, capsys):
     rows = {line.split()[0]: line for line in text.splitlines()}
     assert "row-parallel" in rows["blocks.*.mixer.output.weight"]
     assert "column-parallel" in rows["blocks.*.mixer.query.weight"]
+    assert "matrix, 8 rows a head" in rows["blocks.*.mixer.query.weight"]
     assert rows["blocks.*.mixer.norm.weight"].split()[2:4] == ["replicated", "partial"]
     assert rows["blocks.*.mixer.static_k"].split()[-2:] == ["matrix_per_head", "0-2"]
     path = tmp_path / "c.yaml"

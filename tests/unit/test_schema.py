@@ -117,7 +117,7 @@ log:
         "model.mixers.hopp": ("unknown key (line 5)", "did you mean: model.mixers.hope"),
         "model.mixers.hope.memory": ("'matrx' is not one of matrix, mlp (line 5)", "did you mean: matrix"),
         "model.cms.periods[1]": ("'two' is not a whole number", "100"),
-        "train.steps": ("2.5 is not a whole number (line 8)", "nearest: 2, 3"),
+        "train.steps": ("2.5 is not a whole number or null (line 8)", "nearest: 2, 3"),
         "train.lr": ("unknown key (line 12)", "did you mean: optim.lr"),
         "log": ("is empty, not a section (line 13)", "a mapping with keys of: every, tensorboard, histograms"),
         "optim.lr": ("'fast' is not a number (command line: optim.lr=fast)", "0.1 or 3e-4"),
@@ -208,6 +208,39 @@ def test_warmup_must_leave_room_for_the_decay(write):
     problems = problems_of(write(MINIMAL), ["train.steps=100", "optim.warmup=100"])
     assert problems["optim.warmup"][1] == "at most 99; usual: 5"
     assert load(write(MINIMAL), ["train.steps=100", "optim.warmup=99"]).optim.warmup == 99
+    assert load(write(MINIMAL), ["optim.warmup=0.05"]).optim.warmup == 0.05
+    problems = problems_of(write(MINIMAL), ["optim.decay=wsd", "train.steps=100", "optim.decay_length=41"])
+    assert problems["optim.decay_length"][1] == "at most 40; usual: 0.2 of the run"
+    problems = problems_of(write(MINIMAL), ["optim.warmup=some"])
+    assert problems["optim.warmup"][0].startswith("'some' is not a number")
+
+
+def test_the_length_of_a_run_is_steps_or_tokens(write):
+    [batch, *more] = ["train.global_batch=8", "train.seq_len=256", "train.steps=null"]
+    config = load(write(MINIMAL), [batch, *more, "train.tokens=2_048_000"])
+    assert (config.train.steps, config.train.total_steps) == (None, 1000)
+    problems = problems_of(write(MINIMAL), [batch, *more])
+    assert problems["train.steps"][0] == "required, but neither train.steps nor train.tokens is given"
+    problems = problems_of(write(MINIMAL), [batch, *more, "train.tokens=2_047_000"])
+    assert problems["train.tokens"] == (
+        "2,047,000 tokens are no whole number of steps of 2,048 (global_batch x seq_len)",
+        "nearest: 2045952 or 2048000",
+    )
+    problems = problems_of(write(MINIMAL), ["train.steps=1000", "train.tokens=2_048_000"])
+    assert problems["train.tokens"][1] == "train.steps=null, or leave train.tokens out"
+    assert problems_of(write(MINIMAL), [batch, *more, "train.tokens=7"])["train.tokens"][1] == "nearest: 2048"
+
+
+def test_exceptions_by_name_are_checked_against_the_model(write):
+    fine = ["optim.name=muon", 'optim.groups=[{match: "*.mixer.query.*", rate: 2}]']
+    assert load(write(MINIMAL), fine).optim.groups[0].rate == 2.0
+    wrong = ['optim.groups=[{match: "*.qury.*", rate: 2}, {rate: 3}, {match: a, rat: 2}, {match: b, rule: row}]']
+    problems = problems_of(write(MINIMAL), wrong)
+    assert problems["optim.groups[1].match"][0] == "required, but not given"
+    assert problems["optim.groups[2].rat"][1] == "did you mean: optim.groups[2].rate"
+    assert problems["optim.groups[3].rule"][0].startswith("'row' is not one of matrix, elementwise")
+    problems = problems_of(write(MINIMAL), ['optim.groups=[{match: "*.qury.*", rate: 2}]'])
+    assert "mixer.query.weight" in problems["optim.groups[0].match"][1]
 
 
 @pytest.mark.parametrize(
@@ -292,11 +325,12 @@ def test_the_reference_has_every_key_with_a_meaning(write):
     assert sorted(row[0] for row in rows) == sorted(f"| `{key}`" for key in keys(whole))
     assert [row[0] for row in rows if not row[-1].removesuffix("|").strip()] == []
     by_key = {row[0].strip("| `"): row for row in rows}
-    assert by_key["train.steps"][1:3] == ["int", "required"]
+    assert by_key["train.steps"][1:3] == ["int or null", "null"]
+    assert by_key["train.seq_len"][1:3] == ["int", "required"]
     assert by_key["model.mixers.hope.eta_max"][1:3] == ["float or null", "null"]
     assert by_key["train.precision"][1:3] == ["fp32, bf16", "fp32"]
     assert by_key["run.name"][3] == "Folder of the run below `dir`. |"
-    assert by_key["optim.final_lr"][3].endswith(" Only with optim.decay cosine or linear. |")
+    assert by_key["optim.final_lr"][3].endswith(" Only with optim.decay cosine or linear or wsd. |")
     assert by_key["train.spike_window"][3].endswith(" Only with train.spike_sigma set. |")
     assert by_key["model.mixers.attention.rope_base"][3].endswith(" Only with attention in model.pattern. |")
 

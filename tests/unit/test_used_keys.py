@@ -24,6 +24,7 @@ OTHERWISE = {
     "optim.name": "adamw", "optim.decay": "constant", "optim.m3.reading": "literal",
     "optim.dmgd.preconditioner": "none", "optim.dmgd.output": "identity", "optim.dmgd.memory": "linear",
     "model.mixers.hope.memory": "matrix", "train.spike_sigma": 0, "checkpoint.resume": "never",
+    "optim.momentum_warmup": 0,
 }  # fmt: skip
 
 
@@ -50,7 +51,7 @@ def without(use: Use) -> tuple[str, Any]:
 
 def having(use: Use) -> tuple[str, Any]:
     """One that it does allow."""
-    return use.governor, [use.values[0]] if use.listed else use.values[0] if use.values else 6.0
+    return use.governor, [use.values[0]] if use.listed else use.values[0] if use.values else 6
 
 
 def default_of(key: Key) -> Any:

@@ -1,0 +1,40 @@
+"""One entry of `optim.groups`: how parameters with certain names are updated instead of as they declare."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from hope.sections import Problem
+
+
+@dataclass(kw_only=True)
+class GroupConfig:
+    """Parameters by the pattern of their names, and what is different for them."""
+
+    match: str
+    """Pattern of names of parameters on a single device, such as "blocks.*.mixer.query.*" (fnmatch: * ? [abc])."""
+    rule: Literal["matrix", "elementwise"] | None = None
+    """matrix: the matrix optimizer (muon, m3) takes them; elementwise: it does not. null: as they declare."""
+    rate: float = 1.0
+    """Factor on the learning rate that they would have."""
+    weight_decay: float | None = None
+    """Decoupled decay, also of tensors with one dimension; null: as all others."""
+    beta1: float | None = None
+    """null: optim.beta1."""
+    beta2: float | None = None
+    """null: optim.beta2."""
+
+    def problems(self, path: str) -> Iterator[Problem]:
+        """What cannot work whatever the model and the optimizer are."""
+        if not self.match:
+            yield Problem(f"{path}.match", "is empty", "a pattern such as blocks.*.mixer.query.*")
+        if not 0 < self.rate < float("inf"):
+            yield Problem(f"{path}.rate", f"{self.rate} is not a positive number", "1.0")
+        if self.weight_decay is not None and not 0 <= self.weight_decay < float("inf"):
+            yield Problem(f"{path}.weight_decay", f"{self.weight_decay} is not a decay", "0.0")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                yield Problem(f"{path}.{name}", f"{value} is not in [0, 1)", "0.9")
+        if all(getattr(self, key) is None for key in ("rule", "weight_decay", "beta1", "beta2")) and self.rate == 1:
+            yield Problem(path, "changes nothing", "give rule, rate, weight_decay, beta1 or beta2, or leave it out")
