@@ -1,0 +1,87 @@
+"""Texts to be evaluated: files as they are, documents of JSON lines, and token sets; see `hope.evaluate.texts.Text`."""
+
+import re
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.compressed import open_bytes
+from data_prep.errors import DataError
+from data_prep.inspection.text_bytes import count_text_bytes
+from data_prep.jsonl import read_texts
+from data_prep.paths import naming
+from data_prep.tokenizing.tokenizer import Tokenizer, replace_lone_surrogates
+from data_prep.training.index_store import MegatronStore, open_store
+from hope.evaluate.texts import Text
+
+_LINES = re.compile(r"\.jsonl?(\.\w+)?$")
+
+
+def text_of_file(path: str | Path, tokenizer: Tokenizer) -> Text:
+    """A UTF-8 text file as one segment, or the "text" of every line of a .jsonl file, compressed or not.
+
+    Words are counted as in lm-evaluation-harness: `re.split` of the original text at white space.
+
+    Raises:
+        DataError: the file is missing, empty, not UTF-8, or no such JSON lines.
+    """
+    documents = list(read_texts(path)) if _LINES.search(str(path)) else [_whole(path)]
+    documents = [replace_lone_surrogates(text) for text in documents]
+    if not any(documents):
+        raise DataError(f"{path}: holds no text; give a file with at least one character")
+    ids = tokenizer.encode_batch(documents)
+    tokens = np.fromiter(chain.from_iterable(ids), np.int64)
+    bounds = np.cumsum([0, *map(len, ids)])
+    whole = sum(len(text.encode()) for text in documents)
+    words = sum(len(re.split(r"\s+", text)) for text in documents)
+    read = lambda start, stop: tokens[start:stop]
+    return Text(read, bounds, tokenizer.eos_id, _bytes_of(read, bounds, whole, tokenizer), words)
+
+
+def text_of_set(prefix: str, documents: str, tokenizer: Tokenizer | None) -> tuple[Text, str]:
+    """A token set, and the fingerprint of its tokens.
+
+    Args:
+        documents: as the model was trained (`data.documents`): "doc" makes every document a segment, anything else
+            the whole set one.
+        tokenizer: of the model, to compare and to count bytes with; None if unknown.
+
+    Raises:
+        DataError: the set is missing, damaged, or of another tokenizer.
+    """
+    store = open_store(prefix)
+    if tokenizer is not None and store.tokenizer and store.tokenizer != tokenizer.sha256:
+        raise DataError(
+            f"{prefix}: made with tokenizer {store.tokenizer[:12]}..., the model's is {tokenizer.sha256[:12]}...;"
+            " its ids mean other texts. Tokenize the text again, or give it with --text"
+        )
+    bounds = store.bounds() if documents == "doc" else np.array([0, store.tokens])
+    whole = store.manifest.text_bytes if isinstance(store, MegatronStore) else None
+    return Text(store.read, bounds, store.eos_id, _bytes_of(store.read, bounds, whole, tokenizer)), store.fingerprint
+
+
+def _whole(path: str | Path) -> str:
+    with naming(path), open_bytes(path) as stream:
+        content = stream.read()
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte offset {error.start} is not UTF-8; convert the file to UTF-8") from None
+
+
+def _bytes_of(
+    read: Callable[[int, int], np.ndarray], bounds: np.ndarray, whole: int | None, tokenizer: Tokenizer | None
+) -> Callable[[int], int | None]:
+    """Bytes of the first `count` tokens. What is known of the whole is not counted again."""
+
+    def count_bytes(count: int) -> int | None:
+        if count == bounds[-1] and whole is not None:
+            return whole
+        if tokenizer is None:
+            return None
+        lengths = np.diff(np.minimum(bounds, count))
+        return count_text_bytes(read(0, count), lengths[lengths > 0], tokenizer)
+
+    return count_bytes
