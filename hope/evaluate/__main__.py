@@ -84,6 +84,8 @@ class Evaluation:
         self.tokenizer = _tokenizer(args, found)
         self.documents = found.data.get("documents", "carry")
         self.window = args.window or found.seq_len or WINDOW
+        if args.stride is not None and args.stride > self.window:
+            raise EvaluationError(f"--stride {args.stride} is more than the window of {self.window} tokens")
         identity = {
             "model": fingerprint(found.model),
             "dtype": args.dtype,
