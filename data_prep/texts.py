@@ -19,6 +19,22 @@ from hope.evaluate.texts import Text
 _LINES = re.compile(r"\.jsonl?(\.\w+)?$")
 
 
+def tokenizer_for(path: str | Path | None, rows: int) -> Tokenizer | None:
+    """The tokenizer of a model with `rows` rows of embeddings; None without a path.
+
+    Raises:
+        DataError: it cannot be read, or has more tokens than the model.
+    """
+    if path is None:
+        return None
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.vocab_size > rows:
+        raise DataError(
+            f"{path} has {tokenizer.vocab_size} tokens, the model {rows}: it was trained with another tokenizer"
+        )
+    return tokenizer
+
+
 def text_of_file(path: str | Path, tokenizer: Tokenizer) -> Text:
     """A UTF-8 text file as one segment, or the "text" of every line of a .jsonl file, compressed or not.
 

@@ -20,17 +20,16 @@ import torch
 from data_prep.errors import DataError
 from data_prep.files import sha256_file
 from data_prep.paths import naming
-from data_prep.texts import text_of_file, text_of_set
-from data_prep.tokenizing.tokenizer import Tokenizer
+from data_prep.texts import text_of_file, text_of_set, tokenizer_for
 from hope.evaluate.errors import EvaluationError
-from hope.evaluate.options import DTYPES, WINDOW, Named, check, parser_of, sources_of, table
+from hope.evaluate.options import DTYPES, WINDOW, Named, check, device_of, parser_of, sources_of, table
 from hope.evaluate.progress import Progress
 from hope.evaluate.record import Record, Source
 from hope.evaluate.rows import Alone, Share
 from hope.evaluate.run import Engine, evaluate_task, evaluate_text
 from hope.evaluate.scorer import ModelScorer, fingerprint
 from hope.evaluate.tasks import read_task
-from hope.pretrained import Pretrained, open_pretrained
+from hope.pretrained import open_pretrained
 from hope.stored.errors import CheckpointError
 from parallel.compute.shares import RankShare
 from parallel.layout.topology import ParallelConfig
@@ -53,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sources = sources_of(args)
         launch = launcher.from_environment(os.environ)
         if launch.world_size == 1:
-            Evaluation(args, Alone(), _device(args.device)).run(sources)
+            Evaluation(args, Alone(), device_of(args.device)).run(sources)
         else:
             with groups.start(ParallelConfig()) as ranks:
                 met = True
@@ -81,7 +80,7 @@ class Evaluation:
     def __init__(self, args: argparse.Namespace, share: Share, device: torch.device) -> None:
         self.args, self.share = args, share
         found = open_pretrained(args.model)
-        self.tokenizer = _tokenizer(args, found)
+        self.tokenizer = tokenizer_for(args.tokenizer or found.tokenizer_path, found.model.config.vocab_size)
         self.documents = found.data.get("documents", "carry")
         self.window = args.window or found.seq_len or WINDOW
         if args.stride is not None and args.stride > self.window:
@@ -151,31 +150,6 @@ class Evaluation:
     def _entry(self, source: Named, **identity: Any) -> Source:
         known = {"kind": source.kind, **identity}
         return self._together(lambda: self.record.open(source.name, known, self.args.limit))
-
-
-def _tokenizer(args: argparse.Namespace, found: Pretrained) -> Tokenizer | None:
-    path = args.tokenizer or found.tokenizer_path
-    if path is None:
-        return None
-    tokenizer = Tokenizer.load(path)
-    rows = found.model.config.vocab_size
-    if tokenizer.vocab_size > rows:
-        raise EvaluationError(
-            f"{path} has {tokenizer.vocab_size} tokens, the model {rows}: it was trained with another tokenizer"
-        )
-    return tokenizer
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise EvaluationError(f"--device {name} is not there: {reason}; cpu works anywhere") from None
-    return device
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def evaluate_text(
     windows = Windows(text, window, stride)
     count = len(windows) if limit is None else min(limit, len(windows))
     sums = TextSums(windows, block)
-    values = _score(engine, windows.first(count), sums.reduce, source)
+    values = score(engine, windows.first(count), sums.reduce, source)
     scored = sum(windows.counted(index) for index in range(count))
     whole = scored == text.tokens
     result = {"rows": count, **sums.result(values, text.bytes_of(scored), text.words if whole else None)}
@@ -69,14 +69,15 @@ def evaluate_task(
     if (known := engine.share.agree(source.result)) is not None:
         return known
     rows = rows_of(task, encode, eos_id, window)
-    result = result_of(task, _score(engine, ListedRows(rows), reduce_pair, source))
+    result = result_of(task, score(engine, ListedRows(rows), reduce_pair, source))
     source.finish(result, keep_rows=True)
     return result
 
 
-def _score(
+def score(
     engine: Engine, rows: Rows, reduce: Callable[[int, np.ndarray, np.ndarray], Values], source: Source
 ) -> Mapping[int, Values]:
+    """The values of all rows, `source` keeping them. Collective."""
     count, began = len(rows.lengths), time.monotonic()
     known = engine.share.agree({index: value for index, value in source.values.items() if index < count})
     done = dict(known)
