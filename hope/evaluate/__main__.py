@@ -4,6 +4,8 @@ MODEL is the folder of a run (its newest sound checkpoint), of a checkpoint or o
 standard output, progress to standard error. With --json OUT all results are kept there: a command that was interrupted
 goes on where it stood. Under `torchrun --nproc-per-node N` the work is divided over N devices.
 
+`probe` and `harness` in the place of MODEL are further programs, and have a --help of their own.
+
 Exit codes: 0 done, 2 a request or file that cannot work, 130 interrupted.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -44,7 +47,11 @@ EXPLAINED = (EvaluationError, CheckpointError, DataError, LaunchError, OSError, 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser_of(__doc__).parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] in (["probe"], ["harness"]):  # programs of their own, which no module imports
+        sys.argv = [sys.argv[0], *words[1:]]
+        runpy.run_module(f"hope.evaluate.{'probes' if words[0] == 'probe' else 'harness'}", run_name="__main__")
+    args = parser_of(__doc__).parse_args(words)
     launch: launcher.Launch | None = None
     met = False
     try:
