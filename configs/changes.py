@@ -35,6 +35,8 @@ FREE = (
     "train.recompute",
     "train.eval_every",
     "train.eval_windows",
+    "train.tasks",
+    "train.task_items",
     "train.max_skips",
 )
 ORDER = ("train.seq_len", "train.global_batch", "data.seed")

@@ -9,6 +9,7 @@ from typing import Any
 from configs.merge import GUESS
 from hope.config import ModelConfig
 from hope.sections import Problem
+from parallel.layout.topology import ParallelConfig
 
 
 def section_problems(sections: Mapping[str, Any], world_size: int | None, paths: Sequence[str]) -> Iterator[Problem]:
@@ -30,12 +31,22 @@ def section_problems(sections: Mapping[str, Any], world_size: int | None, paths:
         yield Problem("optim.warmup", what, f"at most {train.steps - 1}; usual: {train.steps // 20}")
     if model and train and min(train.global_batch, train.seq_len) >= 1:
         yield from _token_periods(model, train.tokens_per_step)
+    if train and train.tasks and sections.get("parallel"):
+        yield from _tasks_and_layout(sections["parallel"])
     if "checkpoint" in sections:
         yield from _unknown_changes(sections["checkpoint"].on_change, paths)
     parallel = sections.get("parallel")
     if world_size is not None and parallel and train and min(train.global_batch, train.micro_batch) >= 1:
         whole = model if model and min(model.heads, model.vocab_size, model.layers, model.width) >= 1 else None
         yield from parallel.problems(world_size, train.global_batch, train.micro_batch, whole, train.seq_len)
+
+
+def _tasks_and_layout(parallel: ParallelConfig) -> Iterator[Problem]:
+    """Tasks in training are scored by ranks that each have the whole model."""
+    cut = [key for key in ("tensor", "pipeline") if getattr(parallel, key) > 1]
+    if cut:
+        what = f"needs the whole model on every device, and parallel.{cut[0]} is {getattr(parallel, cut[0])}"
+        yield Problem("train.tasks", what, "{}, and `python -m hope.evaluate` on the run's checkpoints")
 
 
 def _token_periods(model: ModelConfig, step: int) -> Iterator[Problem]:

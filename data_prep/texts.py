@@ -1,9 +1,11 @@
 """Texts to be evaluated: files as they are, documents of JSON lines, and token sets; see `hope.evaluate.texts.Text`."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +16,11 @@ from data_prep.jsonl import read_texts
 from data_prep.paths import naming
 from data_prep.tokenizing.tokenizer import Tokenizer, replace_lone_surrogates
 from data_prep.training.index_store import MegatronStore, open_store
+from hope.evaluate.errors import EvaluationError
+from hope.evaluate.rows import ListedRows
+from hope.evaluate.tasks import Task, read_task, rows_of
 from hope.evaluate.texts import Text
+from hope.stored.tokenizer import find_tokenizer
 
 _LINES = re.compile(r"\.jsonl?(\.\w+)?$")
 
@@ -33,6 +39,50 @@ def tokenizer_for(path: str | Path | None, rows: int) -> Tokenizer | None:
             f"{path} has {tokenizer.vocab_size} tokens, the model {rows}: it was trained with another tokenizer"
         )
     return tokenizer
+
+
+@dataclass(frozen=True)
+class OpenTask:
+    """A task, its pairs as rows of token ids, and the end-of-document token that is in front of each."""
+
+    task: Task
+    rows: ListedRows
+    eos_id: int
+
+
+def open_tasks(
+    files: Mapping[str, str], data: Mapping[str, Any], rows: int, window: int, limit: int
+) -> dict[str, OpenTask]:
+    """The tasks of a run, by name.
+
+    Args:
+        files: JSON lines, by name.
+        data: the run's data section: its tokenizer is looked for beside the data.
+        rows: of the model's embedding.
+        window: tokens of training; contexts are cut from the left.
+        limit: items of each; 0: all.
+
+    Raises:
+        DataError: a file is missing or has a bad line, or the tokenizer is not found.
+    """
+    if not files:
+        return {}
+    tokenizer = tokenizer_for(find_tokenizer(data), rows)
+    if tokenizer is None:
+        raise DataError(
+            "train.tasks needs the tokenizer of the data, and it is not beside it; copy tokenizer.model there"
+        )
+    found = {}
+    for name, path in files.items():
+        try:
+            with naming(path), open(path, "rb") as stream:
+                task = read_task(stream, path, limit or None)
+        except EvaluationError as error:
+            raise DataError(str(error)) from None
+        found[name] = OpenTask(
+            task, ListedRows(rows_of(task, tokenizer.encode, tokenizer.eos_id, window)), tokenizer.eos_id
+        )
+    return found
 
 
 def text_of_file(path: str | Path, tokenizer: Tokenizer) -> Text:

@@ -81,6 +81,11 @@ class TrainConfig:
     """Steps between evaluations on held-out data; 0: only before the first and after the last step."""
     eval_windows: int = 0
     """Held-out windows (sequences) of one evaluation, per source; 0: all."""
+    tasks: dict[str, str] = field(default_factory=dict)
+    """Files of JSON lines that are scored at every evaluation, {NAME: FILE} (docs/evaluate.md): task.NAME.accuracy.
+    Needs the tokenizer beside the data, and parallel.tensor and parallel.pipeline 1."""
+    task_items: int = only_if("tasks", default=0)
+    """Items of each task, from the first on; 0: all."""
     grad_clip: float = 1.0
     """Largest global gradient norm, larger ones are scaled down to it; 0: never."""
     max_skips: int = 10
@@ -107,7 +112,9 @@ class TrainConfig:
 
     def problems(self, path: str = "train") -> Iterator[Problem]:
         ones = dict.fromkeys(("steps", "seq_len", "global_batch", "micro_batch", "max_skips"), 1)
-        yield from _at_least(self, path, ones | dict.fromkeys(("stop_after", "eval_every", "eval_windows"), 0))
+        yield from _at_least(
+            self, path, ones | dict.fromkeys(("stop_after", "eval_every", "eval_windows", "task_items"), 0)
+        )
         if 1 <= self.steps < self.stop_after:
             what = f"{self.stop_after} is after the last step, train.steps {self.steps}"
             yield Problem(f"{path}.stop_after", what, f"1 to {self.steps}, or 0 for none")
