@@ -106,16 +106,19 @@ def text_of_file(path: str | Path, tokenizer: Tokenizer) -> Text:
     return Text(read, bounds, tokenizer.eos_id, _bytes_of(read, bounds, whole, tokenizer), words)
 
 
-def text_of_set(prefix: str, documents: str, tokenizer: Tokenizer | None) -> tuple[Text, str]:
+def text_of_set(prefix: str, documents: str, tokenizer: Tokenizer | None, rows: int) -> tuple[Text, str]:
     """A token set, and the fingerprint of its tokens.
+
+    Bytes of a part of it are known if it records its tokenizer.
 
     Args:
         documents: as the model was trained (`data.documents`): "doc" makes every document a segment, anything else
             the whole set one.
         tokenizer: of the model, to compare and to count bytes with; None if unknown.
+        rows: of the model's embedding.
 
     Raises:
-        DataError: the set is missing, damaged, or of another tokenizer.
+        DataError: the set is missing, damaged, of another tokenizer, or of more tokens than the model has.
     """
     store = open_store(prefix)
     if tokenizer is not None and store.tokenizer and store.tokenizer != tokenizer.sha256:
@@ -123,9 +126,13 @@ def text_of_set(prefix: str, documents: str, tokenizer: Tokenizer | None) -> tup
             f"{prefix}: made with tokenizer {store.tokenizer[:12]}..., the model's is {tokenizer.sha256[:12]}...;"
             " its ids mean other texts. Tokenize the text again, or give it with --text"
         )
+    if store.vocab_size > rows:
+        raise DataError(f"{prefix}: its vocabulary is {store.vocab_size}, the model has {rows} rows; it was trained on"
+                        " other tokens")  # fmt: skip
+    known = tokenizer if store.tokenizer else None
     bounds = store.bounds() if documents == "doc" else np.array([0, store.tokens])
     whole = store.manifest.text_bytes if isinstance(store, MegatronStore) else None
-    return Text(store.read, bounds, store.eos_id, _bytes_of(store.read, bounds, whole, tokenizer)), store.fingerprint
+    return Text(store.read, bounds, store.eos_id, _bytes_of(store.read, bounds, whole, known)), store.fingerprint
 
 
 def _whole(path: str | Path) -> str:

@@ -127,7 +127,7 @@ class Evaluation:
             assert self.tokenizer is not None
             text, digest = text_of_file(source.path, self.tokenizer), sha256_file(source.path)
         else:
-            text, digest = text_of_set(source.path, self.documents, self.tokenizer)
+            text, digest = text_of_set(source.path, self.documents, self.tokenizer, self.scorer.vocab_size)
             if self.documents == "reset":
                 self.scorer.starts_after = text.eos_id
         window = None if args.carry else self.window

@@ -105,14 +105,18 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
+def _short(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
+
+
 def table(results: Sequence[tuple[str, dict[str, object]]]) -> str:
     """Rows of source, measure, value and standard error, for people."""
     lines = [("source", "measure", "value", "standard error")]
     for name, result in results:
         for key, value in result.items():
             if isinstance(value, dict):
-                error = "" if value["error"] is None else f"{value['error']:.4f}"
-                lines.append((name, key, f"{value['value']:.4f}", error))
+                error = "" if value["error"] is None else _short(value["error"])
+                lines.append((name, key, _short(value["value"]), error))
             elif key in ("items", "tokens", "bytes"):
                 lines.append((name, key, "unknown" if value is None else f"{value:,}", ""))
     widths = [max(len(line[column]) for line in lines) for column in range(4)]

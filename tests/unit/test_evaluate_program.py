@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -139,6 +140,18 @@ def test_token_sets_are_read_as_the_model_was_trained(place, documents):
     assert len(set(np.round(list(wanted.values()), 3))) == 3
     assert found["bytes"] == 2 * len(TEXT.encode())
     assert found["bits_per_byte"]["value"] == pytest.approx(found["nats"] / found["bytes"] / math.log(2))
+
+
+def test_sets_of_other_tokens_are_refused(place, capsys):
+    tokenizer = tokenizer_in(place / "data")
+    for vocab_size, sha256, said in (
+        (tokenizer.vocab_size, "0" * 64, "made with tokenizer 000000000000..., the model's is"),
+        (400, tokenizer.sha256, "its vocabulary is 400, the model has 300 rows"),
+    ):
+        other = SimpleNamespace(vocab_size=vocab_size, eos_id=tokenizer.eos_id, sha256=sha256)
+        token_set(place, other, [[*tokenizer.encode(TEXT), tokenizer.eos_id]])
+        assert run(place, "--tokens", place / "set") == 2
+        assert said in capsys.readouterr().err
 
 
 def test_what_cannot_work_is_said_with_what_would(place, capsys):
