@@ -95,8 +95,20 @@ metric_list: [{metric: acc}, {metric: acc_bytes}]
 """
 
 
+ROLLING = """
+task: texts
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: text
+metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
+"""
+
+
 def test_the_harness_itself_counts_as_we_do(tmp_path, monkeypatch, capsys):
-    """Its accuracies, and the log-probabilities that it kept of every choice, are ours."""
+    """Its accuracies, and the log-probabilities that it kept of every choice, are ours. So are bytes and words."""
     if importlib.util.find_spec("lm_eval") is None:
         pytest.skip("lm-evaluation-harness is not installed")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
@@ -105,12 +117,21 @@ def test_the_harness_itself_counts_as_we_do(tmp_path, monkeypatch, capsys):
     file.write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/t.yaml").write_text(TASK.replace("NAME", "cats").replace("FILE", str(file)))
+    texts = tmp_path / "d.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in (TEXT, " a  b\n", TEXT[5:90])))
+    (tmp_path / "tasks/r.yaml").write_text(ROLLING.replace("FILE", str(texts)))
     shared = ["--device", "cpu", "--batch-tokens", "96", "--json"]
-    theirs = ["--tasks", "cats", "--include", str(tmp_path / "tasks"), "--samples"]
+    theirs = ["--tasks", "cats,texts", "--include", str(tmp_path / "tasks"), "--samples"]
     assert program.main([str(run), *theirs, *shared, str(tmp_path / "theirs.json")]) == 0, capsys.readouterr().err
-    assert ours.main([str(run), "--task", f"cats={file}", *shared, str(tmp_path / "ours.json")]) == 0
+    assert (
+        ours.main([str(run), "--task", f"cats={file}", "--text", str(texts), *shared, str(tmp_path / "ours.json")]) == 0
+    )
     report = json.loads((tmp_path / "theirs.json").read_text())
-    entry = json.loads((tmp_path / "ours.json").read_text())["sources"]["cats"]
+    sources = json.loads((tmp_path / "ours.json").read_text())["sources"]
+    entry, text = sources["cats"], sources["d"]["result"]
+    rolled = report["results"]["texts"]
+    assert rolled["bits_per_byte,none"] == pytest.approx(text["bits_per_byte"]["value"], rel=1e-13)
+    assert rolled["word_perplexity,none"] == pytest.approx(text["perplexity_per_word"]["value"], rel=1e-11)
     result = report["results"]["cats"]
     assert result["acc,none"] == entry["result"]["accuracy"]["value"]
     assert result["acc_stderr,none"] == pytest.approx(entry["result"]["accuracy"]["error"], rel=1e-12)

@@ -179,3 +179,13 @@ def test_what_cannot_work_is_said_with_what_would(place, capsys):
     assert run(place, *text) == 2
     assert "its tokenizer was not found beside its data; --tokenizer FILE" in capsys.readouterr().err
     assert run(place, *text, "--limit", 1, "--tokenizer", place / "data/tokenizer.model") == 0
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the programs are imported by other tests too
+@pytest.mark.parametrize(("word", "said"), [("probe", "published set-up"), ("harness", "NAME,NAME")])
+def test_further_programs_stand_behind_a_word(word, said, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["evaluate"])
+    with pytest.raises(SystemExit) as ended:
+        program.main([word, "--help"])
+    assert ended.value.code == 0
+    assert said in capsys.readouterr().out
