@@ -25,7 +25,7 @@ from data_prep.files import sha256_file
 from data_prep.paths import naming
 from data_prep.texts import text_of_file, text_of_set, tokenizer_for
 from hope.evaluate.errors import EvaluationError
-from hope.evaluate.options import DTYPES, WINDOW, Named, check, device_of, parser_of, sources_of, table
+from hope.evaluate.options import DTYPES, WINDOW, Named, check, delimiters_of, device_of, parser_of, sources_of, table
 from hope.evaluate.progress import Progress
 from hope.evaluate.record import Record, Source
 from hope.evaluate.rows import Alone, Share
@@ -137,10 +137,11 @@ class Evaluation:
 
     def _task(self, engine: Engine, source: Named) -> dict[str, Any]:
         assert self.tokenizer is not None
+        delimiter = delimiters_of(self.args).get(source.name)
         with naming(source.path), open(source.path, "rb") as stream:
-            task = read_task(stream, source.path, self.args.limit)
+            task = read_task(stream, source.path, self.args.limit, delimiter)
         window = None if self.args.carry else self.window
-        entry = self._entry(source, sha256=sha256_file(source.path), window=window)
+        entry = self._entry(source, sha256=sha256_file(source.path), window=window, delimiter=delimiter)
         return evaluate_task(engine, task, entry, self.tokenizer.encode, eos_id=self.tokenizer.eos_id, window=window)
 
     def _together(self, make: Callable[[], Made]) -> Made:

@@ -36,6 +36,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
         ("--task", "[NAME=]FILE", "JSON lines: see docs/evaluate.md"),
     ):
         add(option, metavar=metavar, action="extend", nargs="+", default=[], help=what)
+    add("--delimiter", metavar="NAME=TEXT", action="append", default=[], help="what joins the parts of a task's items")
     add("--json", type=Path, metavar="OUT", help="results, also partial ones: the same command goes on from there")
     add("--window", type=int, metavar="T", help="tokens of a window (default: those of training)")
     add("--stride", type=int, metavar="S", help="new tokens of each window, the others are context (default: T)")
@@ -64,6 +65,20 @@ def sources_of(args: argparse.Namespace) -> list[Named]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise EvaluationError(f"two sources are called {twice[0]}; give them names: NAME={twice[0]}, OTHER=...")
+    for name in delimiters_of(args):
+        if name not in [source.name for source in found if source.kind == "task"]:
+            raise EvaluationError(f"--delimiter {name}=...: no task is called {name}; --task {name}=FILE names it so")
+    return found
+
+
+def delimiters_of(args: argparse.Namespace) -> dict[str, str]:
+    """By task. Raises EvaluationError for one that names no task."""
+    found = {}
+    for word in args.delimiter:
+        name, equals, text = word.partition("=")
+        if not equals:
+            raise EvaluationError(f"--delimiter {word!r} names no task; NAME={word} does")
+        found[name] = text
     return found
 
 

@@ -53,8 +53,10 @@ class Task:
     items: tuple[Item, ...]
 
 
-def read_task(lines: Iterable[bytes], name: str, limit: int | None = None) -> Task:
+def read_task(lines: Iterable[bytes], name: str, limit: int | None = None, delimiter: str | None = None) -> Task:
     """The task of a file's lines; `name` is the file's, for messages. limit: items at most.
+
+    delimiter: what joins context and continuation where a line does not say; None: a space, as the module says.
 
     Raises:
         EvaluationError: `name:line` and what is wrong with it, or no items.
@@ -67,7 +69,7 @@ def read_task(lines: Iterable[bytes], name: str, limit: int | None = None) -> Ta
         if limit is not None and len(items) >= limit:
             break
         try:
-            found, item = read_item(line)
+            found, item = read_item(line, delimiter)
             if kind is not None and found != kind:
                 raise ValueError(f"a {found} item after {kind} items; put each kind into a file of its own")
         except ValueError as error:
@@ -82,8 +84,8 @@ def read_task(lines: Iterable[bytes], name: str, limit: int | None = None) -> Ta
 _EXAMPLE = '{"query": "Two and two are", "choices": ["four", "five"], "gold": 0}'
 
 
-def read_item(line: bytes) -> tuple[Kind, Item]:
-    """One line. Raises ValueError, which does not name the line."""
+def read_item(line: bytes, given: str | None = None) -> tuple[Kind, Item]:
+    """One line, `given` being the delimiter where it has none. Raises ValueError, which does not name the line."""
     try:
         values: Any = json.loads(line)
     except ValueError as error:
@@ -95,7 +97,7 @@ def read_item(line: bytes) -> tuple[Kind, Item]:
         wanted = "; or ".join(", ".join(keys) for keys in KEYS.values())
         raise ValueError(f"keys {', '.join(sorted(values)) or 'none'} are of {len(kinds)} kinds; need {wanted}")
     kind = kinds[0]
-    delimiter = values.get("delimiter")
+    delimiter = values.get("delimiter", given)
     if delimiter is not None and not isinstance(delimiter, str):
         raise ValueError(f"delimiter is {delimiter!r}, not a string")
     if kind == "choice":

@@ -93,6 +93,7 @@ def test_results_of_another_model_file_or_window_are_refused(place, capsys):
         ("run1carry", ("--task", place / "t.jsonl"), "out.json was made with model "),
         ("run0carry", ("--task", place / "t.jsonl", "--dtype", "float64"), "was made with dtype float32, now float64"),
         ("run0carry", ("--task", place / "t.jsonl", "--window", 9), "t was made with window 32, now 9"),
+        ("run0carry", ("--task", place / "t.jsonl", "--delimiter", "t=!"), "t was made with delimiter None, now !"),
         ("run0carry", ("--task", f"t={place / 'u.jsonl'}"), "t was made with sha256 "),
     ):
         (place / "u.jsonl").write_text(json.dumps(TASK[0]) + "\n")
@@ -163,6 +164,8 @@ def test_what_cannot_work_is_said_with_what_would(place, capsys):
         ((*text, "--carry", "--stride", 3), "--carry has no windows"),
         ((*text, "--window", 8, "--stride", 9), "--stride 9 is more than the window of 8 tokens"),
         ((*text, *text), "two sources are called a; give them names: NAME=a"),
+        ((*text, "--delimiter", "a= "), "--delimiter a=...: no task is called a"),
+        ((*text, "--delimiter", " "), "--delimiter ' ' names no task"),
         ((*text, "--json", place / "no/out.json"), "there is no folder"),
         ((*text, "--device", "cuda:99"), "--device cuda:99 is not there"),
         (("--text", place / "none.txt"), "none.txt: no such file"),

@@ -60,7 +60,10 @@ def test_one_space_joins_what_no_white_space_does():
         item = read_item(json.dumps({"context": context, "continuation": continuation}).encode())[1]
         assert item.pairs == ((context, joined),)
     given = {"context": "a", "continuation": "b", "delimiter": "\nAnswer: "}
-    assert read_item(json.dumps(given).encode())[1].pairs == (("a", "\nAnswer: b"),)
+    for whole_task in (None, "!"):
+        assert read_item(json.dumps(given).encode(), whole_task)[1].pairs == (("a", "\nAnswer: b"),)
+    task = read_task(lines({"context": "a", "continuation": "\nb"}, LAMBADA), "f", delimiter=" ")
+    assert [item.pairs[0][1] for item in task.items] == [" \nb", " mat"]
 
 
 @pytest.mark.parametrize(
