@@ -34,11 +34,11 @@ from hope.train.numerics import set_numerics
 from hope.train.schedule import rate_at
 from hope.train.signals import StopRequest
 from hope.train.skips import SkipPolicy
-from launch.outlook import outlook
+from launch.outlook import outlook, tasks_of
 from parallel.checkpoint.errors import CheckpointError, SaveError
 from parallel.checkpoint.resume import check_data, check_end, start_from
 from parallel.checkpoint.saving import Saver
-from parallel.compute.evaluation import heldout_losses
+from parallel.compute.evaluation import heldout_losses, task_scores
 from parallel.compute.pipeline import Report, mean_loss
 from parallel.compute.replica import build_replica
 from parallel.layout import report
@@ -155,6 +155,7 @@ class Run:
         self.instruments = Instruments(beat, train, config.log, models, rank, world_size, device, self.folder)
         # 3. the data
         self.feed = Feed(config.data, train, ranks.dp_rank, ranks.dp_size)
+        self.tasks = tasks_of(config)
         # 4. go on
         self.step, self.norms = 0, dict[str, float]()  # norms: of each parameter group when it was last due
         self.skips = SkipPolicy(train.max_skips, train.spike_sigma, train.spike_window)
@@ -278,15 +279,18 @@ class Run:
         }
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out losses in nats, of every source and of the blend; nothing if asked to stop."""
+        """Held-out losses in nats, of every source and of the blend, and tasks; nothing if asked to stop."""
         self.instruments.probe.arm(False)
-        beat = self.instruments.beat
-        take = lambda: heldout_losses(self.replica, self.feed.heldout(), beat, lambda: self.stop.requested)
+        beat, stop = self.instruments.beat, lambda: self.stop.requested
+        take = lambda: heldout_losses(self.replica, self.feed.heldout(), beat, stop)
         losses = take()
         if losses is None:
             return {}
-        levels = range(len(self.config.model.periods) if self.config.train.eval_levels else 0)
-        return self.feed.summary(losses) | self._without_levels(levels, take)
+        train, documents = self.config.train, self.config.data.documents
+        batch = train.micro_batch * train.seq_len
+        levels = range(len(self.config.model.periods) if train.eval_levels else 0)
+        scores = task_scores(self.replica, self.tasks, documents, batch, beat, stop)
+        return self.feed.summary(losses) | self._without_levels(levels, take) | scores
 
     def _without_levels(self, levels: range, take: Callable[[], dict[str, float] | None]) -> dict[str, float]:
         """`heldout_loss_without.cmsN`: the held-out loss, taken by `take`, with each of these levels switched off."""

@@ -43,6 +43,8 @@ FREE = (
     "train.eval_every",
     "train.eval_windows",
     "train.eval_levels",
+    "train.tasks",
+    "train.task_items",
     "train.max_skips",
 )
 ORDER = ("train.seq_len", "train.global_batch", "data.seed")

@@ -12,6 +12,7 @@ from hope.optim.config import OptimConfig
 from hope.optim.policy import group_problems
 from hope.sections import Problem
 from hope.train.schedule import in_steps
+from parallel.layout.topology import ParallelConfig
 
 
 def section_problems(sections: Mapping[str, Any], world_size: int | None, paths: Sequence[str]) -> Iterator[Problem]:
@@ -34,6 +35,8 @@ def section_problems(sections: Mapping[str, Any], world_size: int | None, paths:
         yield from _token_periods(model, train.tokens_per_step)
     if model and optim and optim.groups and not list(model.problems()):
         yield from group_problems(model, optim)
+    if train and train.tasks and sections.get("parallel"):
+        yield from _tasks_and_layout(sections["parallel"])
     if "checkpoint" in sections:
         yield from _unknown_changes(sections["checkpoint"].on_change, paths)
     parallel = sections.get("parallel")
@@ -51,6 +54,14 @@ def _schedule(optim: OptimConfig, steps: int) -> Iterator[Problem]:
     elif optim.decay == "wsd" and warmup + (length := in_steps(optim.decay_length, steps)) > steps:
         what = f"{length} steps of decay do not fit behind {warmup} of warm-up in {steps} steps"
         yield Problem("optim.decay_length", what, f"at most {steps - warmup}; usual: 0.2 of the run")
+
+
+def _tasks_and_layout(parallel: ParallelConfig) -> Iterator[Problem]:
+    """Tasks in training are scored by ranks that each have the whole model."""
+    cut = [key for key in ("tensor", "pipeline") if getattr(parallel, key) > 1]
+    if cut:
+        what = f"needs the whole model on every device, and parallel.{cut[0]} is {getattr(parallel, cut[0])}"
+        yield Problem("train.tasks", what, "{}, and `python -m hope.evaluate` on the run's checkpoints")
 
 
 def _token_periods(model: ModelConfig, step: int) -> Iterator[Problem]:

@@ -5,6 +5,7 @@ A dry run prints it and refuses what the run would refuse, before any queue and 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from configs.changes import settle
 from configs.errors import ConfigError
 from configs.schema import Config
+from data_prep.texts import OpenTask, open_tasks
 from data_prep.training.feed import Foreseen
 from hope.sections import Problem
 from hope.train.schedule import in_steps
@@ -30,12 +32,14 @@ def outlook(config: Config, root: Path, world_size: int, *, data: bool = True) -
 
     Raises:
         ConfigError: the folder cannot be written, or the run could not go on from what is in it.
-        DataError: a set is damaged.
+        DataError: a set is damaged, or a task cannot be read.
     """
     run = RunFolder(root)
     train = config.train
     foreseen = Foreseen(config.data, train, train.total_steps * train.global_batch) if data else None
     order = foreseen.order() if foreseen else None
+    if data:
+        tasks_of(config)
     if found := [*unwritable(run.root), *not_resumable(config, run, world_size, order)]:
         raise ConfigError(str(root), found)
     rows = [
@@ -48,6 +52,13 @@ def outlook(config: Config, root: Path, world_size: int, *, data: bool = True) -
     lines = [f"{name:<11} {fact}" for name, fact in rows]
     changes = [f"{'':<11} {change}" for change in _changes(config, run, world_size)]
     return [*lines, *changes, group_table(config.model, config.optim, train.tokens_per_step)]
+
+
+def tasks_of(config: Config) -> dict[str, OpenTask]:
+    """The tasks that the run scores at its evaluations. Raises DataError."""
+    train = config.train
+    data = dataclasses.asdict(config.data)
+    return open_tasks(train.tasks, data, config.model.vocab_size, train.seq_len, train.task_items)
 
 
 def unwritable(root: Path) -> Iterator[Problem]:

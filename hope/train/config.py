@@ -95,6 +95,11 @@ class TrainConfig:
     """Held-out windows (sequences) of one evaluation, per source; 0: all."""
     eval_levels: bool = False
     """Evaluate once more for each CMS level with that level switched off, `heldout_loss_without.cms0` and so on."""
+    tasks: dict[str, str] = field(default_factory=dict)
+    """Files of JSON lines that are scored at every evaluation, {NAME: FILE} (docs/evaluate.md): task.NAME.accuracy.
+    Needs the tokenizer beside the data, and parallel.tensor and parallel.pipeline 1."""
+    task_items: int = only_if("tasks", default=0)
+    """Items of each task, from the first on; 0: all."""
     grad_clip: float = 1.0
     """Largest global gradient norm, larger ones are scaled down to it; 0: never."""
     max_skips: int = 10
@@ -129,7 +134,8 @@ class TrainConfig:
 
     def problems(self, path: str = "train") -> Iterator[Problem]:
         ones = dict.fromkeys(("seq_len", "global_batch", "micro_batch", "max_skips"), 1)
-        yield from _at_least(self, path, ones | dict.fromkeys(("stop_after", "eval_every", "eval_windows"), 0))
+        zeros = dict.fromkeys(("stop_after", "eval_every", "eval_windows", "task_items"), 0)
+        yield from _at_least(self, path, ones | zeros)
         yield from self._budget_problems(path)
         if 1 <= self.total_steps < self.stop_after:
             given = "train.steps" if self.tokens is None else "that of train.tokens,"

@@ -1,15 +1,20 @@
-"""Held-out losses on the layout that trains."""
+"""Held-out losses, and tasks, on the layout that trains."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
 
 import torch
 
 from hope.batch import Batch
+from hope.evaluate.rows import Rows, Values, score_rows
+from hope.evaluate.scorer import ModelScorer
+from hope.evaluate.tasks import Task, reduce_pair, result_of
 from hope.train.evaluate import heldout_loss
 from parallel.compute.pipeline import mean_loss
 from parallel.compute.replica import Replica
+from parallel.compute.shares import RankShare
 from parallel.start import groups
 
 
@@ -39,3 +44,53 @@ def heldout_losses(
             return None
         losses[name] = loss
     return losses
+
+
+class Opened(Protocol):
+    """A task and its pairs as token ids; `data_prep.texts.OpenTask` is one."""
+
+    @property
+    def task(self) -> Task:
+        """Its items."""
+
+    @property
+    def rows(self) -> Rows:
+        """A row for every pair."""
+
+    @property
+    def eos_id(self) -> int:
+        """What ends documents."""
+
+
+def task_scores(
+    replica: Replica,
+    tasks: Mapping[str, Opened],
+    documents: str,
+    batch_tokens: int,
+    beat: Callable[[str], None],
+    stop_requested: Callable[[], bool],
+) -> dict[str, float]:
+    """task.NAME.MEASURE of every task, the same on every rank; nothing if a rank was asked to stop. Collective.
+
+    Every rank has the whole model. `documents`: "reset" starts anew after a document's end, as in training.
+    """
+    scores: dict[str, float] = {}
+    if not tasks:
+        return scores
+    (model,), ranks = replica.models, replica.ranks
+    training, dtype = model.training, next(model.parameters()).dtype
+    for name, opened in tasks.items():
+        starts_after = opened.eos_id if documents == "reset" else None
+        scorer = ModelScorer(model, device=ranks.device, dtype=dtype, starts_after=starts_after)
+        values: dict[int, Values] = {}
+        share = RankShare(ranks)
+        for found in score_rows(opened.rows, scorer, reduce_pair, batch_tokens=batch_tokens, share=share):
+            values.update(found)
+            beat("evaluate")
+            if groups.any_rank(stop_requested()):
+                model.train(training)
+                return {}
+        measures = result_of(opened.task, values)
+        scores |= {f"task.{name}.{key}": part["value"] for key, part in measures.items() if isinstance(part, dict)}
+    model.train(training)
+    return scores

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,9 @@ from parallel.layout.topology import ParallelConfig, ParallelDims
 from parallel.start import cpu, launcher
 from parallel.start.errors import LaunchError
 from parallel.start.meeting import meet
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -107,9 +110,9 @@ def from_first(own: Any) -> Any:
     return box[0]
 
 
-def merged(own: dict[str, float]) -> dict[str, float]:
+def merged(own: dict[K, V]) -> dict[K, V]:
     """The union of every rank's entries, on every rank; of several for one key, that of the lowest rank."""
-    everyone: list[dict[str, float]] = [{} for _ in range(dist.get_world_size())]
+    everyone: list[dict[K, V]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, own)
     return {key: value for part in reversed(everyone) for key, value in part.items()}
 

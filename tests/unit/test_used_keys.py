@@ -23,7 +23,7 @@ CONDITIONAL = [key for key in KEYS.values() if key.uses]
 OTHERWISE = {
     "optim.name": "adamw", "optim.decay": "constant", "optim.m3.reading": "literal",
     "optim.dmgd.preconditioner": "none", "optim.dmgd.output": "identity", "optim.dmgd.memory": "linear",
-    "model.mixers.hope.memory": "matrix", "train.spike_sigma": 0, "checkpoint.resume": "never",
+    "model.mixers.hope.memory": "matrix", "train.spike_sigma": 0, "train.tasks": {}, "checkpoint.resume": "never",
     "optim.momentum_warmup": 0,
 }  # fmt: skip
 
@@ -51,7 +51,9 @@ def without(use: Use) -> tuple[str, Any]:
 
 def having(use: Use) -> tuple[str, Any]:
     """One that it does allow."""
-    return use.governor, [use.values[0]] if use.listed else use.values[0] if use.values else 6
+    if not use.values:
+        return use.governor, {"name": "file"} if use.governor == "train.tasks" else 6
+    return use.governor, [use.values[0]] if use.listed else use.values[0]
 
 
 def default_of(key: Key) -> Any:

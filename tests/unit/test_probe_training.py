@@ -1,0 +1,110 @@
+"""A small model is trained on a probe, and its accuracy is measured against the bytes of its state."""
+
+import json
+
+import pytest
+import torch
+from evaluated import TEXT, stored_model
+from models import named
+
+from hope.evaluate.probes import __main__ as program
+from hope.evaluate.probes.options import best_of
+from hope.evaluate.probes.recall import SelectiveCopy
+from hope.evaluate.probes.state import Word
+from hope.evaluate.probes.train import Plan, accuracy, adamw, batch_of, train, training_batch
+from hope.optim.config import OptimConfig
+
+CPU = torch.device("cpu")
+SMALL = ("configs/quickstart.yaml", "configs/models/transformer.yaml", "model.width=16", "model.heads=2")
+
+
+def test_a_probe_that_can_be_learnt_is_learnt():
+    """One token among noise: from chance to nearly all right. With AdamW of our optimizer code."""
+    probe = SelectiveCopy(length=6, copied=1, vocab_size=6)
+    config = named("transformer", vocab_size=6, width=16, layers=1, heads=2)
+    optim = adamw(OptimConfig(), 1e-2, 0.0, 120)
+    before = train(config, optim, Plan([(probe, 500)], 0, 32, 1), CPU)
+    after = train(config, optim, Plan([(probe, 500)], 120, 32, 1), CPU)
+    assert accuracy(before, probe, 1, 200, 64, CPU)["accuracy"]["value"] < 0.5
+    found = accuracy(after, probe, 1, 200, 64, CPU)
+    assert found["accuracy"]["value"] > 0.95
+    assert found["state_bytes"] == 2 * 6 * 16 * 4  # keys and values of 6 tokens
+
+
+def test_accuracy_counts_what_is_asked():
+    """A model that always says 0: of parities the share of zeros, of whole examples those that are all zeros."""
+
+    class Zero(torch.nn.Module):
+        def forward(self, tokens_TB):
+            return torch.nn.functional.one_hot(torch.zeros_like(tokens_TB), 2).float(), {}
+
+    probe = Word(3, "Z2")
+    found = accuracy(Zero(), probe, 1, 300, 64, CPU)
+    _, targets_TB = batch_of([probe.example(1 + 2**32, index) for index in range(300)])
+    assert found["accuracy"]["value"] == pytest.approx((targets_TB == 0).double().mean().item())
+    assert found["whole"]["value"] == pytest.approx((targets_TB == 0).all(0).double().mean().item())
+    assert 0 < found["whole"]["value"] < found["accuracy"]["value"]
+
+
+def test_sizes_are_taken_by_their_shares_and_examples_from_their_number():
+    plan = Plan([(Word(3, "S3"), 30), (Word(5, "S3"), 10)], 100, 4, 1)
+    drawn = [training_batch(plan, step) for step in range(1, 401)]
+    short = [batch for batch in drawn if len(batch[0].tokens) == 3]
+    assert 250 < len(short) < 350
+    known = {Word(3, "S3").example(1, index).tokens.tobytes() for index in range(30)}
+    assert {example.tokens.tobytes() for batch in short for example in batch} == known
+
+
+def run(*words):
+    return program.main([*map(str, words), "--device", "cpu"])
+
+
+def test_the_command_trains_a_grid_and_goes_on_from_its_file(tmp_path, monkeypatch, capsys):
+    words = ("s3", *SMALL, "--steps", 2, "--batch", 4, "--tested", 6, "--test-sizes", 1, "--seeds", 1, 2)
+    words = (*words, "--json", tmp_path / "out.json", "--rates")
+    assert run(*words, 1e-3) == 0
+    whole = json.loads((tmp_path / "out.json").read_text())
+    assert set(whole["sources"]) == {"rate0.001.seed1", "rate0.001.seed2"}
+    out = capsys.readouterr().out
+    assert "T128" in out
+    assert f"{2 * 128 * 16 * 4:,}" in out
+    trained = []
+    plain = program.train
+    monkeypatch.setattr(program, "train", lambda *given: trained.append(given[2].seed) or plain(*given))
+    assert run(*words, 1e-3, 1e-2) == 0
+    assert trained == [1, 2]  # the other rate alone
+    assert "the best of 2; 2 seeds" in capsys.readouterr().out
+    assert run(*words, 1e-3, "--steps", 3) == 2
+    assert "was made with steps 2, now 3" in capsys.readouterr().err
+
+
+def test_the_best_rate_is_that_of_the_mean_over_seeds_and_tests():
+    cell = lambda value: {"accuracy": {"value": value}}
+    runs = [(1e-3, {"a": cell(0.9), "b": cell(0.1)}), (1e-2, {"a": cell(0.6), "b": cell(0.6)}),
+            (1e-3, {"a": cell(1.0), "b": cell(0.0)}), (1e-2, {"a": cell(0.3), "b": cell(0.6)})]  # fmt: skip
+    assert best_of(runs) == 1e-2
+
+
+def test_needles_and_facts_ask_a_trained_model(tmp_path, capsys):
+    (tmp_path / "hay.txt").write_text(TEXT)
+    words = (stored_model(tmp_path), "--haystack", tmp_path / "hay.txt", "--tested", 2, "--lengths", 800)
+    assert run("needle", *words, "--kinds", "single_1", "multikey", "--json", tmp_path / "out.json") == 0
+    found = json.loads((tmp_path / "out.json").read_text())["sources"]
+    assert {name: entry["result"]["items"] for name, entry in found.items()} == {"single_1.T800": 2, "multikey.T800": 2}
+    assert run("facts", *words) == 0
+    assert "facts.T800  chance" in re_spaced(capsys.readouterr().out)
+    for bad, said in (
+        (("needle", stored_model(tmp_path)), "--haystack FILE names it"),
+        (("needle", *words, "--tested", 0), "--tested 0 is less than 1"),
+        (("facts", *words, "--lengths", 5), "a length of"),
+        (("needle", tmp_path, "--haystack", tmp_path / "hay.txt"), "is no run"),
+        (("needle", words[0], "--haystack", tmp_path / "none.txt"), "none.txt: no such file"),
+        (("mqar", "none.yaml"), "none.yaml"),
+        (("mqar", *SMALL, "model.heads=3"), "heads"),
+    ):
+        assert run(*bad) == 2, bad
+        assert said in capsys.readouterr().err
+
+
+def re_spaced(text):
+    return "  ".join(text.split())
