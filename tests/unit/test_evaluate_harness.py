@@ -17,6 +17,8 @@ from hope.evaluate.rows import Alone
 from hope.evaluate.run import Engine, evaluate_task
 from hope.evaluate.scorer import ModelScorer
 from hope.evaluate.tasks import read_task
+from hope.generate.greedy import greedy
+from hope.generate.loop import on_one_device
 
 ITEMS = [
     {"query": f"the cat {n} sat", "choices": [" on the mat.", " and more" * (n % 4 + 1), " 猫"], "gold": n % 3}
@@ -64,6 +66,34 @@ def test_texts_are_whole_and_each_its_own(asked):
         found = answers.loglikelihood_rolling(requests(*((text,) for text in texts)))
         wanted = [-nats(tokenizer.encode(text), size) for text in texts]
         assert np.abs(np.array(found) - wanted).max() < 1e-9
+
+
+def test_generated_text_is_the_most_probable_one(asked):
+    """Against one forward pass of the whole text for every token."""
+    tokenizer, engine = asked
+    model = engine.scorer.model
+    forward = on_one_device(model)
+    generate = greedy(
+        forward, tokenizer.encode, tokenizer.decode, tokenizer.eos_id, vocabulary=300, device=torch.device("cpu")
+    )
+    answers = Answers(engine, tokenizer.encode, tokenizer.eos_id, 16, generate)
+
+    def plain(prompt, count):
+        ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
+        before = len(ids)
+        with torch.no_grad():
+            for _ in range(count):
+                ids.append(int(model(torch.tensor(ids)[:, None])[0][-1, 0].argmax()))
+        chosen = ids[before:]
+        return tokenizer.decode(chosen[: chosen.index(tokenizer.eos_id)] if tokenizer.eos_id in chosen else chosen)
+
+    wanted = [plain("the cat", 12), plain("", 5)]
+    assert len(wanted[0]) > 3
+    options = [("the cat", {"max_gen_toks": 12}), ("", {"max_gen_toks": 5})]
+    assert answers.generate_until(requests(*options)) == wanted
+    stop = wanted[0][2:4]
+    [cut] = answers.generate_until(requests(("the cat", {"until": [stop], "max_gen_toks": 12})))
+    assert cut == wanted[0][: wanted[0].index(stop)]
 
 
 def test_generation_is_handed_on_or_refused(asked):

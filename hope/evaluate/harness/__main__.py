@@ -25,6 +25,8 @@ from hope.evaluate.progress import Progress
 from hope.evaluate.rows import Alone
 from hope.evaluate.run import Engine
 from hope.evaluate.scorer import ModelScorer
+from hope.generate.greedy import greedy
+from hope.generate.loop import on_one_device
 from hope.pretrained import open_pretrained
 from hope.stored.errors import CheckpointError
 from parallel.start.pipe import piped
@@ -71,7 +73,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     scorer = ModelScorer(found.model, device=device, dtype=DTYPES[args.dtype], starts_after=starts_after)
     engine = Engine(scorer, Alone(), args.batch_tokens, Progress("harness", True))
     window = None if args.carry else args.window or found.seq_len or WINDOW
-    model = Ours(engine, tokenizer.encode, tokenizer.eos_id, window)
+    generate = greedy(
+        on_one_device(scorer.model), tokenizer.encode, tokenizer.decode, tokenizer.eos_id,
+        vocabulary=tokenizer.vocab_size, device=device,
+    )  # fmt: skip
+    model = Ours(engine, tokenizer.encode, tokenizer.eos_id, window, generate)
     manager = TaskManager(include_path=args.include, include_defaults=args.include is None)
     try:
         report = lm_eval.simple_evaluate(
