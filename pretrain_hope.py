@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from hope.train.signals import StopRequest
 from hope.train.skips import SkipPolicy
 from launch.outlook import outlook
 from parallel.checkpoint.errors import CheckpointError, SaveError
-from parallel.checkpoint.resume import check_data, check_end, start_from
+from parallel.checkpoint.resume import check_data, check_end, new_start, start_from
 from parallel.checkpoint.saving import Saver
 from parallel.compute.evaluation import heldout_losses
 from parallel.compute.pipeline import Report, mean_loss
@@ -126,6 +127,12 @@ class Run:
             config, changes = settle(config, self.resumed.manifest.extra["config"], ranks.world_size)
             self.notes += changes
             check_end(self.resumed, config.train)
+        start, problems = (
+            (None, []) if self.resumed else new_start(config.model, asdict(config.data), checkpointer, ranks)
+        )
+        if problems:
+            raise ConfigError("against model.init", problems)
+        self.origin = start.record() if start else self.resumed and self.resumed.manifest.extra.get("origin")
         self.config = config
         set_numerics(config.train)
         # 2. this rank's part of the model, and its optimizer
@@ -140,6 +147,7 @@ class Run:
             seed=config.run.seed,
             recompute=train.recompute,
             tokens_per_step=train.tokens_per_step,
+            start=start,
         )
         self.optimizer = self.replica.optimizer
         self.flops = report.model_flops(config.model)
@@ -274,6 +282,8 @@ class Run:
         if self.resumed:
             noted = {"notes": self.notes} if self.notes else {}
             log.event("RESUME", step=self.step, checkpoint=self.resumed.path, **noted)
+        elif self.origin:
+            log.event("INIT", **self.origin)
         log.say(self.feed.describe())
 
     def _contents(self, step: int) -> dict[str, Any]:
@@ -286,6 +296,7 @@ class Run:
             "skips": self.skips.state(),
             "doubt": self.skips.doubt,
             "config": recorded(self.config),
+            **({"origin": self.origin} if self.origin else {}),
         }
 
 

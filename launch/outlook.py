@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from configs.changes import settle
 from configs.errors import ConfigError
 from configs.schema import Config
 from data_prep.training.feed import Foreseen
+from hope.initial import open_start
 from hope.sections import Problem
 from launch.folder import RunFolder
 
@@ -67,13 +69,21 @@ def not_resumable(
     if config.checkpoint.resume == "never":
         if any(folder.glob("step_*")):
             what = f"is never, but {folder} holds checkpoints, which this run would mix with its own"
-            yield Problem("checkpoint.resume", what, "auto, another run.name, or remove the folder")
+            fix = "auto; another run.name, with model.init for these weights; or remove the folder"
+            yield Problem("checkpoint.resume", what, fix)
+        else:
+            yield from open_start(config.model, asdict(config.data), verify=False)[1]
         return
     if step < 0 and (doubtful := sorted(folder.glob("step_*.doubtful"))):
         what = f"{folder} holds only doubtful checkpoints, the newest {doubtful[-1].name}"
         yield Problem("run.name", what, "another one, or move them away (docs/checkpoints.md)")
+    elif step < 0:
+        yield from open_start(config.model, asdict(config.data), verify=False)[1]
     if early := config.train.ends_before(step):
-        fix = f"{max(step, 1)} or more, another run.name, or an older checkpoint (docs/checkpoints.md)"
+        fix = (
+            f"{max(step, 1)} or more; another run.name, with model.init for these weights; or an older checkpoint "
+            "(docs/checkpoints.md)"
+        )
         yield from (Problem(path, f"{last} is before {where}", fix) for path, last in early.items())
     known = set[str]()
     if (saved := run.saved_config()) is not None:
@@ -86,11 +96,13 @@ def not_resumable(
     for path, now in (order or {}).items():
         if saved_order and path not in known and saved_order.get(path) != now:
             what = f"checkpoint {saved_order.get(path)}, now {now}: the order of the data would change ({where})"
-            yield Problem(path, what, "put it back, or another run.name")
+            yield Problem(path, what, "put it back, or another run.name, with model.init for these weights")
 
 
 def _start(config: Config, run: RunFolder) -> str:
     step = run.saved_step()
+    if step < 0 and config.model.init:
+        return f"new, with the weights of {config.model.init}"
     return "new" if step < 0 else f"resumes from step {step} of {config.train.steps}"
 
 

@@ -34,7 +34,7 @@ def export(path: Path, out: Path, dtype: str = "float32") -> str:
     if "config" not in content.extra:
         raise CheckpointError(f"{path} records no configuration; only checkpoints of pretrain_hope.py can be exported")
     try:
-        model = current_model(content.extra["config"]["model"])
+        model = without_origin(content.extra["config"]["model"])
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
     manifest.check_sizes(path, content)
@@ -56,6 +56,11 @@ def export(path: Path, out: Path, dtype: str = "float32") -> str:
         f"{out / WEIGHTS}: {len(weights)} tensors, {elements:,} elements, {dtype}; {out / CONFIG}: step {content.step}"
         f"; {f'{out / TOKENIZER}: {tokenizer}' if tokenizer else 'no tokenizer: the one of the data was not found'}"
     )
+
+
+def without_origin(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The model section under today's names, without `init`: a path that means nothing elsewhere. Raises ValueError."""
+    return {key: value for key, value in current_model(record).items() if key not in ("init", "init_allow")}
 
 
 def _training(config: Mapping[str, Any], tokenizer: Path | None) -> dict[str, Any]:

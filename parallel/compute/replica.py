@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hope.batch import Batch
 from hope.config import ModelConfig
+from hope.initial import Start
 from hope.model import Model
 from hope.optim.build import build_optimizer
 from hope.optim.config import OptimConfig
@@ -73,12 +74,18 @@ def build_replica(
     seed: int,
     recompute: str = "none",
     tokens_per_step: int | None = None,
+    start: Start | None = None,
 ) -> Replica:
-    """Build this rank's slices on full shapes, fill them from (seed, name), cut them, give them to the optimizer."""
+    """Build this rank's slices on full shapes, fill them from (seed, name), cut them, give them to the optimizer.
+
+    start: weights of a trained model that replace those that were drawn.
+    """
     parts = split(config, seq_len, ranks.pp_size, ranks.vp_size)[ranks.pp_rank]
     models = []
     for part in parts:
         model = Model(config, part).initialise(seed)
+        if start is not None:
+            start.fill(model)
         model.set_recompute(recompute)
         models.append(shard_model(model, ranks.tp_rank, ranks.tp_size, layout.sequence).to(ranks.device))
     levels = parameter_groups(models, optim.weight_decay, optim, tokens_per_step)

@@ -1,6 +1,7 @@
 """A key that the chosen kind does not use is refused by name, and is not recorded."""
 
 import dataclasses
+import typing
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ OTHERWISE = {
     "optim.name": "adamw", "optim.decay": "constant", "optim.m3.reading": "literal",
     "optim.dmgd.preconditioner": "none", "optim.dmgd.output": "identity", "optim.dmgd.memory": "linear",
     "model.mixers.hope.memory": "matrix", "train.spike_sigma": 0, "checkpoint.resume": "never",
+    "model.init": None,
 }  # fmt: skip
 
 
@@ -50,7 +52,8 @@ def without(use: Use) -> tuple[str, Any]:
 
 def having(use: Use) -> tuple[str, Any]:
     """One that it does allow."""
-    return use.governor, [use.values[0]] if use.listed else use.values[0] if use.values else 6.0
+    anything = "a text" if str in typing.get_args(KEYS[use.governor].hint) else 6.0
+    return use.governor, [use.values[0]] if use.listed else use.values[0] if use.values else anything
 
 
 def default_of(key: Key) -> Any:
