@@ -76,6 +76,8 @@ class ModelConfig:
     """Heads of the memory or the attention; width / heads is the size of one memory."""
     tie_embeddings: bool = True
     """Share the embedding with the output head."""
+    norm_eps: float = 1e-6
+    """Added to the mean square in the norms of the trunk."""
     mixers: dict[str, Any] = sections_named_by("pattern", mixer_sections)
     """A section for every mixer that the pattern names, with that mixer's keys."""
     cms: CmsConfig = field(default_factory=CmsConfig)
@@ -148,6 +150,8 @@ class ModelConfig:
                 f"width {self.width} is not a multiple of heads {self.heads}",
                 "heads " + ", ".join(map(str, sorted(fits, key=lambda h: abs(h - self.heads))[:3])),
             )
+        if not self.norm_eps > 0:
+            yield Problem(f"{path}.norm_eps", f"{self.norm_eps} is not positive", "1e-6")
         yield from self._pattern_problems(path)
         yield from self.cms.problems(f"{path}.cms")
         for word in self.init_allow:

@@ -11,7 +11,7 @@ Either the new model computes what the trained one does, to the last digit, or `
 | another tokenizer, as far as both are known | `tokenizer`, or `vocab` |
 | settings of a mixer whose parameters stay, such as `rope_base` | `settings`: its weights are kept |
 | another mixer, other heads, settings that change its parameters | `mixers`: drawn in that layer, the rest stays |
-| width, number of layers, fewer rows, tied embeddings, other shapes of levels | refused |
+| width, number of layers, fewer rows, tied embeddings, epsilon of the norms, other shapes of levels | refused |
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hope.model import Model
 from hope.pretrained import Pretrained, open_pretrained
 from hope.sections import Problem
 from hope.stored.errors import CheckpointError
-from hope.stored.tokenizer import sha256_of, tokenizer_hash
+from hope.stored.tokenizer import recorded_tokenizers, sha256_of
 
 _PART = re.compile(r"blocks\.(\d+)\.(mixer|cms\.levels\.(\d+)|cms)\.")
 _SAME_RESULT = ("kernel",)
@@ -117,6 +117,7 @@ _FIXED = {
     "width": "every weight has another shape",
     "layers": "no rule says which weights a further block would start from, or which block could go",
     "tie_embeddings": "one of the two models has a matrix that the other lacks",
+    "norm_eps": "the same weights would compute something else",
 }
 """What has to be equal, and why."""
 
@@ -209,8 +210,8 @@ def _settings(config: ModelConfig, name: str) -> dict[str, Any]:
 def _tokenizers(found: Pretrained, config: ModelConfig, data: Mapping[str, Any]) -> Iterator[Problem]:
     """Ids of another tokenizer would be other words. What one side does not record cannot be compared."""
     there = found.tokenizer_path
-    old = sha256_of(Path(there)) if there else tokenizer_hash(found.data)
-    new = tokenizer_hash(data)
+    hash_of = lambda section: next((known.sha256 for known in recorded_tokenizers(section)), None)
+    old, new = sha256_of(Path(there)) if there else hash_of(found.data), hash_of(data)
     if old and new and old != new and not {"vocab", "tokenizer"} & set(config.init_allow):
         what = f"its tokenizer has sha256 {old[:12]}..., that of the data {new[:12]}...: ids would mean other words"
         yield Problem("model.init", what, f"data made with its tokenizer; or {_allow(config, 'tokenizer')}")

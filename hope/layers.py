@@ -42,15 +42,19 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (Zhang and Sennrich, 2019). used: see `Declaration`."""
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich, 2019). used: see `Declaration`.
 
-    def __init__(self, width: int, used: Used = "trunk") -> None:
+    eps: added to the mean square.
+    """
+
+    def __init__(self, width: int, used: Used = "trunk", eps: float = 1e-6) -> None:
         super().__init__()
+        self.eps = eps
         self.weight = new_parameter(width, init=constant(1.0), used=used, update="elementwise")
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> the same shape."""
-        return F.rms_norm(x, (x.shape[-1],), self.weight, eps=1e-6)
+        return F.rms_norm(x, (x.shape[-1],), self.weight, eps=self.eps)
 
 
 class SwiGlu(nn.Module):
