@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 
 def byte_level(path: Path, texts: Sequence[str], special: Sequence[str] = ("<|endoftext|>",), spare: int = 0) -> Path:
-    """GPT-2's kind: BPE over bytes, exact for every text. spare: so many unused tokens are added."""
+    """GPT-2's kind: BPE over bytes, exact for every text. spare: so many ids are left out before the merged tokens."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -21,6 +22,8 @@ def byte_level(path: Path, texts: Sequence[str], special: Sequence[str] = ("<|en
         show_progress=False,
     )
     made.train_from_iterator(texts, trainer)
-    made.add_tokens([f"unused{number}" for number in range(spare)])
-    made.save(str(path))
+    described = json.loads(made.to_str())
+    vocab = described["model"]["vocab"]
+    described["model"]["vocab"] = {piece: number + (number > 256) * spare for piece, number in vocab.items()}
+    path.write_text(json.dumps(described), encoding="utf-8")
     return path

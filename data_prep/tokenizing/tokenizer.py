@@ -26,6 +26,14 @@ from data_prep.tokenizing.sentencepiece_model import SentencePieceModel
 TRAINING_THREADS = 4
 # sentencepiece drops sentences above 4192 bytes; a character takes at most 4.
 LONGEST_PIECE_OF_LINE = 1000
+# What other tokenizers change: white space, accents, ligatures, and sentencepiece's own mark.
+PROBES = (
+    "tab\tand  two spaces",
+    " a space first",
+    "line\n\n  indented\r\n",
+    "漢字 \U0001f600 e\u0301 \u00e9 \ufb01",
+    "a\u2581b",
+)
 
 
 def replace_lone_surrogates(text: str) -> str:
@@ -65,7 +73,8 @@ class Tokenizer:
     """A trained model: sentencepiece's, ours or another, or a tokenizer.json; encoding adds no special tokens.
 
     Attributes: vocab_size, eos_id, pad_id (distinct from eos_id; -1 if the model has none, as Llama's),
-        sha256 (hex, of the model file), model_bytes, path (of the model file as given, "" if unknown).
+        is_json (a tokenizer.json), sha256 (hex, of the model file), model_bytes, path (of the model file as given, ""
+        if unknown).
     """
 
     def __init__(self, model: bytes, path: str = "") -> None:
@@ -73,7 +82,8 @@ class Tokenizer:
         self.path = path
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.model_bytes = model
-        self._model: TokenizerModel = (JsonModel if model.lstrip()[:1] == b"{" else SentencePieceModel)(model, name)
+        self.is_json = model.lstrip()[:1] == b"{"
+        self._model: TokenizerModel = (JsonModel if self.is_json else SentencePieceModel)(model, name)
         self.vocab_size: int = self._model.vocab_size
         self.eos_id: int = self._model.eos_id
         self.pad_id: int = self._model.pad_id
@@ -109,6 +119,22 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """The text of token ids; control tokens (EOS, padding) give nothing."""
         return self._model.decode(ids)
+
+
+def refuse_lossy(tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer.json that does not give every text back: losses per byte would be of another text.
+
+    Other sentencepiece models are taken as they are, `tokenizer info` describes them.
+
+    Raises:
+        DataError: with a text that comes back changed, and how.
+    """
+    if tokenizer.is_json and (changed := tokenizer.failures(PROBES)):
+        back = tokenizer.decode(tokenizer.encode(changed[0]))
+        raise DataError(
+            f"{tokenizer.path}: {len(changed)} of {len(PROBES)} probe texts do not come back exactly: {changed[0]!r} "
+            f"becomes {back!r}; a tokenizer over bytes (ByteLevel) is exact, --lossy takes this one all the same"
+        )
 
 
 def training_lines(texts: Iterable[str]) -> Iterator[str]:
