@@ -32,8 +32,10 @@ from hope.train.metrics import NoLog, open_log, record_of_no_step
 from hope.train.numerics import set_numerics
 from hope.train.schedule import rate_at
 from hope.train.signals import StopRequest
+from hope.train.sink import Background
 from hope.train.skips import SkipPolicy
 from launch.outlook import outlook
+from launch.tracker import wandb_sink
 from parallel.checkpoint.errors import CheckpointError, SaveError
 from parallel.checkpoint.resume import check_data, check_end, new_start, start_from
 from parallel.checkpoint.saving import Saver
@@ -179,6 +181,7 @@ class Run:
                     devices=self.instruments.devices,
                     resume_step=self.step if self.resumed else None,
                     tensorboard=config.log.tensorboard,
+                    sink=self._tracker if config.log.wandb else None,
                 )
             )
             stack.callback(self.saver.close, log)
@@ -273,6 +276,9 @@ class Run:
         beat = self.instruments.beat
         losses = heldout_losses(self.replica, self.feed.heldout(), beat, lambda: self.stop.requested)
         return {} if losses is None else self.feed.summary(losses)
+
+    def _tracker(self) -> Background:
+        return wandb_sink(self.folder, recorded(self.config), resumed=bool(self.resumed), say=print_line)
 
     def _announce(self, log: NoLog) -> None:
         log.text("config.yaml", to_yaml(self.config))
