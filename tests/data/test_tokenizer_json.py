@@ -54,6 +54,10 @@ def test_ids_above_65535_make_a_set_that_reads_back_to_the_same_bytes(tmp_path, 
     assert manifest.text_bytes == sum(len(text.encode()) for text in texts)
     assert "the cat sat" in show_document(prefix, 0)  # finds tokenizer.json beside the set
     assert main(["verify", prefix, "--tokenizer", str(path)]) == 0
+    (tmp_path / "set.manifest.json").unlink()  # a set that Megatron's own tool made
+    assert main(["manifest", prefix, "--tokenizer", str(path)]) == 0
+    adopted = load_manifest(prefix)
+    assert (adopted.text_bytes, adopted.vocab_size) == (manifest.text_bytes, manifest.vocab_size)
     windows = TrainingSet(prefix, 16, 1)
     assert max(int(windows.sample(number).max()) for number in range(len(windows))) > 65_535
     capsys.readouterr()
