@@ -26,7 +26,7 @@ class HopeTokenizer(PreTrainedTokenizer):
         own = {"eos_token": self._pieces[self._own.eos_id]}
         if self._own.pad_id >= 0:
             own["pad_token"] = self._pieces[self._own.pad_id]
-        super().__init__(**{**own, **more, "split_special_tokens": True})
+        super().__init__(**{**own, **more})
 
     @property
     def vocab_size(self) -> int:

@@ -119,7 +119,7 @@ log:
         "model.cms.periods[1]": ("'two' is not a whole number", "100"),
         "train.steps": ("2.5 is not a whole number (line 8)", "nearest: 2, 3"),
         "train.lr": ("unknown key (line 12)", "did you mean: optim.lr"),
-        "log": ("is empty, not a section (line 13)", "a mapping with keys of: every, tensorboard, histograms"),
+        "log": ("is empty, not a section (line 13)", "a mapping with keys of: every, tensorboard, histograms, wandb"),
         "optim.lr": ("'fast' is not a number (command line: optim.lr=fast)", "0.1 or 3e-4"),
         "train.micro_batc": (
             "unknown key (command line: train.micro_batc=4)",
