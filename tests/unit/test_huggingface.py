@@ -45,8 +45,8 @@ def exported(tmp_path_factory):
     with torch.no_grad():  # far from uniform, so that greedy text is no accident of rounding
         for parameter in model.parameters():
             parameter.mul_(1.5)
-    path = store(root / "run", model, 7, {"data": {"train": str(root / "data/train")}, "train": {"seq_len": 32}})
-    export(path, root / "out", layout="hf")
+    store(root / "run", model, 7, {"data": {"train": str(root / "data/train")}, "train": {"seq_len": 32}})
+    assert main(["export", str(root / "run"), "--out", str(root / "out"), "--format", "hf"]) == 0
     return root / "out", model
 
 

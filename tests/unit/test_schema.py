@@ -324,7 +324,8 @@ def test_what_others_call_our_keys_is_answered_with_ours():
         ("train.gradient_checkpointing=true", "did you mean: train.recompute"),
         ("hidden_size=64", "did you mean: model.width"),
         ("model.dropout=0.1", "dropout is not in this version"),
-        ("log.wandb=true", "wandb is not in this version"),
+        ("log.wandb_project=mine", "log.wandb=true, and the variable WANDB_PROJECT"),
+        ("train.init_from=runs/old", "did you mean: model.init"),
         ("data.tokenizer=a", "the token set's manifest records its tokenizer"),
     ],
 )
