@@ -174,7 +174,7 @@ def _mixers(source: ModelConfig, target: ModelConfig) -> Iterator[Problem]:
         same = {name for _, name in was} == {name for _, name in now} and source.heads == target.heads
         differ = "settings that change its parameters" if same else f"{kinds(now)}, and model.init has {kinds(was)}"
         what = f"layers {', '.join(map(str, others))}: {differ}"
-        fix = f"model.pattern={source.pattern} model.heads={source.heads}"
+        fix = f"model.pattern=[{', '.join(source.pattern)}] model.heads={source.heads}"
         yield Problem("model.pattern", what, f"{fix}, and its settings; or {_allow(target, 'mixers')} to draw them")
     for name in dict.fromkeys(target.mixer_of_layer[i] for i in range(target.layers) if i not in others):
         old, new = _settings(source, name), _settings(target, name)
