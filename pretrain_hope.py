@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,12 @@ from hope.train.metrics import NoLog, open_log, record_of_no_step
 from hope.train.numerics import set_numerics
 from hope.train.schedule import rate_at
 from hope.train.signals import StopRequest
+from hope.train.sink import Background
 from hope.train.skips import SkipPolicy
 from launch.outlook import outlook, tasks_of
+from launch.tracker import wandb_sink
 from parallel.checkpoint.errors import CheckpointError, SaveError
-from parallel.checkpoint.resume import check_data, check_end, start_from
+from parallel.checkpoint.resume import check_data, check_end, new_start, start_from
 from parallel.checkpoint.saving import Saver
 from parallel.compute.evaluation import heldout_losses, task_scores
 from parallel.compute.pipeline import Report, mean_loss
@@ -131,6 +134,12 @@ class Run:
             config, changes = settle(config, record, ranks.world_size, at)
             self.notes += changes
             check_end(self.resumed, config.train)
+        start, problems = (
+            (None, []) if self.resumed else new_start(config.model, asdict(config.data), checkpointer, ranks)
+        )
+        if problems:
+            raise ConfigError("against model.init", problems)
+        self.origin = start.record() if start else self.resumed and self.resumed.manifest.extra.get("origin")
         self.config = config
         set_numerics(config.train)
         # 2. this rank's part of the model, and its optimizer
@@ -147,6 +156,7 @@ class Run:
             tokens_per_step=train.tokens_per_step,
             loss_chunk=train.loss_chunk,
             compile=train.compile,
+            start=start,
         )
         self.optimizer = self.replica.optimizer
         self.flops = report.model_flops(config.model)
@@ -180,6 +190,7 @@ class Run:
                     devices=self.instruments.devices,
                     resume_step=self.step if self.resumed else None,
                     tensorboard=config.log.tensorboard,
+                    sink=self._tracker if config.log.wandb else None,
                 )
             )
             stack.callback(self.saver.close, log)
@@ -303,6 +314,9 @@ class Run:
             found[f"heldout_loss_without.cms{number}"] = self.feed.summary(losses)["heldout_loss"]
         return found
 
+    def _tracker(self) -> Background:
+        return wandb_sink(self.folder, recorded(self.config), resumed=bool(self.resumed), say=print_line)
+
     def _announce(self, log: NoLog) -> None:
         log.text("config.yaml", to_yaml(self.config))
         log.text("env.txt", report.environment(self.ranks.device))
@@ -311,6 +325,8 @@ class Run:
         if self.resumed:
             noted = {"notes": self.notes} if self.notes else {}
             log.event("RESUME", step=self.step, checkpoint=self.resumed.path, **noted)
+        elif self.origin:
+            log.event("INIT", **self.origin)
         log.say(self.feed.describe())
 
     def _contents(self, step: int) -> dict[str, Any]:
@@ -323,6 +339,7 @@ class Run:
             "skips": self.skips.state(),
             "doubt": self.skips.doubt,
             "config": recorded(self.config),
+            **({"origin": self.origin} if self.origin else {}),
         }
 
 

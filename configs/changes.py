@@ -33,6 +33,8 @@ FREE = (
     "data.cache",
     "data.index",
     "model.mixers.hope.kernel",
+    "model.init",  # the weights are the checkpoint's; where they began is in its `origin`
+    "model.init_allow",
     "train.stop_after",
     "train.micro_batch",
     "train.deterministic",
@@ -155,7 +157,7 @@ def _problems(found: list[Change]) -> Iterator[Problem]:
             yield Problem(
                 change.path,
                 f"{what}: the order of the data would change, tokens would be repeated or left out",
-                "put it back, or start another run.name",
+                "put it back, or start another run.name, with model.init for these weights",
             )
         elif change.rule == "ask":
             word = f"'checkpoint.on_change={{{change.path}: override}}'"  # quoted: a shell would split it

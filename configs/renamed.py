@@ -70,6 +70,8 @@ def current(record: Mapping[str, Any]) -> dict[str, Any]:
     values = copy.deepcopy(dict(record))
     if "model" in values:
         values["model"] = current_model(values["model"])
+    if isinstance(values.get("log"), dict):
+        values["log"] = {**values["log"], "wandb": values["log"].get("wandb", False)}  # there was none
     # `optim.memory` was renamed, and `model.memory` has just been: only the first can still be there
     for old in [path for path in RENAMED if lookup(values, path) is not UNKNOWN]:
         found = lookup(values, old)

@@ -31,6 +31,9 @@ SYNONYMS: dict[str, str] = {
     **dict.fromkeys(("eval_interval", "eval_steps"), "train.eval_every"),
     **dict.fromkeys(("log_interval", "logging_steps"), "log.every"),
     **dict.fromkeys(("output_dir", "save_dir"), "run.dir"),
+    **dict.fromkeys(("use_wandb", "report_to"), "log.wandb"),
+    **dict.fromkeys(("init_from", "initial_load_path", "model_name_or_path", "pretrained_checkpoint"), "model.init"),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layernorm_epsilon", "norm_epsilon"), "model.norm_eps"),
 }
 """The last part of a foreign key: ours."""
 
@@ -42,7 +45,7 @@ ELSEWHERE: dict[str, str] = {
     **dict.fromkeys(("tokenizer", "tokenizer_path"), "the token set's manifest records its tokenizer"),
     **dict.fromkeys(("dropout", "attention_dropout", "hidden_dropout"), "dropout is not in this version"),
     **dict.fromkeys(("ema", "ema_decay"), "an average of the weights is not in this version"),
-    **dict.fromkeys(("wandb", "wandb_project"), "wandb is not in this version; log.tensorboard is"),
+    "wandb_project": "log.wandb=true, and the variable WANDB_PROJECT",
     **dict.fromkeys(("context_parallel_size", "cp", "cp_size"), "context parallelism is not in this version"),
 }
 """The last part of a foreign key that has no key here: what to know instead."""

@@ -51,7 +51,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, mixer: str) -> None:
         super().__init__()
-        self.norm = RMSNorm(config.width)
+        self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.mixer = config.build_mixer(mixer)
         self.cms = build_cms(config)
         self.recompute = "none"

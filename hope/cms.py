@@ -21,9 +21,9 @@ NormAndBody = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 class Level(nn.Module):
     """One block of the chain: f(norm(x)), to be added to x; zeros while it is `silent`."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, eps: float) -> None:
         super().__init__()
-        self.norm, self.mlp = RMSNorm(width), SwiGlu(width, hidden)
+        self.norm, self.mlp = RMSNorm(width, eps=eps), SwiGlu(width, hidden)
         self.silent = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,6 +38,11 @@ class Level(nn.Module):
     def flops(self) -> Flops:
         """Per token, forward."""
         return self.mlp.flops()
+
+
+def _new_levels(config: ModelConfig) -> nn.ModuleList:
+    hidden = config.hidden_per_level()
+    return nn.ModuleList([Level(config.width, hidden, config.norm_eps) for _ in config.periods])
 
 
 def _flops(levels: nn.ModuleList) -> Flops:
@@ -56,8 +61,7 @@ class SequentialCms(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        hidden = config.hidden_per_level()
-        self.levels = nn.ModuleList([Level(config.width, hidden) for _ in config.periods])
+        self.levels = _new_levels(config)
 
     def forward(self, x: Tensor) -> Tensor:
         """The whole chain, residuals included."""
@@ -78,8 +82,7 @@ class IndependentCms(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        hidden = config.hidden_per_level()
-        self.levels = nn.ModuleList([Level(config.width, hidden) for _ in config.periods])
+        self.levels = _new_levels(config)
         count = len(config.periods)
         self.aggregate = new_parameter(count, init=constant(1.0), used="trunk", update="elementwise")
 

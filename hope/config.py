@@ -17,7 +17,10 @@ import torch
 from hope.mixers import MIXERS, Mixer, Trunk
 from hope.parameters import UndeclaredParameter, declarations
 from hope.renamed import current_model
-from hope.sections import MixerSection, Problem, sections_named_by
+from hope.sections import MixerSection, Problem, only_if, sections_named_by
+
+INIT_WORDS = ("vocab", "tokenizer", "settings", "mixers")
+"""What `model.init_allow` may name; hope/initial.py says what each allows."""
 
 
 def import_modules(names: Iterable[str]) -> None:
@@ -73,12 +76,19 @@ class ModelConfig:
     """Heads of the memory or the attention; width / heads is the size of one memory."""
     tie_embeddings: bool = True
     """Share the embedding with the output head."""
+    norm_eps: float = 1e-6
+    """Added to the mean square in the norms of the trunk."""
     mixers: dict[str, Any] = sections_named_by("pattern", mixer_sections)
     """A section for every mixer that the pattern names, with that mixer's keys."""
     cms: CmsConfig = field(default_factory=CmsConfig)
     """Continuum memory system: the MLPs of every block."""
     imports: list[str] = field(default_factory=list)
     """Python modules to import first: they register mixers of your own (docs/extending.md)."""
+    init: str | None = None
+    """Weights that a new run starts from: a run, a checkpoint or exported weights (docs/weights.md). Optimizer,
+    schedule, data and clocks begin anew. A run that resumes from its own checkpoint does not read it."""
+    init_allow: list[str] = only_if("init", factory=list)
+    """Differences from `init` that change what is computed: vocab, tokenizer, settings, mixers."""
 
     def __post_init__(self) -> None:
         """Give every mixer of the pattern its section, and every section its type. What is unknown stays as it is, for
@@ -140,8 +150,13 @@ class ModelConfig:
                 f"width {self.width} is not a multiple of heads {self.heads}",
                 "heads " + ", ".join(map(str, sorted(fits, key=lambda h: abs(h - self.heads))[:3])),
             )
+        if not self.norm_eps > 0:
+            yield Problem(f"{path}.norm_eps", f"{self.norm_eps} is not positive", "1e-6")
         yield from self._pattern_problems(path)
         yield from self.cms.problems(f"{path}.cms")
+        for word in self.init_allow:
+            if word not in INIT_WORDS:
+                yield Problem(f"{path}.init_allow", f"there is no word {word!r}", f"some of [{', '.join(INIT_WORDS)}]")
 
     def _pattern_problems(self, path: str) -> Iterator[Problem]:
         known = ", ".join(MIXERS)

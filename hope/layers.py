@@ -46,21 +46,25 @@ class Linear(nn.Module):
         return Flops(dense=2.0 * self.weight.numel())
 
 
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """x / rms(x) * weight over the last dimension."""
-    return F.rms_norm(x, (x.shape[-1],), weight, eps=1e-6)
+    return F.rms_norm(x, (x.shape[-1],), weight, eps=eps)
 
 
 class RMSNorm(Dense):
-    """x / rms(x) * weight over the last dimension (Zhang and Sennrich, 2019). used: see `Declaration`."""
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich, 2019). used: see `Declaration`.
 
-    def __init__(self, width: int, used: Used = "trunk") -> None:
+    eps: added to the mean square.
+    """
+
+    def __init__(self, width: int, used: Used = "trunk", eps: float = 1e-6) -> None:
         super().__init__()
+        self.eps = eps
         self.weight = new_parameter(width, init=constant(1.0), used=used, update="elementwise")
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> the same shape."""
-        return self.form(rms_norm)(x, self.weight)
+        return self.form(rms_norm)(x, self.weight, self.eps)
 
 
 def gated(gate: Tensor, x: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class Model(nn.Module):
         mixers = config.mixer_of_layer
         self.blocks = nn.ModuleDict({str(i): Block(config, mixers[i]) for i in range(part.first, part.last)})
         if self.has_head:
-            self.norm = RMSNorm(config.width)
+            self.norm = RMSNorm(config.width, eps=config.norm_eps)
             if not config.tie_embeddings:
                 self.head = Embedding(config)
 

@@ -16,7 +16,7 @@ from hope.model import Model
 from hope.parameters import declaration_of
 from hope.stored import manifest
 from hope.stored.errors import CheckpointError, DamagedCheckpoint, UnfitWeights
-from hope.stored.find import CONFIG, WEIGHTS, checkpoints_of, files_of, is_export
+from hope.stored.find import CONFIG, HF_PREFIX, IMPORT, WEIGHTS, checkpoints_of, files_of, is_export
 from hope.stored.safetensors import read_safetensors
 from hope.stored.tensors import read_tensor
 from hope.stored.tokenizer import TOKENIZER, find_tokenizer, sha256_of
@@ -105,10 +105,16 @@ def _from_checkpoint(path: Path, skipped: list[str], verify: bool) -> Pretrained
 def _from_export(path: Path) -> Pretrained:
     try:
         described = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        if "model" not in described and "model_type" in described:
+            raise UnfitWeights(f"{path} holds a {described['model_type']} of another program; {IMPORT}")
         record, step, tokenizer = described["model"], described.get("step", 0), described.get("tokenizer")
+    except UnfitWeights:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnfitWeights(f"{path / CONFIG} does not describe exported weights: {error!r}") from None
     weights = read_safetensors(path / WEIGHTS)
+    if "architectures" in described:  # in Hugging Face's layout the model is a part of their module
+        weights = {name.removeprefix(HF_PREFIX): tensor for name, tensor in weights.items()}
     return Pretrained(
         _filled(record, weights, f"{path}: weights and {CONFIG} do not fit"),
         _exported_tokenizer(path, tokenizer),
@@ -121,7 +127,7 @@ def _from_export(path: Path) -> Pretrained:
 
 def _exported_tokenizer(path: Path, recorded: Mapping[str, str] | None) -> Path | None:
     """The tokenizer in an export. One that is not the recorded one would turn every token into another text."""
-    found = path / TOKENIZER
+    found = path / (recorded or {}).get("file", TOKENIZER)
     if not found.is_file():
         return None
     if recorded and sha256_of(found) != recorded["sha256"]:

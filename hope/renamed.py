@@ -52,7 +52,8 @@ def current_model(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_newer_keys(values: dict[str, Any]) -> dict[str, Any]:
-    """With what the recording version did in the mixer `hope`, where it had no key for it."""
+    """With what the recording version did, where it had no key for it."""
+    values = {"norm_eps": 1e-6, "init": None, **values}  # what was fixed; runs began with drawn weights
     mixers = dict(values.get("mixers") or {})
     if "hope" in values.get("pattern", ()) or "hope" in mixers:
         mixers["hope"] = {**NEWER_KEYS, **(mixers.get("hope") or {})}

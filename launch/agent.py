@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from hope.train import heartbeat
-from launch import hang
+from launch import hang, recorder
 from launch.folder import append_line, first, read_json, write_json
 from parallel.start.launcher import Launch, from_environment
 
@@ -46,13 +46,14 @@ class Agent:
         os.ftruncate(memory, heartbeat.SIZE)
         self.page = mmap.mmap(memory, heartbeat.SIZE)
         names = {heartbeat.HEARTBEAT: str(memory), heartbeat.STACKS: str(self.stacks)}
+        self.recorder = recorder.switched_on(control, os.environ)
         out = self._log_file()
         for number in PASSED_ON:
             signal.signal(number, self._pass_on)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)  # `launch local` blocks them: one that waits comes now
         self.child = subprocess.Popen(
             command,
-            env={**os.environ, **names},
+            env={**os.environ, **self.recorder, **names},
             pass_fds=(memory, self.stacks),
             stdout=out,
             stderr=out,
@@ -123,7 +124,7 @@ class Agent:
         if found.get("rank") == self.rank:
             self._judge(found)
         else:
-            self._wait_for(self.control / "culprits.json", 3 * self.poll_s + DUMP_S + GRACE_S)
+            self._wait_for(self.control / "culprits.json", 3 * self.poll_s + 2 * DUMP_S + GRACE_S)
         if stopped:
             self._dump_stacks(report)
         self.child.kill()
@@ -132,7 +133,7 @@ class Agent:
 
     def _judge(self, found: dict[str, Any]) -> None:
         reports: list[dict[str, Any]] = []
-        deadline = time.monotonic() + 2 * self.poll_s + DUMP_S + GRACE_S
+        deadline = time.monotonic() + 2 * self.poll_s + 2 * DUMP_S + GRACE_S
         ended: frozenset[int] = frozenset()
         while len(reports) + len(ended) < self.world and time.monotonic() < deadline:
             time.sleep(PAUSE_S)
@@ -140,6 +141,8 @@ class Agent:
             read = [read_json(path) for path in sorted((self.control / "reports").glob("[0-9]*.json"))]
             reports = [report for report in read if report]
         verdict = hang.judge(reports, self.world, found, ended)
+        if records := recorder.found(self.control):
+            verdict["nccl"] = str(records)
         line = hang.line(verdict)
         append_line(self.control.parent.parent / "events.jsonl", {"time": time.time(), "event": "HANG", **verdict})
         print(line, flush=True)
@@ -162,6 +165,7 @@ class Agent:
         else:
             text += "no stacks: the program never gave a heartbeat\n"
         target.write_text(text)
+        recorder.dump(self.recorder, self.rank, DUMP_S)
 
     def _dumped(self) -> str:
         deadline, size = time.monotonic() + DUMP_S, -1
@@ -199,6 +203,7 @@ class Agent:
         return self._record(code, "failed" if was_first else "failed later", where)
 
     def _record(self, code: int, how: str, where: dict[str, Any]) -> int:
+        recorder.forget(self.recorder, self.rank)
         facts = {"rank": self.rank, "host": self.host, "code": code, "how": how, "signalled": self.signalled}
         write_json(self.control / "exit" / f"{self.rank:05d}.json", {**facts, **where, "time": time.time()})
         return code

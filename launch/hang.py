@@ -44,4 +44,4 @@ def line(verdict: dict[str, Any]) -> str:
         text += f" in={who['phase']} of step {who['step']}" if "phase" in who else ""
     if not verdict["culprits"]:
         text += f" no rank of {verdict['of']} lags: see the stacks"
-    return text
+    return text + (f" nccl={verdict['nccl']}" if "nccl" in verdict else "")

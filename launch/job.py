@@ -59,7 +59,8 @@ def classify(control: Path, world: int, code: int, *, signalled: bool) -> Verdic
     culprits = read_json(control / "culprits.json")
     if culprits or any(e["how"] == "hang" for e in exits):
         who = (culprits or {}).get("culprits") or [{}]
-        return Verdict(REQUEUE, "hang", who[0])
+        records = (culprits or {}).get("nccl")
+        return Verdict(REQUEUE, "hang" + (f", collectives in {records}" if records else ""), who[0])
     failed = sorted((e for e in exits if e["how"] == "failed"), key=lambda e: e["time"])
     if failed:
         what = failed[0].get("signal") or f"exit code {failed[0]['code']}"

@@ -5,9 +5,9 @@ A dry run prints it and refuses what the run would refuse, before any queue and 
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from configs.errors import ConfigError
 from configs.schema import Config
 from data_prep.texts import OpenTask, open_tasks
 from data_prep.training.feed import Foreseen
+from hope.initial import open_start
 from hope.sections import Problem
 from hope.train.schedule import in_steps
 from launch.folder import RunFolder
@@ -57,7 +58,7 @@ def outlook(config: Config, root: Path, world_size: int, *, data: bool = True) -
 def tasks_of(config: Config) -> dict[str, OpenTask]:
     """The tasks that the run scores at its evaluations. Raises DataError."""
     train = config.train
-    data = dataclasses.asdict(config.data)
+    data = asdict(config.data)
     return open_tasks(train.tasks, data, config.model.vocab_size, train.seq_len, train.task_items)
 
 
@@ -82,13 +83,21 @@ def not_resumable(
     if config.checkpoint.resume == "never":
         if any(folder.glob("step_*")):
             what = f"is never, but {folder} holds checkpoints, which this run would mix with its own"
-            yield Problem("checkpoint.resume", what, "auto, another run.name, or remove the folder")
+            fix = "auto; another run.name, with model.init for these weights; or remove the folder"
+            yield Problem("checkpoint.resume", what, fix)
+        else:
+            yield from open_start(config.model, asdict(config.data), verify=False)[1]
         return
     if step < 0 and (doubtful := sorted(folder.glob("step_*.doubtful"))):
         what = f"{folder} holds only doubtful checkpoints, the newest {doubtful[-1].name}"
         yield Problem("run.name", what, "another one, or move them away (docs/checkpoints.md)")
+    elif step < 0:
+        yield from open_start(config.model, asdict(config.data), verify=False)[1]
     if early := config.train.ends_before(step):
-        fix = f"{max(step, 1)} or more, another run.name, or an older checkpoint (docs/checkpoints.md)"
+        fix = (
+            f"{max(step, 1)} or more; another run.name, with model.init for these weights; or an older checkpoint "
+            "(docs/checkpoints.md)"
+        )
         yield from (Problem(path, f"{last} is before {where}", fix) for path, last in early.items())
     known = set[str]()
     if (saved := run.saved_config()) is not None:
@@ -101,11 +110,13 @@ def not_resumable(
     for path, now in (order or {}).items():
         if saved_order and path not in known and saved_order.get(path) != now:
             what = f"checkpoint {saved_order.get(path)}, now {now}: the order of the data would change ({where})"
-            yield Problem(path, what, "put it back, or another run.name")
+            yield Problem(path, what, "put it back, or another run.name, with model.init for these weights")
 
 
 def _start(config: Config, run: RunFolder) -> str:
     step = run.saved_step()
+    if step < 0 and config.model.init:
+        return f"new, with the weights of {config.model.init}"
     return "new" if step < 0 else f"resumes from step {step} of {config.train.total_steps}"
 
 

@@ -14,7 +14,7 @@ from data_prep.training.index_store import TokenStore, open_store
 def checked_tokenizer(store: TokenStore, model: str) -> Tokenizer:
     """The tokenizer that the set was made with: `model`, or the one that its manifest names, or one near the set.
 
-    Near the set is tokenizer.model beside it or one folder up.
+    Near the set is tokenizer.model, or tokenizer.json, beside it or one folder up.
 
     Raises:
         DataError: it is another one, or none is found.
@@ -23,7 +23,8 @@ def checked_tokenizer(store: TokenStore, model: str) -> Tokenizer:
         return _same(store, Tokenizer.load(model))
     folder = Path(store.name).parent
     recorded = [Path(store.tokenizer_path)] if store.tokenizer_path else []
-    candidates = [*recorded, folder / "tokenizer.model", folder.parent / "tokenizer.model"]
+    near = [place / name for place in (folder, folder.parent) for name in ("tokenizer.model", "tokenizer.json")]
+    candidates = [*recorded, *near]
     found = [Tokenizer.load(path) for path in dict.fromkeys(candidates) if path.is_file()]
     same = next((tokenizer for tokenizer in found if tokenizer.sha256 == store.tokenizer), None)
     if same or found:

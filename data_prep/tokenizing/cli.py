@@ -12,7 +12,7 @@ from data_prep.paths import output_prefix, user_path
 from data_prep.tokenizing.inputs import INPUT_HELP, input_files
 from data_prep.tokenizing.records import Rules
 from data_prep.tokenizing.tokenize import Settings, tokenize_files
-from data_prep.tokenizing.tokenizer import Tokenizer, available_threads
+from data_prep.tokenizing.tokenizer import Tokenizer, available_threads, refuse_lossy
 from data_prep.tokenizing.units import FORMATS
 from data_prep.tokenizing.work import WorkFolder, recipe_of
 
@@ -21,7 +21,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     """Add the command."""
     tokens = commands.add_parser("tokenize", help="text to PREFIX.bin, .idx and .manifest.json")
     tokens.add_argument("--input", required=True, nargs="+", type=user_path, help=INPUT_HELP)
-    tokens.add_argument("--tokenizer", "--model", required=True, type=user_path, help="sentencepiece model")
+    tokens.add_argument(
+        "--tokenizer", "--model", required=True, type=user_path, help="sentencepiece model, or a tokenizer.json"
+    )
+    tokens.add_argument("--lossy", action="store_true", help="take a tokenizer that gives some texts back changed")
     tokens.add_argument("--out", required=True, type=output_prefix, help="prefix, for example data/mine/train")
     tokens.add_argument("--workers", type=int, default=available_threads(), help="processes (default: all cores)")
     tokens.add_argument(
@@ -47,6 +50,8 @@ def _tokenize(args: argparse.Namespace) -> None:
     if args.workers < 1 or args.unit_mb <= 0:
         raise DataError(f"--workers {args.workers}, --unit-mb {args.unit_mb}: need at least 1 and more than 0")
     tokenizer = Tokenizer.load(args.tokenizer)
+    if not args.lossy:
+        refuse_lossy(tokenizer)
     inputs = input_files(args.input)
     rules = Rules(
         text_key=args.text_key,

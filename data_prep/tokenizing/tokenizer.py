@@ -1,7 +1,8 @@
-"""sentencepiece BPE with an exact round trip: decode(encode(text)) == text for every Unicode text.
+"""Tokenizers with an exact round trip: decode(encode(text)) == text for every Unicode text.
 
-Settings: byte fallback for unseen characters, no normalisation, whitespace kept as it is, newline and tab
-as symbols of their own (fed line by line, sentencepiece never sees a newline and would spell it as a byte).
+Trained here are sentencepiece models. Settings: byte fallback for unseen characters, no normalisation, whitespace kept
+as it is, newline and tab as symbols of their own (fed line by line, sentencepiece never sees a newline and would spell
+it as a byte).
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import sentencepiece
@@ -18,13 +19,21 @@ import sentencepiece
 from data_prep.errors import DataError
 from data_prep.files import atomic_write
 from data_prep.paths import naming
+from data_prep.tokenizing.json_model import JsonModel
+from data_prep.tokenizing.sentencepiece_model import SentencePieceModel
 
 # The model file records the number of threads, so it is fixed: the same text gives the same sha256 anywhere.
 TRAINING_THREADS = 4
 # sentencepiece drops sentences above 4192 bytes; a character takes at most 4.
 LONGEST_PIECE_OF_LINE = 1000
-# sentencepiece writes a space as U+2581 inside, so a literal U+2581 would come back as a space.
-SPACE_MARK = "\u2581"
+# What other tokenizers change: white space, accents, ligatures, and sentencepiece's own mark.
+PROBES = (
+    "tab\tand  two spaces",
+    " a space first",
+    "line\n\n  indented\r\n",
+    "漢字 \U0001f600 e\u0301 \u00e9 \ufb01",
+    "a\u2581b",
+)
 
 
 def replace_lone_surrogates(text: str) -> str:
@@ -36,11 +45,36 @@ def replace_lone_surrogates(text: str) -> str:
     return text
 
 
+class TokenizerModel(Protocol):
+    """What reads one kind of model file."""
+
+    vocab_size: int
+    eos_id: int
+    pad_id: int
+
+    def encode_batch(self, texts: list[str], num_threads: int) -> list[list[int]]:
+        """Token ids of each text, none of them special; no text has a lone surrogate."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids; special ones give nothing."""
+        ...
+
+    def character_starts(self) -> np.ndarray:
+        """See `Tokenizer.character_starts`."""
+        ...
+
+    def pieces(self) -> list[str]:
+        """The model's own name of every token, by id."""
+        ...
+
+
 class Tokenizer:
-    """A trained model, ours or another sentencepiece model; encoding adds no special tokens.
+    """A trained model: sentencepiece's, ours or another, or a tokenizer.json; encoding adds no special tokens.
 
     Attributes: vocab_size, eos_id, pad_id (distinct from eos_id; -1 if the model has none, as Llama's),
-        sha256 (hex, of the model file), model_bytes, path (of the model file as given, "" if unknown).
+        is_json (a tokenizer.json), sha256 (hex, of the model file), model_bytes, path (of the model file as given, ""
+        if unknown).
     """
 
     def __init__(self, model: bytes, path: str = "") -> None:
@@ -48,37 +82,11 @@ class Tokenizer:
         self.path = path
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.model_bytes = model
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise DataError(f"{name}: not a sentencepiece model ({error})") from None
-        self.vocab_size: int = self._model.vocab_size()
-        self.eos_id: int = self._model.eos_id()
-        self.pad_id: int = self._model.pad_id()
-        if self.eos_id < 0:
-            raise DataError(f"{name}: the model has no end-of-sequence token; train it with eos_id >= 0")
-        self._marks = self._find_marks()
-        self._cut = re.compile(f"([{''.join(self._marks) or SPACE_MARK}])")
-
-    def _find_marks(self) -> dict[str, list[int]]:
-        """Characters at which text is cut, with their tokens; none in a model that adds a space before every text.
-
-        U+2581, if there are byte pieces to spell it: sentencepiece would return it as a space. And, in a BPE model, the
-        newline if no piece but its own holds one: the tokens are those of the whole text, and BPE's cost per byte grows
-        with the length of what it is given (4 MB per CPU second by lines, 2 to 3 by long documents). Not in a unigram
-        model: between equally probable tokens the rounding of a sum over the whole text decides.
-        """
-        if self._model.encode("a", out_type=str)[0].startswith(SPACE_MARK):
-            return {}
-        marks = {}
-        ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
-        if all(self._model.is_byte(number) for number in ids):
-            marks[SPACE_MARK] = ids
-        ids = list(range(self.vocab_size))
-        is_bpe = all(score.is_integer() for score in self._model.get_score(ids))  # minus the merge's rank
-        if is_bpe and [piece for piece in self._model.id_to_piece(ids) if "\n" in piece] == ["\n"]:
-            marks["\n"] = [self._model.piece_to_id("\n")]
-        return marks
+        self.is_json = model.lstrip()[:1] == b"{"
+        self._model: TokenizerModel = (JsonModel if self.is_json else SentencePieceModel)(model, name)
+        self.vocab_size: int = self._model.vocab_size
+        self.eos_id: int = self._model.eos_id
+        self.pad_id: int = self._model.pad_id
 
     def failures(self, texts: Iterable[str]) -> list[str]:
         """Those of `texts` that decode(encode(text)) changes; none for models trained here."""
@@ -98,33 +106,35 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str], num_threads: int = 1) -> list[list[int]]:
         """Token ids of each text; one call with threads is 1.9 times as fast on 2 cores as without."""
-        valid = [replace_lone_surrogates(text) for text in texts]
-        if not self._marks:
-            return self._model.encode(valid, num_threads=num_threads)
-        parts_of = [self._cut.split(text) for text in valid]  # text, mark, text, mark, ..., text
-        flat = [part for parts in parts_of for part in parts[::2]]
-        encoded = iter(self._model.encode(flat, num_threads=num_threads))
-        return [self._join(parts, encoded) for parts in parts_of]
-
-    def _join(self, parts: list[str], encoded: Iterator[list[int]]) -> list[int]:
-        ids = list(next(encoded))
-        for mark in parts[1::2]:
-            ids += self._marks[mark]
-            ids += next(encoded)
-        return ids
+        return self._model.encode_batch([replace_lone_surrogates(text) for text in texts], num_threads)
 
     def character_starts(self) -> np.ndarray:
         """Bool [vocab_size]: False for the byte pieces that continue a character of UTF-8."""
-        starts = np.ones(self.vocab_size, dtype=bool)
-        for byte in range(0x80, 0xC0):
-            number = self._model.piece_to_id(f"<0x{byte:02X}>")
-            if self._model.is_byte(number):
-                starts[number] = False
-        return starts
+        return self._model.character_starts()
+
+    def pieces(self) -> list[str]:
+        """The model's own name of every token, by id."""
+        return self._model.pieces()
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids; control tokens (EOS, padding) give nothing."""
         return self._model.decode(ids)
+
+
+def refuse_lossy(tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer.json that does not give every text back: losses per byte would be of another text.
+
+    Other sentencepiece models are taken as they are, `tokenizer info` describes them.
+
+    Raises:
+        DataError: with a text that comes back changed, and how.
+    """
+    if tokenizer.is_json and (changed := tokenizer.failures(PROBES)):
+        back = tokenizer.decode(tokenizer.encode(changed[0]))
+        raise DataError(
+            f"{tokenizer.path}: {len(changed)} of {len(PROBES)} probe texts do not come back exactly: {changed[0]!r} "
+            f"becomes {back!r}; a tokenizer over bytes (ByteLevel) is exact, --lossy takes this one all the same"
+        )
 
 
 def training_lines(texts: Iterable[str]) -> Iterator[str]:

@@ -12,16 +12,8 @@ from data_prep.paths import user_path
 from data_prep.tokenizing.bad import nothing_left
 from data_prep.tokenizing.inputs import INPUT_HELP, input_files
 from data_prep.tokenizing.records import RecordReader, Rules
-from data_prep.tokenizing.tokenizer import Tokenizer, train_tokenizer
+from data_prep.tokenizing.tokenizer import PROBES, Tokenizer, train_tokenizer
 from data_prep.tokenizing.units import FORMATS, plan
-
-PROBES = (
-    "tab\tand  two spaces",
-    " a space first",
-    "line\n\n  indented\r\n",
-    "漢字 \U0001f600 e\u0301 \u00e9 \ufb01",
-    "a\u2581b",
-)
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -44,7 +36,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     train.add_argument("--on-bad", choices=["stop", "skip", "replace"], default="stop", help="as for `tokenize`")
     train.set_defaults(run=_train)
     info = actions.add_parser("info", help="vocabulary, special tokens, digest, round trip")
-    info.add_argument("model", nargs="?", type=user_path, help="any sentencepiece model")
+    info.add_argument("model", nargs="?", type=user_path, help="any sentencepiece model, or a tokenizer.json")
     info.add_argument("--model", dest="model_option", type=user_path, help="the same")
     info.set_defaults(run=_info)
 

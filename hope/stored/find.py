@@ -10,14 +10,21 @@ from hope.stored.errors import NothingStored
 from hope.stored.manifest import Manifest
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+HF_INDEX = "model.safetensors.index.json"
+"""What Hugging Face writes beside weights in several files."""
+HF_PREFIX = "model."
+"""What the names of weights begin with in an export in Hugging Face's layout."""
+IMPORT = "`python -m parallel.checkpoint import FOLDER --out EXPORT` makes an export of a Llama's"
 
 
 def is_export(path: Path) -> bool:
     """Whether `path` is a folder of exported weights.
 
     Raises:
-        NothingStored: it has only one of the two files.
+        NothingStored: it has only one of the two files, or weights in several.
     """
+    if (path / HF_INDEX).is_file():
+        raise NothingStored(f"{path} has {HF_INDEX}, weights of another program in several files; {IMPORT}")
     there = [name for name in (WEIGHTS, CONFIG) if (path / name).is_file()]
     if len(there) == 1:
         lacking = CONFIG if there == [WEIGHTS] else WEIGHTS

@@ -249,6 +249,10 @@ class LogConfig:
     histograms: int = 0
     """Steps between TensorBoard histograms of the memories' eta and alpha gates; 0: never."""
 
+    wandb: bool = False
+    """Send the same numbers to Weights & Biases (the extra `wandb`; its own WANDB_* variables say where). Whatever
+    happens to it, the run goes on."""
+
     def problems(self, path: str = "log") -> Iterator[Problem]:
         yield from _at_least(self, path, {"every": 1, "histograms": 0})
         if self.histograms > 0 and not self.tensorboard:

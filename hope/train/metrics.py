@@ -16,6 +16,7 @@ import torch
 
 from hope.train.board import Board
 from hope.train.console import close_output, console_line, event_line, format_event, print_line
+from hope.train.sink import Background
 from hope.train.throughput import Devices
 from hope.train.written import LineFile, keep_lines, move_aside, replace_text
 
@@ -64,6 +65,7 @@ class MetricsLog(NoLog):
     metrics.jsonl, so that it holds every step once. events.jsonl is history and only ever grows.
     `say` prints a line. What cannot be written, as on a full disk, is said once and tried again with the next record:
     no log ends a run. Non-finite numbers are null in the files (JSON has none), nan or inf on the console.
+    `sink` makes a further place for the numbers of every step.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class MetricsLog(NoLog):
         devices: Devices,
         resume_step: int | None = None,
         tensorboard: bool = True,
+        sink: Callable[[], Background] | None = None,
         say: Callable[[str], object] = print_line,
     ):
         self._folder = Path(folder)
@@ -92,6 +95,7 @@ class MetricsLog(NoLog):
             say(f"log: {error.filename} cannot be put in order: {error.strerror}; lines are added to it as it is")
         self._metrics, self._events = LineFile(metrics, say), LineFile(events, say)
         self._board = Board(self._folder / "tensorboard", resume_step, say) if tensorboard else None
+        self._sink = sink() if sink is not None else None
         self._texts: dict[str, str] = {}
 
     def scalars(self, record: Mapping[str, Any]) -> None:
@@ -105,10 +109,13 @@ class MetricsLog(NoLog):
         plain = {key: _plain(value) for key, value in record.items()}
         self._write_texts()
         self._metrics.write(json.dumps(plain, allow_nan=False))
+        is_number = lambda value: isinstance(value, int | float) and not isinstance(value, bool)
+        numbers = {key: value for key, value in plain.items() if key != "step" and is_number(value)}
         if self._board is not None:
-            for key, value in plain.items():
-                if key != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-                    self._board.scalar(key, value, record["step"])
+            for key, value in numbers.items():
+                self._board.scalar(key, value, record["step"])
+        if self._sink is not None:
+            self._sink.log(numbers, record["step"])
         self._print(console_line(record, steps=self._steps, devices=self._devices))
 
     def histogram(self, name: str, tensor: torch.Tensor, step: int) -> None:
@@ -145,6 +152,8 @@ class MetricsLog(NoLog):
         self._events.close()
         if self._board is not None:
             self._board.close()
+        if self._sink is not None:
+            self._sink.close()
         close_output()
 
 
@@ -156,11 +165,12 @@ def open_log(
     devices: Devices,
     resume_step: int | None = None,
     tensorboard: bool = True,
+    sink: Callable[[], Background] | None = None,
 ) -> NoLog:
     """A MetricsLog in the one process that `keeps` the log (rank 0), a NoLog in the others."""
     if not keeps:
         return NoLog()
-    return MetricsLog(folder, steps=steps, devices=devices, resume_step=resume_step, tensorboard=tensorboard)
+    return MetricsLog(folder, steps=steps, devices=devices, resume_step=resume_step, tensorboard=tensorboard, sink=sink)
 
 
 def _plain(value: Any) -> Any:

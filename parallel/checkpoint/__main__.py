@@ -1,8 +1,8 @@
-"""Look into checkpoints: `python -m parallel.checkpoint inspect|verify|reshard-plan|export PATH`.
+"""Look into checkpoints: `python -m parallel.checkpoint inspect|verify|reshard-plan|export|import PATH`.
 
 PATH is a checkpoint folder, the `checkpoints` folder of a run, or the run folder; of the last two the newest checkpoint
-is meant. No command executes anything that a file brings: manifests are JSON, tensors raw numbers. Exit code 0, or 2
-with what is wrong.
+is meant. Of `import` it is a folder of Hugging Face's. No command executes anything that a file brings: manifests are
+JSON, tensors raw numbers. Exit code 0, or 2 with what is wrong.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hope.pretrained import load
 from hope.stored import folders, manifest
 from parallel.checkpoint.describe import contents, reshard_plan
 from parallel.checkpoint.errors import CheckpointError
@@ -22,6 +23,9 @@ from parallel.start.pipe import piped
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
+        if args.command == "import":
+            print(imported(args.path, Path(args.out)))
+            return 0
         path = which(args.path)
         content = manifest.read(path)
         if args.command == "verify":
@@ -34,13 +38,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             from parallel.checkpoint.export import export
 
-            print(export(path, Path(args.out), args.dtype))
+            print(export(path, Path(args.out), args.dtype, args.format))
     except BrokenPipeError:  # an OSError, but about the reader of the output
         raise
     except (CheckpointError, OSError) as error:
         print(f"checkpoint error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def imported(path: Path, out: Path) -> str:
+    """Write a Llama of Hugging Face's as exported weights to `out`; returns what was written.
+
+    Raises:
+        CheckpointError: it cannot be read, is none, or needs what our model has not; or `out` is the same folder.
+    """
+    from hope.stored.tokenizer import HF_TOKENIZER, TOKENIZER
+    from parallel.checkpoint.elsewhere.llama import read_llama
+    from parallel.checkpoint.export import write_export
+
+    if out.resolve() == path.resolve():
+        raise CheckpointError(f"--out {out} is the folder that is imported; give another one")
+    found = read_llama(path)
+    about = {"model": found.section, "dtype": found.dtype, "step": 0, "seq_len": found.seq_len, "data": {}}
+    tokenizer = next((path / name for name in (TOKENIZER, HF_TOKENIZER) if (path / name).is_file()), None)
+    done = write_export(out, found.weights, about, tokenizer, found.eos_id)
+    load(out)  # names and shapes
+    return done
 
 
 def which(path: Path) -> Path:
@@ -84,9 +108,13 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("tensor", "pipeline", "virtual-pipeline", "data"):
         plan.add_argument(f"--{name}", type=int, default=1, metavar="N")
     exported = commands.add_parser("export", help="weights as one safetensors file, with config.json and the tokenizer")
-    exported.add_argument("--out", required=True, help="folder for model.safetensors, config.json and tokenizer.model")
+    exported.add_argument("--out", required=True, help="folder for model.safetensors, config.json and the tokenizer")
     exported.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    for command in (inspect, verify_parser, plan, exported):
+    layouts = "hf: a model of Hugging Face's transformers, which needs this package installed"
+    exported.add_argument("--format", choices=("hope", "hf"), default="hope", help=layouts)
+    taken = commands.add_parser("import", help="a Llama of Hugging Face's as exported weights, for model.init")
+    taken.add_argument("--out", required=True, help="folder for model.safetensors, config.json and the tokenizer")
+    for command in (inspect, verify_parser, plan, exported, taken):
         command.add_argument("path", type=Path)
     return parser
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hope.optim.levels import level_of_group
+from hope.sections import Problem
 from hope.stored import folders, manifest
 from hope.stored.manifest import FileEntry, Manifest, TensorEntry
 from parallel.checkpoint import rng
@@ -73,6 +74,10 @@ class Checkpointer:
     def find(self) -> tuple[Found | None, list[str]]:
         """The newest sound checkpoint, and notes; see `find_newest`."""
         return find_newest(self._folder, self._ranks, self._groups)
+
+    def first_problems(self, own: list[Problem]) -> list[Problem]:
+        """Of the lowest rank that has any, on every rank. Collective."""
+        return first_said(own, self._groups.world)
 
     def reserve(self, optimizer: ShardedState) -> None:
         """Allocate the host memory of `stage` ahead of the first save. All ranks call it, between two steps."""

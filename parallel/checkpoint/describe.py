@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from parallel.layout.plan import Plan
 
 _GIB = 2**30
-_RECORDED = ("tokens", "consumed", "schedule", "skips", "next_batch", "doubt")
+_RECORDED = ("tokens", "consumed", "schedule", "skips", "next_batch", "doubt", "origin")
 
 
 def contents(content: Manifest, tensors: bool = False) -> str:

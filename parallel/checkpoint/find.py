@@ -63,7 +63,8 @@ def _look(folder: Path) -> tuple[list[str], list[str]]:
         shown = "".join(f"\n  {line}" for line in doubts)
         raise CheckpointError(
             f"{folder} holds no checkpoint that can be gone on from, only doubtful ones:{shown}\n"
-            f"  to begin again, take another run.name or move them away; to go on from one after all, take "
+            f"  to begin again, take another run.name or move them away; to begin from the weights of one, name it in "
+            "model.init of another run.name; to go on from one after all, take "
             f"{folders.DOUBTFUL} off its name"
         )
     left = folders.left_unfinished(folder)

@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hope.config import ModelConfig
+from hope.initial import Start, open_start
+from hope.sections import Problem
 from hope.train.config import CheckpointConfig, TrainConfig
 from parallel.checkpoint.checkpointer import Checkpointer
 from parallel.checkpoint.errors import CheckpointError
@@ -32,7 +35,7 @@ def check_data(found: Found, order: Mapping[str, Any], next_batch: Callable[[int
     if differing:
         raise CheckpointError(
             f"{found.path}: the order of the data would change{''.join(differing)}\n"
-            "  put these back, or start another run.name"
+            "  put these back, or start another run.name, with model.init for these weights"
         )
     if next_batch(found.manifest.step) != found.manifest.extra["next_batch"]:
         raise CheckpointError(f"{found.path}: the next batch is not the one that was recorded when it was saved")
@@ -49,7 +52,8 @@ def check_end(found: Found, train: TrainConfig) -> None:
     if early:
         raise CheckpointError(
             f"{' and '.join(early)}: before step {step}, from which the run would go on ({found.path}); use {step} or "
-            "more, another run.name, or go on from an older checkpoint (docs/checkpoints.md)"
+            "more; another run.name, with model.init for these weights; or go on from an older checkpoint "
+            "(docs/checkpoints.md)"
         )
 
 
@@ -65,6 +69,17 @@ def start_from(folder: Path, config: CheckpointConfig, ranks: Ranks) -> tuple[Ch
     if any(folder.glob("step_*")):
         raise CheckpointError(
             f"checkpoint.resume is never, but {folder} holds checkpoints, which this run would mix with its own; "
-            "use checkpoint.resume=auto, another run.name, or remove the folder"
+            "use checkpoint.resume=auto; another run.name, with model.init for these weights; or remove the folder"
         )
     return checkpointer, None, []
+
+
+def new_start(
+    config: ModelConfig, data: Mapping[str, Any], checkpointer: Checkpointer, ranks: Ranks
+) -> tuple[Start | None, list[Problem]]:
+    """`hope.initial.open_start` on every rank; the problems of the lowest rank that has any, on all. Collective.
+
+    Rank 0 checks the hashes. Each rank maps the whole tensors, and reads what its slices need.
+    """
+    start, own = open_start(config, data, verify=ranks.rank == 0)
+    return start, checkpointer.first_problems(own)

@@ -10,10 +10,12 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from hope.sections import Problem
 from parallel.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from parallel.start.groups import Ranks
 
 T = TypeVar("T")
+Said = TypeVar("Said", str, list[Problem])
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,11 @@ def first_only(work: Callable[[], T], path: Path, ranks: Ranks, group: dist.Proc
     return box[0]
 
 
-def first_said(own: str, group: dist.ProcessGroup) -> str:
-    """What the lowest rank of `group` that says something says, on every rank; empty if none does."""
-    everyone = [""] * dist.get_world_size(group)
+def first_said(own: Said, group: dist.ProcessGroup) -> Said:
+    """What the lowest rank of `group` that says something says, on every rank; empty, as `own`, if none does."""
+    everyone = [own] * dist.get_world_size(group)
     dist.all_gather_object(everyone, own, group=group)
-    return next(filter(None, everyone), "")
+    return next(filter(None, everyone), own)
 
 
 def reason(error: BaseException) -> str:

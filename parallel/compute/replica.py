@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hope.batch import Batch
 from hope.config import ModelConfig
+from hope.initial import Start
 from hope.model import Model
 from hope.optim.build import build_optimizer
 from hope.optim.config import OptimConfig
@@ -79,8 +80,11 @@ def build_replica(
     tokens_per_step: int | None = None,
     loss_chunk: int | None = None,
     compile: str = "none",
+    start: Start | None = None,
 ) -> Replica:
     """Build this rank's slices on full shapes, fill them from (seed, name), cut them, give them to the optimizer.
+
+    start: weights of a trained model that replace those that were drawn.
 
     Raises:
         CannotCompile: `compile` asks for what this machine has not got.
@@ -89,6 +93,8 @@ def build_replica(
     models = []
     for part in parts:
         model = Model(config, part).initialise(seed)
+        if start is not None:
+            start.fill(model)
         model.set_recompute(recompute)
         model.set_compile(compile, ranks.device.type)
         models.append(shard_model(model, ranks.tp_rank, ranks.tp_size, layout.sequence).to(ranks.device))

@@ -147,6 +147,35 @@ def test_a_rank_that_sleeps_in_a_phase_is_named_with_its_stack(control):
     assert (event["event"], event["limit_s"]) == ("HANG", 1.0)
 
 
+RECORDS = """
+import threading
+def record():  # as torch's monitor thread does it, see DumpPipe in ProcessGroupNCCL.hpp
+    assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1" and int(os.environ["TORCH_NCCL_TRACE_BUFFER_SIZE"]) > 0
+    pipe = os.environ["TORCH_NCCL_DEBUG_INFO_PIPE_FILE"] + os.environ["RANK"] + ".pipe"
+    os.mkfifo(pipe)
+    stream = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    beat("forward")
+    while not os.read(stream, 128):
+        time.sleep(0.05)
+    with open(os.environ["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] + os.environ["RANK"], "w") as file:
+        file.write("all-reduce 7\\n")
+threading.Thread(target=record, daemon=True).start()
+time.sleep(0.5)
+"""
+
+
+def test_a_hang_names_the_record_of_the_collectives(control, tmp_path):
+    folder = tmp_path / "pipes"
+    folder.mkdir()
+    child = agent(control, RECORDS + "beat('data', 1); beat('data', 2); time.sleep(600)", TMPDIR=str(folder))
+    assert child.wait(30) == 86
+    assert (control / "nccl/rank_0").read_text() == "all-reduce 7\n"
+    assert read_json(control / "culprits.json")["nccl"] == str(control / "nccl")
+    assert f" nccl={control / 'nccl'}" in hang.line(read_json(control / "culprits.json"))
+    assert job.classify(control, 1, 86, signalled=False).cause == f"hang, collectives in {control / 'nccl'}"
+    assert list(folder.iterdir()) == []
+
+
 def report(rank: int, step: int, beats: int, state: str = "S") -> dict:
     return {"rank": rank, "host": f"n{rank}", "step": step, "beats": beats, "state": state, "phase": "forward",
             "silent_s": 9.0}  # fmt: skip

@@ -122,7 +122,7 @@ def test_every_ideal_line_stays_in_the_picture():
         for name, speeds_of in points.items()
         for devices, speed in speeds_of.items()
     ]
-    dashed = re.findall(r'd="M(\S+) (\S+)L(\S+) (\S+)"', plot.scaling(rows, "title"))
+    dashed = re.findall(r'points="(\S+),(\S+) (\S+),(\S+)"[^>]*dasharray', plot.scaling(rows, "title"))
     assert len(dashed) == 3
     for x, y, x_end, y_end in (map(float, line) for line in dashed):
         assert plot.LEFT <= x < x_end <= plot.WIDTH - plot.RIGHT

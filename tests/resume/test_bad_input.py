@@ -180,7 +180,7 @@ def test_an_end_before_the_checkpoint_is_refused_and_nothing_is_rewritten(resume
         flags += ["optim.warmup=0", "checkpoint.on_change={train.steps: override, optim.warmup: override}"]
         error = refused_on_resume(resumed, capfd, 2, *flags)
         assert error.count(f"{key} {value}: before step 2, from which the run would go on") == 1
-        assert "use 2 or more, another run.name, or go on from an older checkpoint" in error
+        assert "use 2 or more; another run.name, with model.init for these weights; or go on from an older" in error
         assert f"{key} {value} is before step 2" in foreseen(resumed, capfd, *flags)
         assert (tmp_path / "runs/tiny/config.yaml").read_text() == written
 

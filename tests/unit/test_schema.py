@@ -119,7 +119,7 @@ log:
         "model.cms.periods[1]": ("'two' is not a whole number", "100"),
         "train.steps": ("2.5 is not a whole number or null (line 8)", "nearest: 2, 3"),
         "train.lr": ("unknown key (line 12)", "did you mean: optim.lr"),
-        "log": ("is empty, not a section (line 13)", "a mapping with keys of: every, tensorboard, histograms"),
+        "log": ("is empty, not a section (line 13)", "a mapping with keys of: every, tensorboard, histograms, wandb"),
         "optim.lr": ("'fast' is not a number (command line: optim.lr=fast)", "0.1 or 3e-4"),
         "train.micro_batc": (
             "unknown key (command line: train.micro_batc=4)",
@@ -358,7 +358,8 @@ def test_what_others_call_our_keys_is_answered_with_ours():
         ("train.gradient_checkpointing=true", "did you mean: train.recompute"),
         ("hidden_size=64", "did you mean: model.width"),
         ("model.dropout=0.1", "dropout is not in this version"),
-        ("log.wandb=true", "wandb is not in this version"),
+        ("log.wandb_project=mine", "log.wandb=true, and the variable WANDB_PROJECT"),
+        ("train.init_from=runs/old", "did you mean: model.init"),
         ("data.tokenizer=a", "the token set's manifest records its tokenizer"),
     ],
 )

@@ -1,6 +1,7 @@
 """A key that the chosen kind does not use is refused by name, and is not recorded."""
 
 import dataclasses
+import typing
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ OTHERWISE = {
     "optim.name": "adamw", "optim.decay": "constant", "optim.m3.reading": "literal",
     "optim.dmgd.preconditioner": "none", "optim.dmgd.output": "identity", "optim.dmgd.memory": "linear",
     "model.mixers.hope.memory": "matrix", "train.spike_sigma": 0, "train.tasks": {}, "checkpoint.resume": "never",
-    "optim.momentum_warmup": 0,
+    "optim.momentum_warmup": 0, "model.init": None,
 }  # fmt: skip
 
 
@@ -51,9 +52,11 @@ def without(use: Use) -> tuple[str, Any]:
 
 def having(use: Use) -> tuple[str, Any]:
     """One that it does allow."""
-    if not use.values:
-        return use.governor, {"name": "file"} if use.governor == "train.tasks" else 6
-    return use.governor, [use.values[0]] if use.listed else use.values[0]
+    if use.values:
+        return use.governor, [use.values[0]] if use.listed else use.values[0]
+    if use.governor == "train.tasks":
+        return use.governor, {"name": "file"}
+    return use.governor, "a text" if str in typing.get_args(KEYS[use.governor].hint) else 6
 
 
 def default_of(key: Key) -> Any:
