@@ -21,7 +21,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from contestants import GPT, MODELS, SIZES, Contestant, build, model_config
+from torch.autograd import DeviceType
 
 from hope.batch import Batch
 from hope.dense import COMPILE
@@ -47,6 +48,8 @@ from parallel.start import groups
 Row = dict[str, Any]
 # How far over the cap a prediction may be that is worth a try: it knows the plain memory loop, not the kernels.
 TOO_HIGH = {"hope": 4.0, "hope_hybrid": 4.0}
+LOOP = ("hope::memory_loop", "hope::memory_loop_backward")
+SAME = ("model", "size", "seq", "gpu", "compile", "precision", "recompute", "tokens_per_step")
 
 
 class Bench:
@@ -95,10 +98,7 @@ class Bench:
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
             built.step(batches)
             self._wait()
-        events = found.key_averages()
-        total = sum(event.self_device_time_total for event in events)
-        loop = sum(e.device_time_total for e in events if e.key in ("hope::memory_loop", "hope::memory_loop_backward"))
-        return loop / total if loop and total else None
+        return loop_share(found.key_averages())
 
     def free(self) -> None:
         """Give back what the turn before held."""
@@ -138,6 +138,20 @@ class Bench:
         shape = StepShape(seq, micro, self.args.precision == "bf16", recompute=self.args.recompute)
         return rank_memory(config, [Slice(0, config.layers)], 1, shape, OptimConfig()).peak / GIB
 
+    def measured(self, model: str, seq: int) -> Row:
+        """What a row is about: all of `SAME`."""
+        args = self.args
+        return {
+            "model": model,
+            "size": args.size,
+            "seq": seq,
+            "gpu": self.gpu,
+            "compile": self.compile_of(model),
+            "precision": args.precision,
+            "recompute": "none" if model == GPT else args.recompute,
+            "tokens_per_step": args.tokens,
+        }
+
     def row(self, model: str, seq: int, micro: int, turns: list[Row]) -> Row:
         """A line of the table: medians over all turns."""
         speeds = [self.args.tokens / second for turn in turns for second in turn["seconds"]]
@@ -145,25 +159,27 @@ class Bench:
         tokens_per_s = statistics.median(speeds)
         peaks = [turn["peak_gib"] for turn in turns if turn["peak_gib"] is not None]
         return {
-            "model": model,
-            "size": self.args.size,
+            **self.measured(model, seq),
             "parameters": turns[0]["parameters"],
-            "seq": seq,
             "tokens_per_s": tokens_per_s,
             "smallest": min(speeds),
             "largest": max(speeds),
             "peak_gib": max(peaks) if peaks else None,
-            "gpu": self.gpu,
             "micro_batch": micro,
-            "tokens_per_step": self.args.tokens,
-            "precision": self.args.precision,
-            "compile": self.compile_of(model),
-            "recompute": "none" if model == GPT else self.args.recompute,
             "mfu": mfu(tokens_per_s, report.model_flops(config)(seq).training, self.devices),
             "memory_loop_share": turns[-1]["loop_share"],
             "rounds": len(turns),
             "torch": torch.__version__,
         }
+
+
+def loop_share(events: Iterable[Any]) -> float | None:
+    """Of a profiler's averages. A kernel's time is in them twice: as its own, and as that of the operation on the CPU
+    that launched it. Only the operations are counted."""
+    operations = [event for event in events if event.device_type == DeviceType.CPU]
+    total = sum(event.self_device_time_total for event in operations)
+    loop = sum(event.device_time_total for event in operations if event.key in LOOP)
+    return loop / total if loop and total else None
 
 
 def compare(bench: Bench, seq: int) -> list[Row]:
@@ -193,7 +209,7 @@ def compare(bench: Bench, seq: int) -> list[Row]:
 def _failed(bench: Bench, model: str, seq: int, error: Exception) -> Row:
     reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     print(f"  {model}: not compared, {reason}", flush=True)
-    return {"model": model, "size": bench.args.size, "seq": seq, "gpu": bench.gpu, "not_compared": reason}
+    return {**bench.measured(model, seq), "not_compared": reason}
 
 
 def table(rows: list[Row]) -> str:
@@ -243,8 +259,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    """Add rows to a list in a file; of one model, size, length, GPU and way of compiling the newest stays."""
-    key = lambda row: tuple(row.get(name) for name in ("model", "size", "seq", "gpu", "compile", "precision"))
+    """Add rows to a list in a file; of those that agree in all of `SAME` the newest stays."""
+    key = lambda row: tuple(row.get(name) for name in SAME)
     old = json.loads(path.read_text()) if path.exists() else []
     new = {key(row) for row in rows}
     kept = [row for row in old if key(row) not in new]

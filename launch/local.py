@@ -13,11 +13,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
 from launch.agent import OK, PASSED_ON
 from launch.folder import PROGRAM, RunFolder, first, read_json, write_json
@@ -120,7 +120,11 @@ def _caught() -> Iterator[_Signals]:
 
 @contextlib.contextmanager
 def _announced(run: RunFolder) -> Iterator[None]:
-    """Say in the run's folder which process to ask for an end."""
+    """Say in the run's folder which process to ask for an end. One that runs there already stays the one: the ranks
+    that come later find the folder held."""
+    if _announced_lives(read_json(run.here, {})):
+        yield
+        return
     pid = os.getpid()
     facts = {"host": os.uname().nodename, "kernel": holders.kernel(), "pid": pid, "started": holders.started(pid)}
     write_json(run.here, facts)
@@ -130,6 +134,15 @@ def _announced(run: RunFolder) -> Iterator[None]:
         run.here.unlink(missing_ok=True)
 
 
+def _announced_lives(facts: Mapping[str, Any]) -> bool | None:
+    """Whether the process of these facts runs; None if that cannot be seen from here."""
+    kernel, theirs = holders.kernel(), str(facts.get("kernel", ""))
+    if kernel and theirs == kernel:
+        return bool(holders.started(facts.get("pid")) == facts.get("started"))
+    started_anew = facts.get("host") == os.uname().nodename and kernel.split(" ")[0] != theirs.split(" ")[0]
+    return False if not facts or started_anew else None
+
+
 def interrupt(run: RunFolder) -> str | None:
     """Ask the `launch local` that runs it, if one does, to save and end; what was done.
 
@@ -137,12 +150,10 @@ def interrupt(run: RunFolder) -> str | None:
         SlurmError: it runs on another host.
     """
     facts = read_json(run.here, {})
-    if not facts:
+    if not facts or _announced_lives(facts) is False:
         return None
-    if facts.get("kernel") != holders.kernel():
+    if _announced_lives(facts) is None:
         raise SlurmError(f"it runs on {facts.get('host')} as process {facts.get('pid')}: `cancel` it there")
-    if holders.started(facts["pid"]) != facts["started"]:
-        return None  # it was killed
     os.kill(facts["pid"], signal.SIGINT)
     return f"process {facts['pid']} was asked to save and end"
 

@@ -68,7 +68,8 @@ def choose(scores_BV: Tensor, sampling: Sampling, draws: Sequence[float]) -> lis
         raise GenerationError("the model's scores are not finite: its weights have diverged, or --dtype is too narrow")
     if sampling.temperature == 0:
         return [int(row.argmax()) for row in scores]
-    weights = allowed((scores / sampling.temperature).softmax(-1), sampling)
+    below = scores - scores.amax(-1, keepdim=True)  # before the division: a tiny temperature makes it -inf, not inf
+    weights = allowed((below / sampling.temperature).softmax(-1), sampling)
     ends = weights.cumsum(-1)
     wanted = torch.tensor(draws, dtype=torch.float64).unsqueeze(-1) * ends[:, -1:]
     # the first end above: a token that weighs something, since a draw below 1 times the whole stays below the whole

@@ -45,6 +45,8 @@ def read_with_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         header = _header(path, file.read(length))
         data = bytearray(file.read())
     metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise UnfitWeights(f"{path}: its __metadata__ is {metadata!r}, not an object")
     return {name: _tensor(path, name, entry, data) for name, entry in header.items()}, metadata
 
 
@@ -83,7 +85,9 @@ def _tensor(path: Path, name: str, entry: Any, data: bytearray) -> Tensor:
         (first, last), shape, kind = entry["data_offsets"], entry["shape"], entry["dtype"]
     except (KeyError, TypeError, ValueError):
         raise UnfitWeights(f"{path}: {name} lacks dtype, shape or data_offsets") from None
-    dtype = DTYPES.get(kind)
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in (first, last, *shape)):
+        raise UnfitWeights(f"{path}: {name} has the shape {shape} at {first} to {last}; whole numbers from 0 on work")
+    dtype = DTYPES.get(kind) if isinstance(kind, str) else None
     if dtype is None or not 0 <= first <= last <= len(data):
         raise UnfitWeights(f"{path}: {name} is {kind} at {first} to {last} of {len(data)} bytes")
     if last - first != dtype.itemsize * math.prod(shape):

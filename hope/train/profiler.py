@@ -39,7 +39,7 @@ class StepProfiler:
         self._models, self._folder, self._device = models, folder, device
         self._profile: profile | None = None
         self._hooks: list[Any] = []
-        self._began = self._ended = 0
+        self._began = self._ended = 0  # the first and the last whole step that was recorded
         self._texts: list[str] = []
 
     @contextmanager
@@ -54,7 +54,7 @@ class StepProfiler:
             self.close()
 
     def _start(self, number: int) -> None:
-        self._began = number
+        self._began, self._ended = number, number - 1
         for model in self._models:
             for name, module in model.named_modules():
                 if name:
@@ -64,7 +64,7 @@ class StepProfiler:
         self._profile.start()
 
     def close(self) -> None:
-        """End what is going on, also before its last step, and write it down."""
+        """End what is going on, also before its last step, and write down the whole steps, if there are any."""
         found, self._profile = self._profile, None
         if found is None:
             return
@@ -74,6 +74,8 @@ class StepProfiler:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        if self._ended < self._began:  # its first step has failed, and the reason for that is what counts
+            return
         path = self._folder / f"step_{self._began}_{self._ended}.rank0.json.gz"
         self._texts.append(time_by_module(found, self._ended - self._began + 1, self._device.type))
         try:

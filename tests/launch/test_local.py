@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from tiny import config_file
 
+from launch import local
 from launch.__main__ import main
 from launch.folder import RunFolder, read_json, write_json
 from launch.runs import records
@@ -93,12 +94,19 @@ def test_cancel_ends_a_local_run_for_good(started, capsys, monkeypatch):
     run = started()
     folder = str(run.run.root)
     facts = read_json(run.run.here)
-    write_json(run.run.here, {**facts, "kernel": "another"})
+    write_json(run.run.here, {**facts, "kernel": "another", "host": "elsewhere"})
     assert main(["cancel", folder]) == 1
-    assert f"it runs on {os.uname().nodename} as process {run.process.pid}" in capsys.readouterr().err
+    assert f"it runs on elsewhere as process {run.process.pid}" in capsys.readouterr().err
     write_json(run.run.here, {**facts, "started": facts["started"] + 1})
     assert main(["cancel", folder]) == 0
     assert "no job of this run waits or runs" in capsys.readouterr().out, "that process is another one by now"
+    write_json(run.run.here, {**facts, "kernel": "another"})
+    assert main(["cancel", folder]) == 0
+    assert "no job of this run waits or runs" in capsys.readouterr().out, "this machine was started anew since"
+    write_json(run.run.here, facts)
+    with local._announced(run.run):  # a second one, whose ranks will be refused
+        assert read_json(run.run.here) == facts
+    assert read_json(run.run.here) == facts
     write_json(run.run.here, facts)
     assert main(["cancel", folder]) == 0
     assert f"process {run.process.pid} was asked to save and end" in capsys.readouterr().out

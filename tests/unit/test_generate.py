@@ -199,6 +199,11 @@ def test_greedy_is_the_first_of_the_most_probable():
     assert choose(torch.tensor([[1.0, 4.0, 4.0], [9.0, 0.0, 1.0]]), Sampling(temperature=0), [0.9, 0.9]) == [1, 0]
 
 
+def test_the_smallest_temperatures_are_greedy():
+    for temperature in (5e-324, 1e-309, 1e-200):
+        assert choose(torch.tensor([[1.0, 40.0, 3.0]]), Sampling(temperature), [0.9]) == [1]
+
+
 def test_scores_that_are_not_finite_are_refused():
     for value in (float("nan"), float("inf")):
         with pytest.raises(GenerationError, match="not finite"):

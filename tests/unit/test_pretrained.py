@@ -173,6 +173,22 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path, content):
         read_safetensors(tmp_path / "x")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("a", None), ("dtype", ["F32"]), ("dtype", "F3"), ("shape", None), ("shape", 1), ("shape", [1.0]),
+        ("shape", [-1, -1]), ("data_offsets", ["0", "4"]), ("data_offsets", [0.0, 4.0]), ("data_offsets", [0, 8]),
+    ],
+)  # fmt: skip
+def test_a_header_of_other_things_is_refused(tmp_path, key, value):
+    entry = None if key == "a" else {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], key: value}
+    for header, name in (({"a": entry}, "a"), ({"__metadata__": 3}, "__metadata__")):
+        text = json.dumps(header).encode()
+        (tmp_path / "x").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+        with pytest.raises(UnfitWeights, match=f"x: .*{name}"):
+            read_safetensors(tmp_path / "x")
+
+
 def test_reading_needs_torch_alone(run):
     script = (
         "import sys, hope.pretrained; hope.pretrained.load(sys.argv[1]);"

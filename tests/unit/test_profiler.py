@@ -77,6 +77,20 @@ def test_a_run_that_ends_early_keeps_what_it_recorded(tmp_path):
     assert list(recorder.told()) == []
 
 
+def test_a_step_that_fails_is_not_recorded_and_hides_no_error(tmp_path):
+    recorder = StepProfiler([1, 2], [torch.nn.Linear(2, 2)], tmp_path, torch.device("cpu"), keeps=True)
+
+    def fails() -> None:
+        with recorder.step(1):
+            torch.ones(2).sum()
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fails()
+    recorder.close()
+    assert list(tmp_path.iterdir()) == list(recorder.told()) == []
+
+
 def test_other_ranks_record_nothing(tmp_path):
     recorder = StepProfiler([1, 2], [torch.nn.Linear(2, 2)], tmp_path, torch.device("cpu"), keeps=False)
     for step in (1, 2):

@@ -51,9 +51,36 @@ def test_turns_rows_and_table(bench, tmp_path, capfd):
         assert (row["seq"], row["tokens_per_step"], row["gpu"], row["peak_gib"]) == (64, 128, "cpu", None)
         assert row["micro_batch"] in (1, 2)
     assert any(line.startswith("| hope | 0.0M | 64 |") for line in said)
-    again = [{**rows[1], "tokens_per_s": 1.0}, {**rows[1], "seq": 128}]
+    other = [{**rows[1], "seq": 128}, {**rows[1], "recompute": "block"}, {**rows[1], "tokens_per_step": 256}]
+    again = [{**rows[1], "tokens_per_s": 1.0}, *other]
     importlib.import_module("throughput").write(file, again)  # of one measurement the newest stays
     assert json.loads(file.read_text()) == [rows[0], rows[2], *again]
+
+
+def test_one_that_fails_makes_place_for_its_measurement(bench, tmp_path):
+    throughput, file = bench[0], tmp_path / "rows.json"
+    args = SimpleNamespace(size="tiny", compile="none", precision="bf16", recompute="none", tokens=64)
+    made = throughput.Bench.__new__(throughput.Bench)
+    made.args, made.gpu = args, "cpu"
+    failed = throughput._failed(made, "hope", 64, ValueError("does not fit"))
+    assert failed["not_compared"] == "ValueError: does not fit"
+    throughput.write(file, [failed])
+    throughput.write(file, rows := [{**made.measured("hope", 64), "tokens_per_s": 1.0}])
+    assert json.loads(file.read_text()) == rows
+
+
+def test_a_kernel_is_counted_once_in_the_share_of_the_loop(bench):
+    """As torch averages them: operations of the CPU with the time of what they launched, and the kernels themselves."""
+    of = lambda key, device, total, own: SimpleNamespace(
+        key=key, device_type=device, device_time_total=total, self_device_time_total=own
+    )
+    cpu, gpu = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+    events = [
+        of("forward", cpu, 100.0, 0.0), of("hope::memory_loop", cpu, 25.0, 25.0), of("aten::mm", cpu, 75.0, 75.0),
+        of("chunk_kernel", gpu, 25.0, 25.0), of("sm90_gemm", gpu, 75.0, 75.0),
+    ]  # fmt: skip
+    assert bench[0].loop_share(events) == 0.25
+    assert bench[0].loop_share(events[2:]) is None
 
 
 def freed() -> bool:
