@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+import parallel.start.holders as holders
 from launch.agent import OK, PASSED_ON
 from launch.folder import PROGRAM, RunFolder, first, read_json, write_json
 from launch.job import CANCELLED, DONE, REQUEUE, begin, end
@@ -26,7 +27,6 @@ from launch.placement import SITE, Job, PlannedRun, Request
 from launch.plan import plan
 from launch.prepare import install, prepare
 from launch.slurm import SlurmError
-from parallel.start import holders
 from parallel.start.launcher import free_port, without_launchers
 
 POLL_S = 0.1
