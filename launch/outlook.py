@@ -10,12 +10,25 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from configs.changes import settle
 from configs.errors import ConfigError
 from configs.schema import Config
 from data_prep.training.feed import Foreseen
 from hope.sections import Problem
 from launch.folder import RunFolder
+from parallel.layout import report
+from parallel.layout.memory import StepShape
+
+
+def facts(config: Config, world_size: int) -> str:
+    """The table that a start begins with: model, layout, and bytes per rank of `world_size`."""
+    dims = config.parallel.dims(world_size)
+    shape = StepShape.of(config.train, config.parallel, dims)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch, compile = config.train.global_batch, config.train.compile
+    return report.describe(config.model, dims, shape, batch, config.optim, device, compile)
 
 
 def outlook(config: Config, root: Path, world_size: int, *, data: bool = True) -> list[str]:

@@ -57,26 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # an OSError, but about the reader of the output
         raise
     except torch.OutOfMemoryError as error:
-        _refuse(GenerationError(f"{str(error).partition('. ')[0]}; {LARGE}"), launch, met)
+        told.once(f"generate: {str(error).partition('. ')[0]}; {LARGE}", launch, met, agreed=False)
         return REFUSED
     except EXPLAINED as error:
-        _refuse(error, launch, met)
+        told.once(f"generate: {error}", launch, met, agreed=isinstance(error, GenerationError))
         return REFUSED
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED
     return DONE
-
-
-def _refuse(error: Exception, launch: launcher.Launch | None, met: bool) -> None:
-    """Say once for all processes why they end. `met`: they have process groups."""
-    text = f"generate: {error}"
-    if launch is None or launch.world_size == 1:
-        print(text, file=sys.stderr, flush=True)
-    elif met:
-        told.after_meeting(text, launch.rank, agreed=isinstance(error, GenerationError))
-    else:
-        told.before_meeting(text, launch)
 
 
 @dataclass(frozen=True)
