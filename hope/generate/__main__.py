@@ -79,7 +79,7 @@ class _Engine:
 
 def _run(args: argparse.Namespace, ranks: groups.Ranks | None) -> None:
     """Open, read, continue. `ranks`: of several processes; only the first one reads standard input, and prints."""
-    found = open_pretrained(args.model)
+    found = _opened(args.model, ranks)
     tokenizer = _tokenizer(args, found)
     prompts = _prompts(args) if ranks is None or ranks.rank == 0 else []
     prompts = prompts if ranks is None else groups.from_first(prompts)
@@ -102,6 +102,14 @@ def _run(args: argparse.Namespace, ranks: groups.Ranks | None) -> None:
     if args.state_out is not None:
         write_session(args.state_out, after, identity, wanted)
         print(f"state: {args.state_out}, after {after.memory.place:,} tokens", file=sys.stderr)
+
+
+def _opened(path: str, ranks: groups.Ranks | None) -> Pretrained:
+    """The model of `path`. What the first process takes is what all take: a run that is training may save meanwhile."""
+    found = open_pretrained(path)
+    if ranks is None or (first := groups.from_first(found.path)) == found.path:
+        return found
+    return open_pretrained(first)
 
 
 def _continue(
