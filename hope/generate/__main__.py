@@ -25,7 +25,7 @@ from data_prep.tokenizing.tokenizer import Tokenizer
 from hope.generate.errors import GenerationError
 from hope.generate.loop import Forward, Memory, Sequences, on_one_device, write
 from hope.generate.options import DTYPES, check, parser_of, sampling_of
-from hope.generate.prompts import read_prompts
+from hope.generate.prompts import checked, read_prompts
 from hope.generate.session import Session, identity_of, read_session, write_session
 from hope.generate.text import Stream, Writer
 from hope.pretrained import Pretrained, open_pretrained
@@ -168,10 +168,13 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if args.batch is not None:
         return read_prompts(args.batch)
     if args.prompt is not None:
-        return [args.prompt]
+        return [checked(args.prompt, "--prompt")]
     if sys.stdin.isatty():
         print("the prompt, ended by Ctrl-D:", file=sys.stderr)
-    text = sys.stdin.read().removesuffix("\n")  # what `echo` adds is not meant
+    try:
+        text = checked(sys.stdin.read().removesuffix("\n"), "standard input")  # what `echo` adds is not meant
+    except UnicodeDecodeError as error:
+        raise GenerationError(f"standard input is not UTF-8 text: {error.reason} at byte {error.start}") from None
     if not text and args.state_in is None:
         raise GenerationError("standard input is empty; give a prompt there, with --prompt, or with --batch")
     return [text]
