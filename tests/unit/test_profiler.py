@@ -189,7 +189,8 @@ def test_the_benchmark_prints_the_same_table_and_is_not_in_the_way_of_pythons_mo
     found = importlib.import_module("profile")
     assert callable(found.Profile)
     assert not Path(found.__file__).is_relative_to(BENCHMARKS)
-    flags = [path, "--warm", "1", "--steps", "1", "--out", str(tmp_path / "out")]
+    clocks = ["model.cms.unit=tokens", "model.cms.periods=[128,256]"]
+    flags = [path, *clocks, "--warm", "1", "--steps", "1", "--out", str(tmp_path / "out")]
     assert run_ranks(benchmark, 1, flags, timeout=120) == [0]
     assert "blocks.*.mixer" in capfd.readouterr().out
     assert (tmp_path / "out" / "step_2_2.rank0.json.gz").exists()
