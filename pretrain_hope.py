@@ -28,13 +28,13 @@ from hope.train.numerics import set_numerics
 from hope.train.schedule import rate_at
 from hope.train.signals import StopRequest
 from hope.train.skips import SkipPolicy
-from launch.exits import DO_NOT_RESTART, DONE, EXPLAINED, REQUEUE, refused
 from launch.outlook import facts, outlook
 from parallel.checkpoint.resume import check_data, check_end, start_from
 from parallel.checkpoint.saving import Saver
 from parallel.compute.evaluation import heldout_losses
 from parallel.compute.pipeline import Report, mean_loss
 from parallel.compute.replica import build_replica
+from parallel.exits import DO_NOT_RESTART, DONE, EXPLAINED, REQUEUE, refused
 from parallel.layout import report
 from parallel.start import groups, launcher
 from parallel.start.meeting import of_run
