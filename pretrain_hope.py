@@ -17,16 +17,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from configs.changes import settle
 from configs.errors import ConfigError
 from configs.schema import Config, load, to_yaml, validate_without_data
 from configs.used import recorded
-from data_prep.errors import DataError
 from data_prep.training.feed import Feed
-from hope.cms import without_level
-from hope.dense import CannotCompile
 from hope.train.console import print_line
 from hope.train.heartbeat import Heartbeat
 from hope.train.instruments import Instruments, Taken
@@ -36,30 +31,18 @@ from hope.train.schedule import rate_at
 from hope.train.signals import StopRequest
 from hope.train.sink import Background
 from hope.train.skips import SkipPolicy
-from launch.outlook import outlook, tasks_of
+from launch.outlook import facts, outlook, tasks_of
 from launch.tracker import wandb_sink
-from parallel.checkpoint.errors import CheckpointError, SaveError
 from parallel.checkpoint.resume import check_data, check_end, new_start, start_from
 from parallel.checkpoint.saving import Saver
-from parallel.compute.evaluation import heldout_losses, task_scores
+from parallel.compute.evaluation import heldout_losses, task_scores, without_levels
 from parallel.compute.pipeline import Report, mean_loss
 from parallel.compute.replica import build_replica
+from parallel.exits import DO_NOT_RESTART, DONE, EXPLAINED, REQUEUE, refused
 from parallel.layout import report
-from parallel.layout.memory import StepShape
-from parallel.start import groups, launcher, told
-from parallel.start.errors import LaunchError, NotNow
+from parallel.start import groups, launcher
 from parallel.start.meeting import of_run
 from parallel.start.owner import hold_for_all
-
-DONE, FAILURE, CONFIG_ERROR, REQUEUE, DO_NOT_RESTART = 0, 1, 2, 85, 93
-# Errors whose message says what to do, where a traceback would not: what stands before the message.
-EXPLAINED: dict[type[Exception], str] = {
-    ConfigError: "",
-    DataError: "data error: ",
-    CheckpointError: "checkpoint error: ",
-    CannotCompile: "config error: ",
-    LaunchError: "launch error: ",
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,28 +80,8 @@ def main(argv: list[str] | None = None) -> int:
             ):
                 met = True  # what a Run refuses, it refuses on every rank
                 return Run(config, ranks, stop, beat).train(check_owner)
-    except tuple(EXPLAINED) as error:
+    except EXPLAINED as error:
         return refused(error, launch, met)
-
-
-def refused(error: Exception, launch: launcher.Launch | None, met: bool) -> int:
-    """Say once for all ranks why the run ends; the exit code. `met`: the ranks have process groups."""
-    text = next(word for known, word in EXPLAINED.items() if isinstance(error, known)) + str(error)
-    if launch is None or (not met and isinstance(error, LaunchError)):  # a matter between one rank and its launcher
-        print(text, file=sys.stderr, flush=True)
-    elif met:
-        told.after_meeting(text, launch.rank, agreed=not isinstance(error, DataError | CannotCompile))
-    else:
-        told.before_meeting(text, launch)
-    return FAILURE if isinstance(error, SaveError | NotNow) else CONFIG_ERROR
-
-
-def facts(config: Config, world_size: int) -> str:
-    dims = config.parallel.dims(world_size)
-    shape = StepShape.of(config.train, config.parallel, dims)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    batch, compile = config.train.global_batch, config.train.compile
-    return report.describe(config.model, dims, shape, batch, config.optim, device, compile)
 
 
 class Run:
@@ -145,19 +108,10 @@ class Run:
         # 2. this rank's part of the model, and its optimizer
         train = config.train
         self.replica = build_replica(
-            config.model,
-            config.optim,
-            config.parallel,
-            ranks,
-            seq_len=train.seq_len,
-            precision=train.precision,
-            seed=config.run.seed,
-            recompute=train.recompute,
-            tokens_per_step=train.tokens_per_step,
-            loss_chunk=train.loss_chunk,
-            compile=train.compile,
-            start=start,
-        )
+            config.model, config.optim, config.parallel, ranks, seq_len=train.seq_len, precision=train.precision,
+            seed=config.run.seed, recompute=train.recompute, tokens_per_step=train.tokens_per_step,
+            loss_chunk=train.loss_chunk, compile=train.compile, start=start,
+        )  # fmt: skip
         self.optimizer = self.replica.optimizer
         self.flops = report.model_flops(config.model)
         models = self.replica.models
@@ -182,19 +136,13 @@ class Run:
         last = min(config.train.stop_after or config.train.total_steps, config.train.total_steps)
         with ExitStack() as stack:
             stack.callback(self.feed.close)
-            log = stack.enter_context(
-                open_log(
-                    self.ranks.rank == 0,
-                    self.folder,
-                    steps=config.train.total_steps,
-                    devices=self.instruments.devices,
-                    resume_step=self.step if self.resumed else None,
-                    tensorboard=config.log.tensorboard,
-                    sink=self._tracker if config.log.wandb else None,
-                )
-            )
+            log = stack.enter_context(open_log(
+                self.ranks.rank == 0, self.folder, steps=config.train.total_steps, devices=self.instruments.devices,
+                resume_step=self.step if self.resumed else None, tensorboard=config.log.tensorboard,
+                sink=self._tracker if config.log.wandb else None,
+            ))  # fmt: skip
             stack.callback(self.saver.close, log)
-            stack.callback(self._end_profile, log)
+            stack.callback(self.instruments.close, log.say)
             self._announce(log)
             if self.step == 0:
                 log.scalars({**record_of_no_step(), **self.evaluate()})
@@ -220,12 +168,6 @@ class Run:
                 return self._give_up(log, self.skips.doubt)
             log.say(f"done at step {self.step}: {self.folder}")
         return DONE
-
-    def _end_profile(self, log: NoLog) -> None:
-        """A run may end before the last step that it was to profile."""
-        self.instruments.profiler.close()
-        for text in self.instruments.profiler.told():
-            log.say(text)
 
     def _give_up(self, log: NoLog, reason: str) -> int:
         """Say which checkpoint to resume from; a restart as it is would come to the same."""
@@ -265,8 +207,7 @@ class Run:
 
     def _log(self, log: NoLog, taken: Taken, numbers: dict[str, float | None]) -> None:
         """The records of the step that has just ended."""
-        for text in self.instruments.profiler.told():
-            log.say(text)
+        self.instruments.tell(log.say)
         if taken.drawn:
             for name, values in self.instruments.probe.histograms():
                 log.histogram(name, values, self.step)
@@ -299,20 +240,9 @@ class Run:
             return {}
         train, documents = self.config.train, self.config.data.documents
         batch = train.micro_batch * train.seq_len
-        levels = range(len(self.config.model.periods) if train.eval_levels else 0)
+        models, levels = self.replica.models, len(self.config.model.periods) if train.eval_levels else 0
         scores = task_scores(self.replica, self.tasks, documents, batch, beat, stop)
-        return self.feed.summary(losses) | self._without_levels(levels, take) | scores
-
-    def _without_levels(self, levels: range, take: Callable[[], dict[str, float] | None]) -> dict[str, float]:
-        """`heldout_loss_without.cmsN`: the held-out loss, taken by `take`, with each of these levels switched off."""
-        found = {}
-        for number in levels:
-            with without_level(self.replica.models, number):
-                losses = take()
-            if losses is None:
-                break
-            found[f"heldout_loss_without.cms{number}"] = self.feed.summary(losses)["heldout_loss"]
-        return found
+        return self.feed.summary(losses) | without_levels(models, levels, take, self.feed.summary) | scores
 
     def _tracker(self) -> Background:
         return wandb_sink(self.folder, recorded(self.config), resumed=bool(self.resumed), say=print_line)

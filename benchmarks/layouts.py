@@ -55,6 +55,7 @@ def worker(config_path: str, overrides: list[str], steps: int) -> dict:
             precision=train.precision,
             seed=config.run.seed,
             recompute=train.recompute,
+            tokens_per_step=train.tokens_per_step,
             loss_chunk=train.loss_chunk,
             compile=train.compile,
         )

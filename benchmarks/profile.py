@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     with groups.start(config.parallel) as ranks:
         replica = build_replica(
             config.model, config.optim, config.parallel, ranks, seq_len=train.seq_len, precision=train.precision,
-            seed=config.run.seed, recompute=train.recompute, loss_chunk=train.loss_chunk, compile=train.compile,
+            seed=config.run.seed, recompute=train.recompute, tokens_per_step=train.tokens_per_step,
+            loss_chunk=train.loss_chunk, compile=train.compile,
         )  # fmt: skip
         tokens = torch.randint(0, config.model.vocab_size, (train.seq_len + 1, train.global_batch))
         mine = micro_batches(Batch(tokens[:-1], tokens[1:], None), train.micro_batch, ranks)

@@ -34,6 +34,7 @@ class Pretrained:
     step: optimizer steps behind it.
     seq_len: tokens of a training window; None if that is not recorded.
     origin: the checkpoint or export that it came from, and what was passed over on the way to it.
+    path: of that checkpoint or export.
     """
 
     model: Model
@@ -42,6 +43,7 @@ class Pretrained:
     step: int
     seq_len: int | None
     origin: str
+    path: Path
 
 
 def load(path: str | Path, *, verify: bool = True) -> Model:
@@ -99,6 +101,7 @@ def _from_checkpoint(path: Path, skipped: list[str], verify: bool) -> Pretrained
         content.step,
         config.get("train", {}).get("seq_len"),
         f"{path}{notes}",
+        path,
     )
 
 
@@ -122,6 +125,7 @@ def _from_export(path: Path) -> Pretrained:
         step,
         described.get("seq_len"),
         str(path),
+        path,
     )
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-import parallel.start.holders as holders
 from launch.agent import OK, PASSED_ON
 from launch.folder import PROGRAM, RunFolder, first, read_json, write_json
 from launch.job import CANCELLED, DONE, REQUEUE, begin, end
@@ -27,6 +26,7 @@ from launch.placement import SITE, Job, PlannedRun, Request
 from launch.plan import plan
 from launch.prepare import install, prepare
 from launch.slurm import SlurmError
+from parallel.start.holders import kernel, started
 from parallel.start.launcher import free_port, without_launchers
 
 POLL_S = 0.1
@@ -126,7 +126,7 @@ def _announced(run: RunFolder) -> Iterator[None]:
         yield
         return
     pid = os.getpid()
-    facts = {"host": os.uname().nodename, "kernel": holders.kernel(), "pid": pid, "started": holders.started(pid)}
+    facts = {"host": os.uname().nodename, "kernel": kernel(), "pid": pid, "started": started(pid)}
     write_json(run.here, facts)
     try:
         yield
@@ -136,10 +136,10 @@ def _announced(run: RunFolder) -> Iterator[None]:
 
 def _announced_lives(facts: Mapping[str, Any]) -> bool | None:
     """Whether the process of these facts runs; None if that cannot be seen from here."""
-    kernel, theirs = holders.kernel(), str(facts.get("kernel", ""))
-    if kernel and theirs == kernel:
-        return bool(holders.started(facts.get("pid")) == facts.get("started"))
-    started_anew = facts.get("host") == os.uname().nodename and kernel.split(" ")[0] != theirs.split(" ")[0]
+    ours, theirs = kernel(), str(facts.get("kernel", ""))
+    if ours and theirs == ours:
+        return bool(started(facts.get("pid")) == facts.get("started"))
+    started_anew = facts.get("host") == os.uname().nodename and ours.split(" ")[0] != theirs.split(" ")[0]
     return False if not facts or started_anew else None
 
 

@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from configs.changes import settle
 from configs.errors import ConfigError
 from configs.schema import Config
@@ -20,7 +22,17 @@ from hope.initial import open_start
 from hope.sections import Problem
 from hope.train.schedule import in_steps
 from launch.folder import RunFolder
-from parallel.layout.report import group_table
+from parallel.layout import report
+from parallel.layout.memory import StepShape
+
+
+def facts(config: Config, world_size: int) -> str:
+    """The table that a start begins with: model, layout, and bytes per rank of `world_size`."""
+    dims = config.parallel.dims(world_size)
+    shape = StepShape.of(config.train, config.parallel, dims)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch, compile = config.train.global_batch, config.train.compile
+    return report.describe(config.model, dims, shape, batch, config.optim, device, compile)
 
 
 def outlook(config: Config, root: Path, world_size: int, *, data: bool = True) -> list[str]:
@@ -52,7 +64,7 @@ def outlook(config: Config, root: Path, world_size: int, *, data: bool = True) -
     ]
     lines = [f"{name:<11} {fact}" for name, fact in rows]
     changes = [f"{'':<11} {change}" for change in _changes(config, run, world_size)]
-    return [*lines, *changes, group_table(config.model, config.optim, train.tokens_per_step)]
+    return [*lines, *changes, report.group_table(config.model, config.optim, train.tokens_per_step)]
 
 
 def tasks_of(config: Config) -> dict[str, OpenTask]:

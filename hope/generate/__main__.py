@@ -25,7 +25,7 @@ from data_prep.tokenizing.tokenizer import Tokenizer
 from hope.generate.errors import GenerationError
 from hope.generate.loop import Forward, Memory, Sequences, on_one_device, write
 from hope.generate.options import DTYPES, check, parser_of, sampling_of
-from hope.generate.prompts import read_prompts
+from hope.generate.prompts import checked, read_prompts
 from hope.generate.session import Session, identity_of, read_session, write_session
 from hope.generate.text import Stream, Writer
 from hope.pretrained import Pretrained, open_pretrained
@@ -57,26 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # an OSError, but about the reader of the output
         raise
     except torch.OutOfMemoryError as error:
-        _refuse(GenerationError(f"{str(error).partition('. ')[0]}; {LARGE}"), launch, met)
+        told.once(f"generate: {str(error).partition('. ')[0]}; {LARGE}", launch, met, agreed=False)
         return REFUSED
     except EXPLAINED as error:
-        _refuse(error, launch, met)
+        told.once(f"generate: {error}", launch, met, agreed=isinstance(error, GenerationError))
         return REFUSED
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED
     return DONE
-
-
-def _refuse(error: Exception, launch: launcher.Launch | None, met: bool) -> None:
-    """Say once for all processes why they end. `met`: they have process groups."""
-    text = f"generate: {error}"
-    if launch is None or launch.world_size == 1:
-        print(text, file=sys.stderr, flush=True)
-    elif met:
-        told.after_meeting(text, launch.rank, agreed=isinstance(error, GenerationError))
-    else:
-        told.before_meeting(text, launch)
 
 
 @dataclass(frozen=True)
@@ -90,7 +79,7 @@ class _Engine:
 
 def _run(args: argparse.Namespace, ranks: groups.Ranks | None) -> None:
     """Open, read, continue. `ranks`: of several processes; only the first one reads standard input, and prints."""
-    found = open_pretrained(args.model)
+    found = _opened(args.model, ranks)
     tokenizer = _tokenizer(args, found)
     prompts = _prompts(args) if ranks is None or ranks.rank == 0 else []
     prompts = prompts if ranks is None else groups.from_first(prompts)
@@ -113,6 +102,14 @@ def _run(args: argparse.Namespace, ranks: groups.Ranks | None) -> None:
     if args.state_out is not None:
         write_session(args.state_out, after, identity, wanted)
         print(f"state: {args.state_out}, after {after.memory.place:,} tokens", file=sys.stderr)
+
+
+def _opened(path: str, ranks: groups.Ranks | None) -> Pretrained:
+    """The model of `path`. What the first process takes is what all take: a run that is training may save meanwhile."""
+    found = open_pretrained(path)
+    if ranks is None or (first := groups.from_first(found.path)) == found.path:
+        return found
+    return open_pretrained(first)
 
 
 def _continue(
@@ -171,10 +168,13 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if args.batch is not None:
         return read_prompts(args.batch)
     if args.prompt is not None:
-        return [args.prompt]
+        return [checked(args.prompt, "--prompt")]
     if sys.stdin.isatty():
         print("the prompt, ended by Ctrl-D:", file=sys.stderr)
-    text = sys.stdin.read().removesuffix("\n")  # what `echo` adds is not meant
+    try:
+        text = checked(sys.stdin.read().removesuffix("\n"), "standard input")  # what `echo` adds is not meant
+    except UnicodeDecodeError as error:
+        raise GenerationError(f"standard input is not UTF-8 text: {error.reason} at byte {error.start}") from None
     if not text and args.state_in is None:
         raise GenerationError("standard input is empty; give a prompt there, with --prompt, or with --batch")
     return [text]

@@ -72,6 +72,8 @@ def _problems(args: argparse.Namespace, processes: int) -> Iterator[str]:
             yield f"{option} holds a state that is not cut over processes, and {processes} were started; start one"
     if args.state_out is not None and not args.state_out.parent.is_dir():
         yield f"--state-out {args.state_out}: there is no folder {args.state_out.parent}"
+    if args.state_out is not None and args.state_out.is_dir():
+        yield f"--state-out {args.state_out} is a folder; give a file, such as {args.state_out}/session"
     if args.device is not None and processes > 1:
         yield f"--device goes with one process; each of {processes} takes the device of its rank"
 

@@ -30,6 +30,16 @@ def read_prompts(path: Path) -> list[str]:
     return [_prompt(line, f"--batch {path} line {number}", as_json) for number, line in enumerate(lines, 1)]
 
 
+def checked(text: str, place: str) -> str:
+    """`text`, from `place`. Raises GenerationError if it is not Unicode: bytes that are no UTF-8 arrive as halves of
+    characters, and would be other tokens."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise GenerationError(f"{place} is not UTF-8 text: character {error.start} is {text[error.start]!r}") from None
+    return text
+
+
 def _prompt(line: str, place: str, as_json: bool) -> str:
     if not as_json:
         if not line:
@@ -41,7 +51,7 @@ def _prompt(line: str, place: str, as_json: bool) -> str:
         raise GenerationError(f'{place} is not a JSON object with a text "prompt", such as {{"prompt": "Once"}}')
     if not prompt:
         raise GenerationError(f"{place} has an empty prompt; it needs at least one character")
-    return prompt
+    return checked(prompt, place)
 
 
 def _object(line: str) -> dict[str, object] | None:

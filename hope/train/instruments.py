@@ -98,6 +98,16 @@ class Instruments:
             yield taken
             self._timer.end()
 
+    def tell(self, say: Callable[[str], object]) -> None:
+        """Say what the profiler has found since the last call."""
+        for text in self.profiler.told():
+            say(text)
+
+    def close(self, say: Callable[[str], object]) -> None:
+        """A run may end before the last step that it was to profile."""
+        self.profiler.close()
+        self.tell(say)
+
     @contextmanager
     def passes(self) -> Iterator[Callable[[str], object]]:
         """Around the forward and backward passes, which are told what to call with "forward" and "backward".

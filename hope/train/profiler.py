@@ -122,11 +122,12 @@ def time_by_module(found: profile, steps: int, device: str) -> str:
     times: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     events = [event for event in found.events() if event.device_type == DeviceType.CPU]
     module_of = {id(event): _innermost(event) for event in events}
-    began_in: dict[int, str] = {}
-    for event in events:
-        inside = module_of[id(event)]
-        if event.sequence_nr >= 0 and inside and not event.name.startswith(_BACKWARD):
-            began_in.setdefault(event.sequence_nr, inside)
+    # The last operation with a number is the one with the backward pass: those before it that have none are given the
+    # number that comes next. Every thread has numbers of its own.
+    began_in: dict[tuple[int, int], str] = {}
+    for event in sorted(events, key=lambda event: event.time_range.start):
+        if event.sequence_nr >= 0 and _node(event) is None:
+            began_in[event.thread, event.sequence_nr] = module_of[id(event)] or _OUTSIDE
     for event in events:
         spent = (event.self_device_time_total if device == "cuda" else event.self_cpu_time_total) / 1000 / steps
         node = _node(event)
@@ -134,7 +135,7 @@ def time_by_module(found: profile, steps: int, device: str) -> str:
         if inside or node is None:
             times[inside or _OUTSIDE][0] += spent
         else:
-            times[began_in.get(node.sequence_nr, _OUTSIDE)][1] += spent
+            times[began_in.get((node.fwd_thread, node.sequence_nr), _OUTSIDE)][1] += spent
     total = sum(map(sum, times.values()))
     lines = [f"{'module':<48}{'forward ms':>12}{'backward ms':>13}{'share':>8}"]
     for name, (forward, backward) in sorted(times.items(), key=lambda item: -sum(item[1])):

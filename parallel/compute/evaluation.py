@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from hope.batch import Batch
+from hope.cms import without_level
 from hope.evaluate.rows import Rows, Values, score_rows
 from hope.evaluate.scorer import ModelScorer
 from hope.evaluate.tasks import Task, reduce_pair, result_of
@@ -94,3 +96,23 @@ def task_scores(
         scores |= {f"task.{name}.{key}": part["value"] for key, part in measures.items() if isinstance(part, dict)}
     model.train(training)
     return scores
+
+
+def without_levels(
+    models: Sequence[nn.Module],
+    levels: int,
+    take: Callable[[], dict[str, float] | None],
+    summary: Callable[[dict[str, float]], dict[str, float]],
+) -> dict[str, float]:
+    """`heldout_loss_without.cmsN`: the held-out loss with one of the first `levels` CMS levels switched off at a time.
+
+    `take` evaluates, as `heldout_losses` does; `summary` makes metrics of the sources' losses. Collective.
+    """
+    found = {}
+    for number in range(levels):
+        with without_level(models, number):
+            losses = take()
+        if losses is None:
+            break
+        found[f"heldout_loss_without.cms{number}"] = summary(losses)["heldout_loss"]
+    return found

@@ -15,6 +15,22 @@ PATIENCE_S, SKEW_S = 20.0, 3.0
 _SAID, _HEARD = "hope/said", "hope/heard"
 
 
+def once(message: str, launch: Launch | None, met: bool, agreed: bool) -> None:
+    """Say for all processes why they end.
+
+    Args:
+        launch: None: what this process says concerns no other.
+        met: the ranks have process groups.
+        agreed: as in `after_meeting`.
+    """
+    if launch is None:
+        _print(message)
+    elif met:
+        after_meeting(message, launch.rank, agreed)
+    else:
+        before_meeting(message, launch)
+
+
 def before_meeting(message: str, launch: Launch) -> None:
     """Print why this process ends before the ranks have met; ranks that would repeat what rank 0 said are silent.
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent.parent
 # numbers and shapes only: tests/unit/test_house.py checks that nothing in parallel.layout makes a process group
-ALLOWED = ("launch", "configs", "hope", "data_prep", "parallel.layout",
-           *(f"parallel.start.{name}" for name in ("holders", "launcher", "pipe")))  # fmt: skip
+ALLOWED = ("launch", "configs", "hope", "parallel.layout", "parallel.start.launcher", "parallel.start.pipe",
+           "parallel.start.holders")  # fmt: skip
+# what a dry run says of the data: it opens files as one process does, and asks no other rank
+FORESEEN = [("data_prep.training.feed", "Foreseen"), ("data_prep.texts", "OpenTask", "open_tasks")]
 OWN = ("launch", "configs", "hope", "parallel", "data_prep", "pretrain_hope")
 
 
@@ -19,6 +21,8 @@ def imports(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module, *(a.name for a in node.names)) in FORESEEN:
+            continue
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
     return found

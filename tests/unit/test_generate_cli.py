@@ -97,6 +97,11 @@ def test_standard_input_is_the_prompt(made, capsys, monkeypatch):
     code, out, err = call(capsys, made.out)
     assert (code, out) == (2, "")
     assert "standard input is empty" in err
+    for errors in ("strict", "surrogateescape"):  # which of them is a matter of the locale
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), "utf-8", errors))
+        code, out, err = call(capsys, made.out)
+        assert (code, out) == (2, "")
+        assert "standard input is not UTF-8 text" in err
 
 
 def test_prefill_in_any_chunks_gives_the_same(made, capsys):
@@ -171,6 +176,8 @@ REFUSED = {
     "state": (["--prompt", "a", "--state-in", "nowhere"], "nowhere cannot be read: No such file"),
     "state of several": (["--batch", "x", "--state-out", "y"], "--state-out is the memory of one sequence"),
     "state-out": (["--prompt", "a", "--state-out", "no/folder/s"], "there is no folder no/folder"),
+    "state-out folder": (["--prompt", "a", "--state-out", "/"], "--state-out / is a folder"),
+    "half a character": (["--prompt", "\udcff"], "--prompt is not UTF-8 text"),
     "tokenizer": (["--prompt", "a", "--tokenizer", "nowhere"], "nowhere: no such file"),
     "two": (["--prompt", "a", "--tokens", "0", "--top-k", "0"], "this cannot work:\n  --tokens 0"),
 }
@@ -194,6 +201,7 @@ def test_what_cannot_work_is_refused(made, capsys, case):
         (b'{"text": "a"}\n', 'prompts line 1 is not a JSON object with a text "prompt"'),
         (b'{"prompt": ""}\n', "prompts line 1 has an empty prompt"),
         (b"caf\xe9\n", "is not UTF-8 text: byte 3 is 233"),
+        (b'{"prompt": "a\\ud800"}\n', r"prompts line 1 is not UTF-8 text: character 1 is '\ud800'"),
     ],
 )
 def test_bad_prompts_are_named(made, capsys, tmp_path, content, said):

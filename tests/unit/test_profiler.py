@@ -6,6 +6,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tiny import config_file
 import pretrain_hope
 from hope.model import Model, next_token_loss
 from hope.train.config import TrainConfig
-from hope.train.profiler import StepProfiler
+from hope.train.profiler import StepProfiler, time_by_module
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SIZES = {"steps": 8, "seq_len": 16, "global_batch": 1, "micro_batch": 1}
@@ -117,7 +118,7 @@ class Slow(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dx):
-        torch.linalg.svd(torch.ones(200, 200))
+        torch.linalg.svd(torch.ones(400, 400))  # much longer than a pause of a busy machine
         return dx
 
 
@@ -138,6 +139,49 @@ def test_time_of_a_backward_pass_is_of_the_module_whose_forward_pass_it_was(tmp_
     assert not model.blocks["1"].mixer._forward_hooks
 
 
+class Counting(torch.nn.Module):
+    """Its last operation has no backward pass: torch gives it the number of the next one that has."""
+
+    def forward(self, x):
+        y = 2 * x
+        _ = y > 0
+        return y
+
+
+class Working(torch.nn.Module):
+    def forward(self, x):
+        return Slow.apply(x)
+
+
+def test_an_operation_without_a_backward_pass_takes_no_ones_time(tmp_path):
+    model = torch.nn.ModuleDict({"counting": Counting(), "working": Working()})
+    x = torch.ones(3, requires_grad=True)
+    recorder = StepProfiler([1, 1], [model], tmp_path, torch.device("cpu"), keeps=True)
+    with recorder.step(1):
+        model["working"](model["counting"](x)).sum().backward()
+    lines = {line.split()[0]: line.split() for line in next(recorder.told()).splitlines()[1:-1]}
+    assert float(lines["working"][-2]) > 10 * float(lines["counting"][-2])
+
+
+def test_threads_count_their_operations_apart():
+    """On a GPU the backward pass has a thread of its own, which computes forward passes again."""
+
+    def event(name, thread, number, parent=None, forward=0, spent=0.0):
+        when = SimpleNamespace(start=next(clock))
+        return SimpleNamespace(
+            name=name, thread=thread, time_range=when, sequence_nr=number, cpu_parent=parent, fwd_thread=forward,
+            device_type=torch.autograd.DeviceType.CPU, self_cpu_time_total=1000 * spent, self_device_time_total=0.0,
+        )  # fmt: skip
+
+    clock = iter(range(9))
+    before, first, after = (event(f"module::{name}", thread, -1) for name, thread in (("b", 2), ("a", 1), ("c", 2)))
+    operations = [event("aten::mm", module.thread, 5, module) for module in (before, first, after)]
+    node = event("autograd::engine::evaluate_function: MmBackward0", 2, 5, forward=1, spent=7.0)
+    events = [before, first, after, *operations, node]
+    lines = time_by_module(SimpleNamespace(events=lambda: events), 1, "cpu").splitlines()
+    assert lines[1].split()[:3] == ["a", "0.000", "7.000"]
+
+
 def test_the_benchmark_prints_the_same_table_and_is_not_in_the_way_of_pythons_module(tmp_path, monkeypatch, capfd):
     path = config_file(tmp_path, "attention")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
@@ -145,7 +189,8 @@ def test_the_benchmark_prints_the_same_table_and_is_not_in_the_way_of_pythons_mo
     found = importlib.import_module("profile")
     assert callable(found.Profile)
     assert not Path(found.__file__).is_relative_to(BENCHMARKS)
-    flags = [path, "--warm", "1", "--steps", "1", "--out", str(tmp_path / "out")]
+    clocks = ["model.cms.unit=tokens", "model.cms.periods=[128,256]"]
+    flags = [path, *clocks, "--warm", "1", "--steps", "1", "--out", str(tmp_path / "out")]
     assert run_ranks(benchmark, 1, flags, timeout=120) == [0]
     assert "blocks.*.mixer" in capfd.readouterr().out
     assert (tmp_path / "out" / "step_2_2.rank0.json.gz").exists()
