@@ -43,7 +43,9 @@ def test_text_of_two_tensor_ranks_is_that_of_one_device(tmp_path):
     tokenizer = train_tokenizer([TEXT] * 20, 300, tmp_path / "tokenizer.model")
     (tmp_path / "train.manifest.json").write_text(json.dumps({"sha256_tokenizer": tokenizer.sha256}))
     mixers = {"hope": MemoryConfig(projection_chunk=2, main_chunk=4)}
-    config = ModelConfig(["hope", "attention"], 304, 32, 2, 4, True, mixers, CmsConfig(periods=[1, 2], hidden=16))
+    config = ModelConfig(
+        ["hope", "attention"], 304, 32, 2, 4, True, mixers=mixers, cms=CmsConfig(periods=[1, 2], hidden=16)
+    )
     model = Model(config).initialise(1)
     with torch.no_grad():
         model.embedding.weight.mul_(5)  # neither uniform nor certain
