@@ -19,6 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+from configs.errors import ConfigError
+from hope.sections import Problem
 from launch.agent import OK, PASSED_ON
 from launch.folder import PROGRAM, RunFolder, first, read_json, write_json
 from launch.job import CANCELLED, DONE, REQUEUE, begin, end
@@ -26,7 +28,7 @@ from launch.placement import SITE, Job, PlannedRun, Request
 from launch.plan import plan
 from launch.prepare import install, prepare
 from launch.slurm import SlurmError
-from parallel.start.holders import kernel, started
+from parallel.start.holders import described, kernel, started
 from parallel.start.launcher import free_port, without_launchers
 
 POLL_S = 0.1
@@ -64,8 +66,13 @@ def command(job: Job, program: str | None = None) -> list[str]:
 
 
 def run_here(planned: PlannedRun, program: str | None = None) -> Ended:
-    """Attempts until a verdict other than requeue, or a signal. `program` replaces pretrain_hope.py, for tests."""
+    """Attempts until a verdict other than requeue, or a signal. `program` replaces pretrain_hope.py, for tests.
+
+    Raises:
+        ConfigError: the run is trained on this machine already; nothing of it has changed.
+    """
     job = planned.job
+    refuse_held(job.run)
     prepare(planned, None)
     install(job.run)
     log_path = job.run.logs / f"local{os.getpid()}.out"
@@ -120,11 +127,7 @@ def _caught() -> Iterator[_Signals]:
 
 @contextlib.contextmanager
 def _announced(run: RunFolder) -> Iterator[None]:
-    """Say in the run's folder which process to ask for an end. One that runs there already stays the one: the ranks
-    that come later find the folder held."""
-    if _announced_lives(read_json(run.here, {})):
-        yield
-        return
+    """Say in the run's folder which process to ask for an end."""
     pid = os.getpid()
     facts = {"host": os.uname().nodename, "kernel": kernel(), "pid": pid, "started": started(pid)}
     write_json(run.here, facts)
@@ -132,6 +135,18 @@ def _announced(run: RunFolder) -> Iterator[None]:
         yield
     finally:
         run.here.unlink(missing_ok=True)
+
+
+def refuse_held(run: RunFolder) -> None:
+    """Before its ranks find the folder held, the launch folder of the run that is there would be gone.
+
+    Raises:
+        ConfigError: a process of this machine trains it, whoever started that.
+    """
+    for facts in (read_json(run.here, {}), read_json(run.root / "owner.json", {})):
+        if facts and _announced_lives(facts):
+            what = f"{run.root} is trained already: {described(facts)}"
+            raise ConfigError("this machine", [Problem("run.name", what, f"another one, or `cancel {run.root}` first")])
 
 
 def _announced_lives(facts: Mapping[str, Any]) -> bool | None:

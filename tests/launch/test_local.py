@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 from tiny import config_file
 
-from launch import local
 from launch.__main__ import main
 from launch.folder import RunFolder, read_json, write_json
 from launch.runs import records
+from parallel.start.holders import kernel
+from parallel.start.holders import started as started_at
 from parallel.start.launcher import free_port
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -104,16 +105,26 @@ def test_cancel_ends_a_local_run_for_good(started, capsys, monkeypatch):
     assert main(["cancel", folder]) == 0
     assert "no job of this run waits or runs" in capsys.readouterr().out, "this machine was started anew since"
     write_json(run.run.here, facts)
-    with local._announced(run.run):  # a second one, whose ranks will be refused
-        assert read_json(run.run.here) == facts
-    assert read_json(run.run.here) == facts
-    write_json(run.run.here, facts)
     assert main(["cancel", folder]) == 0
     assert f"process {run.process.pid} was asked to save and end" in capsys.readouterr().out
     assert run.process.wait(20) == 0
     assert run.saved() == ["INT", "INT"]
     assert read_json(run.run.verdict)["verdict"] == "cancelled"
     assert not run.run.here.exists()
+
+
+@pytest.mark.parametrize("name", ["control/local.json", "owner.json"])
+def test_a_second_start_is_refused_and_leaves_the_first_as_it_is(tmp_path, name, capsys):
+    """Also beside a run that torchrun started, of which only owner.json tells."""
+    path, folder = config_file(tmp_path), tmp_path / "runs/tiny"
+    facts = {"host": os.uname().nodename, "kernel": kernel(), "pid": os.getpid(), "started": started_at(os.getpid())}
+    write_json(folder / name, facts)
+    write_json(folder / "launch/job.json", {})
+    before = sorted(folder.rglob("*"))
+    assert main(["local", path]) == 2
+    error = re.sub(r"\s+", " ", capsys.readouterr().err)
+    assert f"{folder} is trained already: host {os.uname().nodename}, pid {os.getpid()}" in error
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_ranks_save_and_end_when_launch_local_is_killed(started):
