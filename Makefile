@@ -11,8 +11,10 @@ PROCESSES ?= 2
 train: $(DATA)/heldout.manifest.json
 	TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(PROCESSES) pretrain_hope.py configs/quickstart.yaml
 
+# two workers: most tests wait for processes half of the time. The cluster of the SLURM tests is one for all of them
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --ignore tests/slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" tests/slurm
 
 # every layout x every kind of model against one device: 66 trainings, and 231 with other optimizers, about 20 minutes
 parity: $(VENV)/.installed

@@ -56,8 +56,18 @@ class SkipList:
             if not any(entry.covers(report.nodeid, reason) for entry in self.allowed):
                 self.unlisted.append((report.nodeid, reason))
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Of a worker of pytest-xdist, which tells the session about tests, but not about modules that skip
+        themselves."""
+        told = [tuple(found) for found in getattr(node, "workeroutput", {}).get("unlisted", [])]
+        self.unlisted += [found for found in told if found not in self.unlisted]
+
+    @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self.unlisted and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        if hasattr(session.config, "workeroutput"):  # a worker: the session that started it has the last word
+            session.config.workeroutput["unlisted"] = self.unlisted
+        elif self.unlisted and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:

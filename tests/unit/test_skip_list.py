@@ -46,11 +46,11 @@ LISTED = [
 ]
 
 
-def session(folder: Path, lines: list[str], example: str = EXAMPLE) -> subprocess.CompletedProcess:
+def session(folder: Path, lines: list[str], example: str = EXAMPLE, *more: str) -> subprocess.CompletedProcess:
     (folder / "conftest.py").write_text(CONFTEST.format(tests=str(TESTS)))
     (folder / "skips.txt").write_text("\n".join(lines))
     (folder / "test_it.py").write_text(example)
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(folder), str(folder)]
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(folder), str(folder), *more]
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=60)
 
 
@@ -86,6 +86,19 @@ def test_a_module_that_skips_itself_is_seen(tmp_path):
     done = session(tmp_path, LISTED, 'import pytest\npytest.importorskip("no_such_package")\n')
     assert done.returncode == 1
     assert "UNLISTED SKIP test_it.py: could not import 'no_such_package'" in done.stdout
+
+
+def test_skips_of_workers_are_seen(tmp_path):
+    """One of a test, and a module that skips itself, of which workers tell nobody by themselves."""
+    (tmp_path / "test_more.py").write_text('import pytest\npytest.importorskip("no_such_package")\n')
+    done = session(tmp_path, LISTED[:1] + LISTED[2:], EXAMPLE, "-n", "2")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert sorted(line for line in done.stdout.splitlines() if line.startswith("UNLISTED")) == [
+        "UNLISTED SKIP test_it.py::test_marked: no CUDA device",
+        "UNLISTED SKIP test_more.py: could not import 'no_such_package'",
+    ]
+    (tmp_path / "test_more.py").unlink()
+    assert session(tmp_path, LISTED, EXAMPLE, "-n", "2").returncode == 0
 
 
 @pytest.mark.parametrize("line", ["tests/*", "tests/* |", "| no CUDA device"])
