@@ -51,7 +51,9 @@ def session(folder: Path, lines: list[str], example: str = EXAMPLE, *more: str) 
     (folder / "skips.txt").write_text("\n".join(lines))
     (folder / "test_it.py").write_text(example)
     words = ["-q", "-p", "no:cacheprovider", "--rootdir", str(folder), str(folder), *more]
-    return subprocess.run([sys.executable, "-m", "pytest", *words], cwd=folder, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *words], cwd=folder, capture_output=True, text=True, timeout=60
+    )
 
 
 def test_listed_skips_pass(tmp_path):
