@@ -24,8 +24,9 @@ from data_prep.errors import DataError
 from data_prep.files import sha256_file
 from data_prep.paths import naming
 from data_prep.texts import text_of_file, text_of_set, tokenizer_for
+from hope.devices import device_of
 from hope.evaluate.errors import EvaluationError
-from hope.evaluate.options import DTYPES, WINDOW, Named, check, delimiters_of, device_of, parser_of, sources_of, table
+from hope.evaluate.options import DTYPES, WINDOW, Named, check, delimiters_of, parser_of, sources_of, table
 from hope.evaluate.progress import Progress
 from hope.evaluate.record import Record, Source
 from hope.evaluate.rows import Alone, Share
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sources = sources_of(args)
         launch = launcher.from_environment(os.environ)
         if launch.world_size == 1:
-            Evaluation(args, Alone(), device_of(args.device)).run(sources)
+            Evaluation(args, Alone(), device_of(args.device, EvaluationError)).run(sources)
         else:
             with groups.start(ParallelConfig()) as ranks:
                 met = True

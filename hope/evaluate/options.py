@@ -107,19 +107,6 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--json {args.json}: there is no folder {args.json.parent}"
 
 
-def device_of(name: str | None) -> torch.device:
-    """The device of this name; None: a GPU if there is one. Raises EvaluationError if it is not there."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise EvaluationError(f"--device {name} is not there: {reason}; cpu works anywhere") from None
-    return device
-
-
 def _short(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
 

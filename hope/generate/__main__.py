@@ -21,7 +21,9 @@ from dataclasses import dataclass
 import torch
 
 from data_prep.errors import DataError
+from data_prep.texts import tokenizer_for
 from data_prep.tokenizing.tokenizer import Tokenizer
+from hope.devices import device_of
 from hope.generate.errors import GenerationError
 from hope.generate.loop import Forward, Memory, Sequences, on_one_device, write
 from hope.generate.options import DTYPES, check, parser_of, sampling_of
@@ -87,7 +89,7 @@ def _run(args: argparse.Namespace, ranks: groups.Ranks | None) -> None:
     identity = identity_of(found.model) if args.state_in or args.state_out else ""
     model = found.model.to(wanted).requires_grad_(False)
     if ranks is None:
-        device = _device(args.device)
+        device = device_of(args.device, GenerationError)
         engine = _Engine(on_one_device(model.to(device)), device, True)
     else:
         engine = _Engine(on_tensor_ranks(model, ranks), ranks.device, ranks.rank == 0)
@@ -181,30 +183,12 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 
 def _tokenizer(args: argparse.Namespace, found: Pretrained) -> Tokenizer:
-    path = args.tokenizer or found.tokenizer_path
-    if path is None:
+    tokenizer = tokenizer_for(args.tokenizer or found.tokenizer_path, found.model.config.vocab_size)
+    if tokenizer is None:
         raise GenerationError(
             f"{args.model}: its tokenizer was not found beside its data; --tokenizer FILE names the tokenizer.model"
         )
-    tokenizer = Tokenizer.load(path)
-    rows = found.model.config.vocab_size
-    if tokenizer.vocab_size > rows:
-        raise GenerationError(
-            f"{path} has {tokenizer.vocab_size} tokens, the model {rows}: it was trained with another tokenizer"
-        )
     return tokenizer
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise GenerationError(f"--device {name} is not there: {reason}; cpu works anywhere") from None
-    return device
 
 
 if __name__ == "__main__":

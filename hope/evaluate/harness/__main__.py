@@ -18,9 +18,10 @@ from typing import Any
 from data_prep.errors import DataError
 from data_prep.files import atomic_write
 from data_prep.texts import tokenizer_for
+from hope.devices import device_of
 from hope.evaluate.errors import EvaluationError
 from hope.evaluate.harness.answers import Answers
-from hope.evaluate.options import DTYPES, WINDOW, device_of
+from hope.evaluate.options import DTYPES, WINDOW
 from hope.evaluate.progress import Progress
 from hope.evaluate.rows import Alone
 from hope.evaluate.run import Engine
@@ -68,7 +69,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = tokenizer_for(args.tokenizer or found.tokenizer_path, found.model.config.vocab_size)
     if tokenizer is None:
         raise EvaluationError(f"{args.model}: its tokenizer was not found beside its data; --tokenizer FILE names it")
-    device = device_of(args.device)
+    device = device_of(args.device, EvaluationError)
     starts_after = tokenizer.eos_id if found.data.get("documents") == "reset" else None
     scorer = ModelScorer(found.model, device=device, dtype=DTYPES[args.dtype], starts_after=starts_after)
     engine = Engine(scorer, Alone(), args.batch_tokens, Progress("harness", True))

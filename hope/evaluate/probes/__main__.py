@@ -20,8 +20,9 @@ from data_prep.errors import DataError
 from data_prep.files import sha256_file
 from data_prep.paths import naming
 from data_prep.texts import tokenizer_for
+from hope.devices import device_of
 from hope.evaluate.errors import EvaluationError
-from hope.evaluate.options import DTYPES, device_of
+from hope.evaluate.options import DTYPES
 from hope.evaluate.options import table as table_of_tasks
 from hope.evaluate.probes.haystack import sentences_of
 from hope.evaluate.probes.needles import facts, needle
@@ -67,7 +68,7 @@ def trained(args: argparse.Namespace) -> str:
     )  # fmt: skip
     if problems := list(model.problems()):
         raise EvaluationError("; ".join(f"{problem.path}: {problem.what}" for problem in problems))
-    device = device_of(args.device)
+    device = device_of(args.device, EvaluationError)
     steps, batch = args.steps or protocol.steps, args.batch or protocol.batch
     tested = args.tested or protocol.tested
     identity = {"probe": args.name, "model": dataclasses.asdict(model), "steps": steps, "batch": batch,
@@ -102,7 +103,7 @@ def zero_shot(args: argparse.Namespace) -> str:
     record = Record(args.json, identity, {"origin": found.origin, "step": found.step, "window": found.seq_len})
     starts_after = tokenizer.eos_id if found.data.get("documents") == "reset" else None
     scorer = ModelScorer(
-        found.model, device=device_of(args.device), dtype=DTYPES[args.dtype], starts_after=starts_after
+        found.model, device=device_of(args.device, EvaluationError), dtype=DTYPES[args.dtype], starts_after=starts_after
     )
     size = lambda part: len(tokenizer.encode(part)) + 1  # the end-of-document token stands before it
     count, results = args.tested or ITEMS, []
