@@ -109,7 +109,7 @@ def test_an_imported_llama_has_the_originals_logits(transformers, tmp_path, caps
     config = transformers.LlamaConfig(
         vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=groups, rms_norm_eps=1e-4, rope_parameters={"rope_theta": 500.0, "rope_type": "default"},
-        tie_word_embeddings=tied, initializer_range=0.2, max_position_embeddings=64,
+        tie_word_embeddings=tied, initializer_range=0.1, max_position_embeddings=64,
     )  # fmt: skip
     torch.manual_seed(1)  # theirs are drawn from torch's own generator
     theirs = transformers.LlamaForCausalLM(config).double().eval()
@@ -124,7 +124,7 @@ def test_an_imported_llama_has_the_originals_logits(transformers, tmp_path, caps
     with torch.no_grad():
         expected, found = theirs(ids).logits, ours.model(ids.T)[0].transpose(0, 1)
     # theirs takes norms and rotations in fp32, whatever the weights are; epsilon 1e-6 would be 1e-3 away
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-6)
     assert expected.std() > 0.1
     capsys.readouterr()
 

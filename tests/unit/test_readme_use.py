@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from evaluated import stored_model
 
+from configs.schema import load
 from hope.evaluate import __main__ as evaluate
 from hope.generate import __main__ as generate
 from parallel.checkpoint import __main__ as checkpoint
@@ -50,4 +51,8 @@ def test_they_print_text_bits_per_byte_and_accuracy(trained, tmp_path, capsys):
 
 
 def test_the_last_one_starts_a_run_from_weights():
-    assert shlex.split(lines()[-1])[-1] == "model.init=runs/quickstart"  # tests/resume/test_init.py runs such starts
+    """Its keys are known and mean that; tests/resume/test_init.py makes such starts."""
+    python, program, config, *words = shlex.split(lines()[-1])
+    assert (python, program) == ("python", "pretrain_hope.py")
+    found = load(str(ROOT / config), words, check=False)
+    assert (found.model.init, found.run.name) == ("runs/quickstart", "new")
