@@ -108,7 +108,7 @@ def test_generation_is_handed_on_or_refused(asked):
 def test_without_the_package_the_command_says_what_brings_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     assert program.main([str(tmp_path), "--tasks", "x"]) == 2
-    assert "pip install hope-pretrain[harness]" in capsys.readouterr().err
+    assert "pip install -e '.[harness]'" in capsys.readouterr().err
 
 
 TASK = """

@@ -1,6 +1,6 @@
 """Tasks of lm-evaluation-harness: `python -m hope.evaluate.harness MODEL --tasks NAME,NAME [--include FOLDER]`.
 
-Needs the extra `harness` (`pip install hope-pretrain[harness]`). --include names a folder of task files (YAML) of one's
+Needs the extra `harness` (`pip install -e '.[harness]'`). --include names a folder of task files (YAML) of one's
 own; then only these are known, and nothing is downloaded for them. One device.
 
 Exit codes: 0 done, 2 a request or file that cannot work.
@@ -33,7 +33,7 @@ from hope.stored.errors import CheckpointError
 from parallel.start.pipe import piped
 
 DONE, REFUSED = 0, 2
-EXTRA = "lm-evaluation-harness is not installed; `pip install hope-pretrain[harness]` brings it (0.5 GB)"
+EXTRA = "lm-evaluation-harness is not installed; `pip install -e '.[harness]'` brings it (0.5 GB)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
