@@ -6,8 +6,8 @@
 Every model has the parameters of the Transformer++ of its size (+- 2 %), sees as many tokens per step at every length,
 and takes whole training steps with its optimizer, on random tokens, through the code that a run uses. Its micro-batch
 is the fastest of those that fit under --cap GiB: memory is predicted, then halved as long as it does not fit, and the
-two largest that do are timed. The cap is enforced by torch's allocator. Models are built anew for every turn, so that
-each has the whole memory.
+two largest that do are timed (`--micro-batch 8 4` tries these alone). The cap is enforced by torch's allocator. Models
+are built anew for every turn, so that each has the whole memory.
 
 MFU = tokens/s x FLOPs per token of forward and backward (no recomputation) / peak of dense bf16. The share of the
 memory loop is of the device's time in one profiled step, with the fused kernels.
@@ -46,8 +46,8 @@ from parallel.referee.evidence import micro_batches
 from parallel.start import groups
 
 Row = dict[str, Any]
-# How far over the cap a prediction may be that is worth a try: it knows the plain memory loop, not the kernels.
-TOO_HIGH = {"hope": 4.0, "hope_hybrid": 4.0}
+# How far over the cap a prediction may be that is worth a try. It does not know what compiled parts do not keep.
+TOO_HIGH = {"none": 1.25, "dense": 2.0}
 LOOP = ("hope::memory_loop", "hope::memory_loop_backward")
 SAME = ("model", "size", "seq", "gpu", "compile", "precision", "recompute", "tokens_per_step")
 
@@ -66,12 +66,16 @@ class Bench:
     def compile_of(self, model: str) -> str:
         return "none" if model == GPT else str(self.args.compile)
 
-    def turn(self, model: str, seq: int, micro: int, steps: int, warm: int = 2) -> Row:
-        """Build, warm up, and time `steps` steps. Raises torch.OutOfMemoryError."""
+    def build(self, model: str, seq: int) -> Contestant:
+        args = self.args
+        return build(model, args.size, seq, args.precision, self.ranks, self.compile_of(model), args.recompute)
+
+    def turn(self, model: str, seq: int, micro: int, steps: int, warm: int = 2, built: Contestant | None = None) -> Row:
+        """Build if need be, warm up, and time `steps` steps. Raises torch.OutOfMemoryError."""
         args, ranks, rows = self.args, self.ranks, self.args.tokens // seq
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
-        built = build(model, args.size, seq, args.precision, ranks, self.compile_of(model), args.recompute)
+        built = self.build(model, seq) if built is None else built
         tokens = torch.randint(0, SIZES[args.size][3], (seq + 1, rows), generator=torch.Generator().manual_seed(0))
         batches = micro_batches(Batch(tokens[:-1], tokens[1:]), micro, ranks)
         seconds = []
@@ -106,26 +110,38 @@ class Bench:
         if self.cuda:
             torch.cuda.empty_cache()
 
-    def fits(self, model: str, seq: int, micro: int, steps: int) -> Row | None:
-        """A turn, or None if it does not fit."""
-        row = None
+    def fits(self, model: str, seq: int, micro: int, built: Contestant) -> float | None:
+        """Seconds of the faster of two steps, or None if it does not fit."""
+        seconds = None
         with suppress(torch.OutOfMemoryError):
-            row = self.turn(model, seq, micro, steps, warm=1)
+            seconds = min(self.turn(model, seq, micro, 1, warm=1, built=built)["seconds"])
         self.free()  # once nothing holds the error, whose frames hold tensors
-        return row
+        return seconds
+
+    def candidates(self, model: str, seq: int) -> list[int]:
+        """Micro-batches worth a try, largest first."""
+        rows = self.args.tokens // seq
+        if self.args.micro_batch:
+            return sorted(self.args.micro_batch, reverse=True)
+        sizes = [rows // 2**n for n in range(rows.bit_length()) if rows % 2**n == 0]
+        limit = TOO_HIGH[self.compile_of(model)] * self.args.cap
+        return [size for size in sizes if self.predicted(model, seq, size) <= limit] or sizes[-1:]
 
     def micro_batch(self, model: str, seq: int) -> int:
         """The faster of the two largest micro-batches under the cap. Raises ValueError: not even one sequence fits."""
-        rows = self.args.tokens // seq
-        sizes = [rows // 2**n for n in range(rows.bit_length()) if rows % 2**n == 0]
-        predicted = [self.predicted(model, seq, size) for size in sizes]
-        limit = TOO_HIGH.get(model, 1.25) * self.args.cap
-        sizes = [s for s, p in zip(sizes, predicted, strict=True) if p <= limit] or sizes[-1:]
+        sizes = self.candidates(model, seq)
+        if len(sizes) == 1:
+            return sizes[0]
         found: dict[int, float] = {}
+        built: Contestant | None = None
         for size in sizes:
-            row = self.fits(model, seq, size, 1)
-            if row is not None:
-                found[size] = min(row["seconds"])
+            built = self.build(model, seq) if built is None else built
+            seconds = self.fits(model, seq, size, built)
+            if seconds is None:
+                built = None  # its step stopped halfway
+                self.free()
+                continue
+            found[size] = seconds
             if len(found) == 2:
                 break
         if not found:
@@ -189,10 +205,11 @@ def compare(bench: Bench, seq: int) -> list[Row]:
     turns: dict[str, list[Row]] = {}
     for model in bench.args.models:
         try:
-            micro[model] = bench.args.micro_batch or bench.micro_batch(model, seq)
+            micro[model] = bench.micro_batch(model, seq)
             print(f"  {model}: micro-batch {micro[model]}", flush=True)
         except Exception as error:  # the others are still worth their numbers
             rows[model] = _failed(bench, model, seq, error)
+        bench.free()
     for number in range(bench.args.rounds):
         for model in [m for m in bench.args.models if m in micro and m not in rows]:
             try:
@@ -242,7 +259,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile", choices=COMPILE, default="none", help="train.compile of this project's models")
     parser.add_argument("--recompute", choices=["none", "memory", "block"], default="none")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
-    parser.add_argument("--micro-batch", type=int, default=0, help="of all models, instead of searching")
+    parser.add_argument("--micro-batch", nargs="+", type=int, default=[], help="of all models, the faster of these")
     parser.add_argument("--cap", type=float, default=72.0, help="GiB that a model may reserve")
     parser.add_argument("--rounds", type=int, default=3, help="turns of every model")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of a turn")
@@ -251,10 +268,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     for seq in args.seq:
         if seq < 1 or args.tokens % seq:
             parser.error(f"--seq {seq} does not divide --tokens {args.tokens}")
-        if args.micro_batch and args.tokens // seq % args.micro_batch:
-            parser.error(
-                f"--micro-batch {args.micro_batch} does not divide the {args.tokens // seq} sequences of {seq}"
-            )
+        for size in args.micro_batch:
+            if size < 1 or args.tokens // seq % size:
+                parser.error(f"--micro-batch {size} does not divide the {args.tokens // seq} sequences of {seq}")
     return args
 
 
@@ -272,6 +288,7 @@ def main(argv: list[str] | None = None) -> int:
     set_numerics(TrainConfig(steps=1, seq_len=1, global_batch=1, micro_batch=1, precision=args.precision))
     rows: list[Row] = []
     with groups.start(ParallelConfig()) as ranks:
+        gc.freeze()  # DeepSpeed collects garbage 14 times for every model, over all that was imported
         bench = Bench(args, ranks)
         for seq in args.seq:
             print(f"sequence {seq}", flush=True)

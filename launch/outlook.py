@@ -18,6 +18,7 @@ from configs.errors import ConfigError
 from configs.schema import Config
 from data_prep.texts import OpenTask, open_tasks
 from data_prep.training.feed import Foreseen
+from hope.dense import cannot_compile
 from hope.initial import open_start
 from hope.sections import Problem
 from hope.train.schedule import in_steps
@@ -62,6 +63,8 @@ def outlook(config: Config, root: Path, world_size: int, *, data: bool = True) -
         ("evaluation", _evaluation(config, foreseen)),
         ("run", f"{root}: {_start(config, run)}"),
     ]
+    if train.compile != "none":
+        rows.insert(3, ("compiled", _compiled(train.compile)))
     lines = [f"{name:<11} {fact}" for name, fact in rows]
     changes = [f"{'':<11} {change}" for change in _changes(config, run, world_size)]
     return [*lines, *changes, report.group_table(config.model, config.optim, train.tokens_per_step)]
@@ -130,6 +133,12 @@ def _start(config: Config, run: RunFolder) -> str:
     if step < 0 and config.model.init:
         return f"new, with the weights of {config.model.init}"
     return "new" if step < 0 else f"resumes from step {step} of {config.train.total_steps}"
+
+
+def _compiled(what: str) -> str:
+    """What is compiled; a machine that only starts runs may well have no compiler, so that is said and not refused."""
+    lacking = cannot_compile("cuda" if torch.cuda.is_available() else "cpu")
+    return f"{what} parts" + (f"; a run on this machine {lacking}, and would be refused" if lacking else "")
 
 
 def _changes(config: Config, run: RunFolder, world_size: int) -> list[str]:

@@ -34,13 +34,16 @@ class ScanChoice(NamedTuple):
 
 
 def scan_for(config: MemoryConfig, device: torch.device, dtype: torch.dtype, head_dim: int) -> ScanChoice:
-    """The fastest form of the loop that fits the memory, the device and the weights' dtype."""
+    """The fastest form of the loop that fits the memory, the device and the weights' dtype. Of the meta device, where
+    a run's memory is predicted: that of the GPU it is predicted for, though triton may be missing here."""
     if config.kernel == "plain":
         return ScanChoice(scan, "plain", "as configured")
-    if device.type != "cuda":
+    if device.type not in ("cuda", "meta"):
         return ScanChoice(scan, "plain", device.type.upper())
     if reason := _against_memory(config, head_dim) or _against_type(dtype, head_dim):
         return ScanChoice(scan, "plain", reason)
+    if device.type == "cuda" and not _has_triton():
+        return ScanChoice(scan, "plain", "no triton")
     return ScanChoice(partial(fused_scan, operands=dtype, precision="tf32"), "fused", operands=dtype)
 
 
@@ -70,7 +73,7 @@ def _against_type(dtype: torch.dtype, head_dim: int) -> str:
     # without it products of 64 x 64 are unrolled into single multiplications: more than 170 s to compile
     if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
         return "fp32 without TF32"
-    return "" if _has_triton() else "no triton"
+    return ""
 
 
 @cache

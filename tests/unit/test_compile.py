@@ -29,6 +29,7 @@ from hope.mixers.self_modifying import SelfModifyingTitans, memory_input
 from hope.model import Model
 from hope.parameters import initialise
 from hope.train.config import SeqLenStage, TrainConfig
+from launch import outlook
 from parallel.compute.tensor import sharded_loss
 
 SIZES = {"steps": 8, "seq_len": 64, "global_batch": 1, "micro_batch": 1}
@@ -185,3 +186,17 @@ def test_the_benchmark_of_the_parts_names_the_wrong_one(spoiled, monkeypatch, ca
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 7
     assert all(("BAD" in line) == (line.split()[0].rstrip(",") == spoiled) for line in lines)
+
+
+def test_a_dry_run_where_there_is_no_compiler_says_so(tmp_path: Path, monkeypatch, capsys):
+    """It is not refused: jobs are submitted from machines without one."""
+    path = config_file(tmp_path, "attention")
+    lines = []
+    for lacking in ("", "needs a C++ compiler"):
+        monkeypatch.setattr(outlook, "cannot_compile", lambda device, said=lacking: said)
+        assert pretrain_hope.main([path, "run.name=dry", "train.compile=dense", "--dry-run"]) == 0
+        lines += [line for line in capsys.readouterr().out.splitlines() if line.startswith("compiled ")]
+    assert lines == [
+        "compiled    dense parts",
+        "compiled    dense parts; a run on this machine needs a C++ compiler, and would be refused",
+    ]

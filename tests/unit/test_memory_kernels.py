@@ -33,7 +33,7 @@ def test_a_bf16_model_on_a_gpu_takes_the_kernels(head_dim, static):
     ("reason", "settings"),
     [
         ("CPU", {"device": "cpu"}),
-        ("META", {"device": "meta"}),
+        ("XPU", {"device": "xpu"}),
         ("as configured", {"kernel": "plain"}),
         ("mlp memories", {"memory": "mlp"}),
         ("forget zero", {"forget": "zero"}),
@@ -73,6 +73,7 @@ def test_an_fp32_model_may_where_torch_may_use_tf32():
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(kernels, "_has_triton", lambda: False)
     assert str(chosen()) == "plain (no triton)"
+    assert str(chosen("meta")) == "fused"  # where memory is predicted triton may be missing
 
 
 def test_no_kernel_is_imported_before_one_is_called():

@@ -1,12 +1,18 @@
 """Predicted bytes: exact where they can be counted on a CPU. Peaks on a GPU are compared in docs/performance.md."""
 
+from functools import partial
+
 import pytest
 import torch
+from interpreted import GPU, calls
 from models import named
 from optims import with_dmgd
 
 from hope.config import CmsConfig, ModelConfig
 from hope.memory.config import MemoryConfig
+from hope.memory.fused_scan import fused_scan
+from hope.memory.kernels import ScanChoice
+from hope.mixers import self_modifying
 from hope.model import Model, Slice, next_token_loss
 from hope.optim.build import build_optimizer
 from hope.optim.config import OptimConfig
@@ -31,9 +37,8 @@ def test_one_block_stands_for_all_of_them(kind, memory, recompute):
         assert part_activations(model, part, shape) == activation_bytes(build_part(model, part, shape), shape)
 
 
-@pytest.mark.parametrize("memory", ["matrix", "mlp"])
-def test_activations_are_what_autograd_really_keeps(memory):
-    settings = config(memory=memory)
+def really_kept(settings: ModelConfig, length: int) -> int:
+    """Bytes that autograd keeps for the backward pass of two sequences."""
     model = Model(settings).initialise(0)
     kept: dict[int, torch.Tensor] = {}
 
@@ -41,13 +46,40 @@ def test_activations_are_what_autograd_really_keeps(memory):
         kept[saved.untyped_storage().data_ptr()] = saved
         return saved
 
-    tokens = torch.zeros(16, 2, dtype=torch.long)
+    tokens = torch.zeros(length, 2, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
         loss = next_token_loss(model(tokens)[0], tokens)
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), tokens)}
-    real = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own)
     assert loss.requires_grad
-    assert part_activations(settings, Slice(0, 4), StepShape(16, 2, False)) == pytest.approx(real, rel=0.02)
+    return sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own)
+
+
+@pytest.mark.parametrize("memory", ["matrix", "mlp"])
+def test_activations_are_what_autograd_really_keeps(memory):
+    settings = config(memory=memory)
+    predicted = part_activations(settings, Slice(0, 4), StepShape(16, 2, False))
+    assert predicted == pytest.approx(really_kept(settings, 16), rel=0.02)
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    yield from calls(monkeypatch)
+
+
+@pytest.mark.skipif(GPU, reason="kernels are compiled for the GPU, not interpreted")
+@pytest.mark.filterwarnings("ignore:divide by zero", "ignore:overflow")
+def test_a_fused_run_is_predicted_with_what_its_kernels_keep(monkeypatch, interpreter):
+    """A GPU has the kernels, the machine that predicts may not. With TF32, as fp32 heads take them."""
+    cms = CmsConfig(periods=[1], hidden=16)
+    settings = named("hope", memory=MemoryConfig(), vocab_size=64, width=128, layers=2, heads=2, cms=cms)
+    predict = lambda: part_activations(settings, Slice(0, 2), StepShape(128, 2, False))
+    plain = predict()  # fp32 products without TF32: the kernels refuse them
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    fused = predict()
+    choice = ScanChoice(partial(fused_scan, operands=torch.float32, precision="ieee"), "fused")
+    monkeypatch.setattr(self_modifying, "scan_for", lambda *_: choice)
+    assert fused == pytest.approx(really_kept(settings, 128), rel=0.02)
+    assert fused < 0.8 * plain
 
 
 def test_bytes_of_weights_and_states():

@@ -101,32 +101,55 @@ def test_every_turn_has_the_whole_memory(bench):
     assert run_ranks(freed, 1, timeout=60) == [True]
 
 
-def search(throughput, fits: dict[int, float], cap: float = 1.0) -> int:
-    """The micro-batch that is found of 16 sequences, where those in `fits` fit and take so long."""
-    made = throughput.Bench.__new__(throughput.Bench)
-    made.args, made.tried = SimpleNamespace(tokens=16 * 64, cap=cap), []
+class Search:
+    """The search for a micro-batch of 16 sequences, where those in `fits` fit and take so long."""
 
-    def turn(model, seq, micro, steps, warm):
-        made.tried.append(micro)
-        if micro not in fits:
-            raise torch.OutOfMemoryError
-        return {"seconds": [fits[micro]]}
+    def __init__(self, throughput, fits: dict[int, float], cap: float = 1.0, tell: list[int] | None = None) -> None:
+        self.tried: list[int] = []
+        self.built: list[int] = []  # by how many tries stood before
+        made = throughput.Bench.__new__(throughput.Bench)
+        made.args = SimpleNamespace(tokens=16 * 64, cap=cap, compile="none", micro_batch=tell or [])
 
-    made.turn, made.free = turn, lambda: None
-    made.predicted = lambda model, seq, micro: 0.5 * micro
-    return made.micro_batch("hope", 64), made.tried
+        def turn(model, seq, micro, steps, warm, built):
+            assert built == self.built[-1]
+            self.tried.append(micro)
+            if micro not in fits:
+                raise torch.OutOfMemoryError
+            return {"seconds": [fits[micro]]}
+
+        def build(model, seq):
+            self.built.append(len(self.tried))
+            return self.built[-1]
+
+        made.turn, made.build, made.free = turn, build, lambda: None
+        made.predicted = lambda model, seq, micro: 0.5 * micro
+        self.found = made.micro_batch("hope", 64)
 
 
 def test_the_micro_batch_is_the_faster_of_the_two_largest_that_fit(bench):
     throughput, _ = bench
-    assert search(throughput, {4: 1.0, 2: 0.9, 1: 0.1}) == (2, [8, 4, 2])  # 16 is predicted at eight times the cap
-    assert search(throughput, {4: 1.0, 2: 1.1, 1: 0.1}, cap=10) == (4, [16, 8, 4, 2])
-    assert search(throughput, {1: 1.0}, cap=10) == (1, [16, 8, 4, 2, 1])
+    result = lambda *args, **choices: vars(Search(throughput, *args, **choices))
+    assert result({4: 1.0, 2: 0.9, 1: 0.1}, cap=3.2) == {"tried": [8, 4, 2], "built": [0, 1], "found": 2}
+    assert result({4: 1.0, 2: 1.1, 1: 0.1}, cap=10) == {"tried": [16, 8, 4, 2], "built": [0, 1, 2], "found": 4}
+    assert result({1: 1.0}, cap=10)["tried"] == [16, 8, 4, 2, 1]
+    assert result({2: 1.0, 1: 1.1}, cap=0.8) == {"tried": [2, 1], "built": [0], "found": 2}
     with pytest.raises(ValueError, match="one sequence does not fit under 10 GiB"):
-        search(throughput, {}, cap=10)
+        result({}, cap=10)
+
+
+def test_micro_batches_that_are_given_are_not_searched_for(bench):
+    throughput, _ = bench
+    assert vars(Search(throughput, {4: 1.0, 2: 0.9}, tell=[2, 4])) == {"tried": [4, 2], "built": [0], "found": 2}
+    assert vars(Search(throughput, {}, tell=[8])) == {"tried": [], "built": [], "found": 8}  # its turns will tell
 
 
 def test_lengths_that_do_not_divide_the_tokens_are_refused(bench, capsys):
     with pytest.raises(SystemExit):
         bench[0].arguments(["--seq", "3000"])
     assert "--seq 3000 does not divide --tokens 131072" in capsys.readouterr().err
+
+
+def test_micro_batches_that_do_not_divide_the_sequences_are_refused(bench, capsys):
+    with pytest.raises(SystemExit):
+        bench[0].arguments(["--seq", "4096", "--micro-batch", "8", "3"])
+    assert "--micro-batch 3 does not divide the 32 sequences of 4096" in capsys.readouterr().err
