@@ -71,15 +71,22 @@ def model_config(name: str, size: str) -> ModelConfig:
     if name == "transformer":
         return make([1], None)
     wanted = parameters(model_config("transformer", size))
-    without = parameters(make([1, 4], 1)) - (unit := parameters(make([1, 4], 2)) - parameters(make([1, 4], 1)))
-    for multiple in (64, 32, 16, 8, 4, 2, 1):  # the widest tiles that a product can have without missing the count
-        hidden = max(1, round((wanted - without) / unit / multiple)) * multiple
-        if abs(without + hidden * unit - wanted) <= WITHIN / 2 * wanted or multiple == 1:
-            break
-    found = make([1, 4], hidden)
+    found = make([1, 4], matched_hidden(make([1, 4], 1), wanted))
     if abs(parameters(found) - wanted) > WITHIN * wanted:
         raise ValueError(f"{name} at {size}: {parameters(found):,} parameters, transformer {wanted:,}")
     return found
+
+
+def matched_hidden(config: ModelConfig, wanted: int) -> int:
+    """The width of every level's MLP that comes closest to `wanted` parameters; multiples of 64 (the widest tiles that
+    a product can have) or fewer, as long as that does not miss half of `WITHIN`."""
+    of = lambda hidden: parameters(dataclasses.replace(config, cms=dataclasses.replace(config.cms, hidden=hidden)))
+    one, unit = of(1), of(2) - of(1)
+    for multiple in (64, 32, 16, 8, 4, 2, 1):
+        hidden = max(1, round((wanted - one + unit) / unit / multiple)) * multiple
+        if abs(one + (hidden - 1) * unit - wanted) <= WITHIN / 2 * wanted:
+            break
+    return hidden
 
 
 @dataclasses.dataclass

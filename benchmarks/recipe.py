@@ -1,0 +1,252 @@
+"""Models compared at the best learning rates of each: grids of equal size, then further seeds at the best of a grid.
+
+    python benchmarks/recipe.py --data TRAIN HELDOUT --gpus 2 --jobs 4 --json docs/measurements/recipe.json
+    python benchmarks/recipe.py --table docs/measurements/recipe.json
+
+benchmarks/recipe.yaml says which. A cell is one run of `pretrain_hope.py`. Its row is written when it ends, and cells
+that have a row are not run again, so that one may stop at any time (`--seconds`) and go on later. Grids are run in the
+order of the file. As soon as one is complete, its best rates are run with the other seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import yaml
+from contestants import WITHIN, matched_hidden, parameters
+
+from configs.schema import Config, load
+from parallel.exits import DO_NOT_RESTART
+
+ROOT = Path(__file__).resolve().parents[1]
+Row = dict[str, Any]
+Plan = dict[str, Any]
+SHORTEST = 60  # seconds left under which no cell is begun
+
+
+class Cell(NamedTuple):
+    """One run."""
+
+    model: str
+    optimizer: str
+    lr: float
+    lr_elementwise: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.model}_{self.optimizer}_{self.lr:g}_{self.lr_elementwise:g}_{self.seed}"
+
+    @staticmethod
+    def of(row: Row) -> Cell:
+        return Cell(*(row[field] for field in Cell._fields))
+
+
+def grid(plan: Plan, optimizer: str, model: str) -> list[Cell]:
+    """All rates, with the first seed."""
+    rates = plan["optimizers"][optimizer]
+    pairs = product(rates["lr"], rates["lr_elementwise"])
+    return [Cell(model, optimizer, lr, elementwise, plan["seeds"][0]) for lr, elementwise in pairs]
+
+
+def best(plan: Plan, optimizer: str, model: str, rows: list[Row]) -> Row | None:
+    """The row with the lowest held-out loss of a grid, None while it is incomplete. One that diverged has no loss."""
+    found = {Cell.of(row): row for row in rows}
+    cells = grid(plan, optimizer, model)
+    if any(cell not in found for cell in cells):
+        return None
+    trained = [found[cell] for cell in cells if found[cell]["heldout"] is not None]
+    return min(trained, key=lambda row: row["heldout"], default=None)
+
+
+def cells(plan: Plan, rows: list[Row]) -> Iterator[Cell]:
+    """Every cell that is known to be wanted, most worth first."""
+    for optimizer, model in plan["order"]:
+        yield from grid(plan, optimizer, model)
+        if chosen := best(plan, optimizer, model, rows):
+            for seed in plan["seeds"][1:]:
+                yield Cell.of(chosen)._replace(seed=seed)
+
+
+def words(plan: Plan, cell: Cell, data: list[str], folder: Path) -> list[str]:
+    """What `pretrain_hope.py` is given after the configuration's file."""
+    return [
+        *plan["common"], *plan["optimizers"][cell.optimizer]["set"], *plan["models"][cell.model],
+        f"optim.lr={cell.lr}", f"optim.lr_elementwise={cell.lr_elementwise}",
+        f"run.name={cell.name}", f"run.dir={folder}", f"run.seed={cell.seed}", f"data.seed={cell.seed}",
+        f"data.train={data[0]}", f"data.heldout={data[1]}",
+        "checkpoint.every=0", "train.eval_every=0", "log.tensorboard=false", "log.histograms=0",
+    ]  # fmt: skip
+
+
+def config_of(plan: Plan, cell: Cell, given: list[str]) -> tuple[Config, list[str]]:
+    """The configuration of a cell, and the words that make it: the MLPs of all models but the first match it."""
+    path = str(ROOT / plan["config"])
+    first = load(path, words(plan, cell._replace(model=next(iter(plan["models"]))), ["-", "-"], Path("-")), check=False)
+    config = load(path, given, check=False)
+    wanted = parameters(first.model)
+    hidden = matched_hidden(config.model, wanted)
+    given = [*given, f"model.cms.hidden={hidden}"]
+    config = load(path, given, check=False)
+    if abs(parameters(config.model) - wanted) > WITHIN * wanted:
+        raise ValueError(f"{cell.model}: {parameters(config.model):,} parameters, {wanted:,} are wanted")
+    return config, given
+
+
+class Runs:
+    """Cells shared out over slots of devices; rows go to a file as they come."""
+
+    def __init__(self, plan: Plan, args: argparse.Namespace) -> None:
+        self.plan, self.args, self.began = plan, args, time.monotonic()
+        self.rows: list[Row] = json.loads(args.json.read_text()) if args.json.exists() else []
+        self.going: set[Cell] = set()
+        self.failed: set[Cell] = set()
+        self.changed = threading.Condition()
+
+    def left(self) -> float:
+        return float(self.args.seconds) - (time.monotonic() - self.began)
+
+    def next(self) -> Cell | None:
+        """The next cell; waits while the end of another may call for more. None: nothing is left, or no time."""
+        with self.changed:
+            while self.left() > SHORTEST:
+                done = {Cell.of(row) for row in self.rows} | self.going | self.failed
+                todo = next((cell for cell in cells(self.plan, self.rows) if cell not in done), None)
+                if todo:
+                    self.going.add(todo)
+                    return todo
+                if not self.going:
+                    return None
+                self.changed.wait(timeout=1.0)
+        return None
+
+    def work(self, slot: int) -> None:
+        """Of one slot."""
+        while (cell := self.next()) is not None:
+            row = None
+            try:
+                row = self.run(cell, slot % self.args.gpus)
+            except Exception as error:  # the others are still worth their numbers
+                print(f"{cell.name}: {error}", flush=True)
+                self.failed.add(cell)
+            with self.changed:
+                self.going.discard(cell)
+                if row:
+                    self.rows.append(row)
+                    _write(self.args.json, self.rows)
+                self.changed.notify_all()
+
+    def run(self, cell: Cell, device: int) -> Row | None:
+        """The row of a run; None if there was no time for it. Raises RuntimeError: it neither ended nor diverged."""
+        out = Path(self.args.out)
+        config, given = config_of(self.plan, cell, words(self.plan, cell, self.args.data, out))
+        log = out / f"{cell.name}.log"
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(device), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(ROOT / "pretrain_hope.py"), str(ROOT / self.plan["config"]), *given]
+        began = time.monotonic()
+        with log.open("w") as file:
+            try:
+                code = subprocess.run(
+                    command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT, timeout=self.left()
+                ).returncode
+            except subprocess.TimeoutExpired:
+                return None
+        diverged = code == DO_NOT_RESTART
+        if code and not diverged:
+            raise RuntimeError(f"exit code {code}, see {log}")
+        records = [json.loads(line) for line in (out / cell.name / "metrics.jsonl").read_text().splitlines()]
+        losses = [record["heldout_loss"] for record in records if record.get("heldout_loss") is not None]
+        train, last = config.train, [r for r in records if r.get("tokens")][-1]
+        row = cell._asdict() | {
+            "parameters": parameters(config.model), "tokens": train.total_steps * train.tokens_per_step,
+            "heldout": None if diverged else losses[-1], "seconds": round(time.monotonic() - began, 1),
+            "train_loss": last.get("loss"), "gpu": _gpu(), "jobs": self.args.jobs,
+        }  # fmt: skip
+        print(f"{cell.name:<44} {row['heldout']}  {row['seconds']} s", flush=True)
+        return row
+
+
+def _gpu() -> str:
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+
+
+def _write(path: Path, rows: list[Row]) -> None:
+    """Never half a file."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(json.dumps(rows, indent=1) + "\n")
+    os.replace(unfinished, path)
+
+
+def table(plan: Plan, rows: list[Row]) -> str:
+    """Markdown: every pair's best rates, and the mean and spread of its seeds at these."""
+    lines = ["| optimizer | model | parameters | lr | element-wise lr | held-out | seeds | smallest - largest |"]
+    lines.append("|---" * lines[0].count(" | ") + "|---|")
+    for optimizer, model in plan["order"]:
+        chosen = best(plan, optimizer, model, rows)
+        if chosen is None:
+            done = sum(Cell.of(row) in grid(plan, optimizer, model) for row in rows)
+            lines.append(
+                f"| {optimizer} | {model} | | | | {done} of {len(grid(plan, optimizer, model))} cells run | | |"
+            )
+            continue
+        same = [row for row in rows if Cell.of(row)._replace(seed=0) == Cell.of(chosen)._replace(seed=0)]
+        losses = [row["heldout"] for row in same if row["heldout"] is not None]
+        lines.append(
+            f"| {optimizer} | {model} | {chosen['parameters'] / 1e6:.1f}M | {chosen['lr']:g} | "
+            f"{chosen['lr_elementwise']:g} | {statistics.mean(losses):.3f} | {len(losses)} | "
+            f"{min(losses):.3f} - {max(losses):.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", type=Path, default=ROOT / "benchmarks/recipe.yaml")
+    parser.add_argument("--data", nargs=2, metavar=("TRAIN", "HELDOUT"))
+    parser.add_argument("--out", default="runs/recipe", help="folder of the runs")
+    parser.add_argument("--json", type=Path, help="rows that are there are kept")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time on one device")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="until what is not done is left alone")
+    parser.add_argument("--table", type=Path, help="print the table of such a file, run nothing")
+    args = parser.parse_args(argv)
+    if not args.table and not (args.data and args.json):
+        parser.error("--data and --json are needed, or --table")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    plan: Plan = yaml.safe_load(args.plan.read_text())
+    if args.table:
+        print(table(plan, json.loads(args.table.read_text())))
+        return 0
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    runs = Runs(plan, args)
+    slots = [threading.Thread(target=runs.work, args=(slot,)) for slot in range(args.gpus * args.jobs)]
+    for slot in slots:
+        slot.start()
+    for slot in slots:
+        slot.join()
+    print(table(plan, runs.rows))
+    return int(bool(runs.failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

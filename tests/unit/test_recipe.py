@@ -1,0 +1,97 @@
+"""benchmarks/recipe.py: which cells are run, in which order, what is kept, and the table."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import config_file
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+PLAN = {
+    "models": {"a": [], "b": []},
+    "optimizers": {"muon": {"set": [], "lr": [1.0, 2.0], "lr_elementwise": [3.0]}},
+    "order": [["muon", "a"], ["muon", "b"]],
+    "seeds": [1, 2],
+}
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("recipe")
+
+
+def row(recipe, model: str, lr: float, seed: int, heldout: float | None) -> dict:
+    return recipe.Cell(model, "muon", lr, 3.0, seed)._asdict() | {"heldout": heldout, "parameters": 1_500_000}
+
+
+def test_the_best_of_a_complete_grid_gets_the_other_seeds(recipe):
+    wanted = lambda rows: [(c.model, c.lr, c.seed) for c in recipe.cells(PLAN, rows)]
+    grids = [("a", 1.0, 1), ("a", 2.0, 1), ("b", 1.0, 1), ("b", 2.0, 1)]
+    assert wanted([]) == grids
+    half = [row(recipe, "a", 1.0, 1, 4.0)]
+    assert wanted(half) == grids
+    whole = [*half, row(recipe, "a", 2.0, 1, 3.0)]
+    assert wanted(whole) == [*grids[:2], ("a", 2.0, 2), *grids[2:]]
+    diverged = [*half, row(recipe, "a", 2.0, 1, None)]
+    assert wanted(diverged) == [*grids[:2], ("a", 1.0, 2), *grids[2:]]
+    assert wanted([row(recipe, "a", lr, 1, None) for lr in (1.0, 2.0)]) == grids  # nothing to repeat
+
+
+def test_the_table_has_means_and_spreads_of_the_best(recipe):
+    rows = [row(recipe, "a", 1.0, 1, 4.0), row(recipe, "a", 2.0, 1, 3.0), row(recipe, "a", 2.0, 2, 3.5)]
+    lines = recipe.table(PLAN, [*rows, row(recipe, "b", 1.0, 1, 1.0)]).splitlines()
+    assert lines[2] == "| muon | a | 1.5M | 2 | 3 | 3.250 | 2 | 3.000 - 3.500 |"
+    assert "1 of 2 cells run" in lines[3]
+
+
+def test_cells_are_run_once_and_a_diverged_one_has_no_loss(recipe, tmp_path, capfd):
+    config = config_file(tmp_path, "attention")
+    plan = {
+        "config": config,
+        "common": ["train.steps=4"],
+        "models": {"transformer": ["model.cms.periods=[1]"], "hope": ["model.cms.periods=[1,3]"]},
+        "optimizers": {"adamw": {"set": ["optim.name=adamw"], "lr": [1e-2], "lr_elementwise": [1e-2, 1e30]}},
+        "order": [["adamw", "hope"]],
+        "seeds": [1, 2],
+    }
+    file, rows = tmp_path / "plan.yaml", tmp_path / "rows.json"
+    file.write_text(yaml.safe_dump(plan))
+    flags = ["--plan", str(file), "--data", str(tmp_path / "train"), str(tmp_path / "heldout"), "--json", str(rows)]
+    flags += ["--out", str(tmp_path / "runs"), "--jobs", "2"]
+    assert recipe.main(flags) == 0
+    found = json.loads(rows.read_text())
+    key = lambda row: (row["lr_elementwise"], row["seed"])
+    losses = {key(row): row["heldout"] for row in found}
+    assert losses.keys() == {(1e-2, 1), (1e-2, 2), (1e30, 1)}
+    assert losses[1e30, 1] is None
+    assert 2 < losses[1e-2, 1] < 5
+    assert losses[1e-2, 1] != losses[1e-2, 2]
+    assert {row["tokens"] for row in found} == {4 * 8 * 16}
+    transformer = importlib.import_module("contestants").parameters(
+        recipe.load(config, ["model.cms.periods=[1]"], check=False).model
+    )
+    assert [row["parameters"] for row in found] == pytest.approx([transformer] * 3, rel=0.02)
+    assert "| adamw | hope |" in capfd.readouterr().out
+    before = rows.read_text()
+    assert recipe.main(flags) == 0  # nothing is left to do
+    assert rows.read_text() == before
+
+
+def test_a_run_that_fails_is_no_result(recipe, tmp_path, capfd):
+    plan = {
+        "config": config_file(tmp_path, "attention"),
+        "common": [],
+        "models": {"transformer": []},
+        "optimizers": {"adamw": {"set": ["optim.name=adamw"], "lr": [1e-2], "lr_elementwise": [1e-2]}},
+        "order": [["adamw", "transformer"]],
+        "seeds": [1],
+    }
+    file, rows = tmp_path / "plan.yaml", tmp_path / "rows.json"
+    file.write_text(yaml.safe_dump(plan))
+    flags = ["--plan", str(file), "--data", str(tmp_path / "nothing"), str(tmp_path / "heldout"), "--json", str(rows)]
+    assert recipe.main([*flags, "--out", str(tmp_path / "runs")]) == 1
+    assert "exit code 2, see " in capfd.readouterr().out
+    assert not rows.exists()
