@@ -7,8 +7,8 @@
 `check` compares with float64: each kernel's tensors with formulas on what the kernels stored, then outputs, end state
 and all gradients with the plain loop, then two runs with each other. Every configuration has a process and a time limit
 of its own, since a wrong kernel may hang or crash. Keys of `one`: K, kind (bf16, tf32, tf32x3, ieee), L, B, H,
-documents, alpha (logit of the retention), same (how alike tokens are), stages (0: end to end only), device, compile (1:
-dense parts of the timed layer as `train.compile=dense` has them).
+documents, static (learned or projected), alpha (logit of the retention), same (how alike tokens are), stages (0: end
+to end only), device, compile (1: dense parts of the timed layer as `train.compile=dense` has them).
 """
 
 from __future__ import annotations
@@ -50,19 +50,24 @@ Case = dict[str, Any]
 # them: 2e-3 was seen in gradients on an H100. bf16: 5e-3.
 BOUNDS = {"bf16": (1e-2, 2e-2), "tf32": (4e-3, 4e-3), "tf32x3": (1e-4, 1e-4), "ieee": (1e-5, 3e-5)}
 DEFAULTS: Case = {"K": 64, "kind": "bf16", "L": 1024, "B": 2, "H": 3, "documents": 0, "alpha": 4.0, "same": 0.0,
-                  "stages": 1, "device": "cuda"}  # fmt: skip
-CHECKS: list[Case] = [
-    {"K": K, "kind": kind, "L": L, "documents": documents}
-    for K, kind in ((64, "bf16"), (128, "bf16"), (64, "tf32"))
-    for L in (1024, 4096)
-    for documents in (0, 1)
-] + [{"K": 64, "alpha": 1.0, "same": 0.7}, {"K": 128, "alpha": 1.0, "same": 0.7}, {"K": 64, "kind": "tf32x3"}]
+                  "static": "learned", "stages": 1, "device": "cuda"}  # fmt: skip
+CHECKS: list[Case] = (
+    [
+        {"K": K, "kind": kind, "L": L, "documents": documents}
+        for K, kind in ((64, "bf16"), (128, "bf16"), (64, "tf32"))
+        for L in (1024, 4096)
+        for documents in (0, 1)
+    ]
+    + [{"K": K, "static": "projected", "documents": 1} for K in (64, 128)]
+    + [{"K": 64, "alpha": 1.0, "same": 0.7}, {"K": 128, "alpha": 1.0, "same": 0.7}, {"K": 64, "kind": "tf32x3"}]
+)
 TIMES: list[Case] = [
     {"K": 64, "B": 8, "L": 4096},
     {"K": 128, "B": 8, "L": 4096},
     {"K": 64, "B": 4, "L": 4096},
     {"K": 64, "B": 8, "L": 4096, "documents": 1},
     {"K": 64, "B": 8, "L": 4096, "compile": 1},
+    {"K": 64, "B": 8, "L": 4096, "static": "projected"},
 ]
 
 
@@ -73,7 +78,8 @@ def tensors(case: Case, length: int) -> dict[str, Tensor]:
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
     token = lambda: unit(draw(B, H, length, K) + case["same"] * K**0.5 * unit(draw(1, H, 1, K)))
     square = lambda: draw(H, K, K) * K**-0.5
-    found = {"x": token(), "q": token(), "static_k": square(), "static_v": square()}
+    path = token if case["static"] == "projected" else square
+    found = {"x": token(), "q": token(), "static_k": path(), "static_v": path()}
     found |= {"eta_weight": 0.3 * draw(H, K), "alpha_weight": 0.3 * draw(H, K)}
     found |= {"eta_bias": 0.3 * draw(H), "alpha_bias": case["alpha"] + 0.3 * draw(H)}
     found |= {f"M_{box}": square() for box in ("k", "v", "eta", "alpha", "main")}
@@ -99,14 +105,17 @@ def bound(leaves: dict[str, Tensor], layout: ChunkLayout, config: MemoryConfig) 
     x, q = layout.spread(leaves["x"]), layout.spread(leaves["q"])
     biases = leaves["eta_bias"], leaves["alpha_bias"]
     state = (DeltaState(leaves["R0"]),)
-    return memories, Given(x, q, leaves["static_k"], leaves["static_v"], *biases), States(state, state)
+    static, none = [leaves["static_k"], leaves["static_v"]], [None, None]
+    learned, projected = (static, none) if config.static == "learned" else (none, map(layout.spread, static))
+    return memories, Given(x, q, *learned, *biases, *projected), States(state, state)
 
 
 def end_to_end(case: Case, loop: Callable[..., Scanned], dtype: torch.dtype) -> dict[str, Tensor]:
     """y, the end state and the gradient of every leaf."""
     length, layout = layout_of(case)
     leaves = {name: t.to(dtype).requires_grad_() for name, t in tensors(case, length).items()}
-    found = loop(MemoryConfig(), *(parts := bound(leaves, layout, MemoryConfig()))[:2], layout, parts[2])
+    config = MemoryConfig(static=case["static"])
+    found = loop(config, *(parts := bound(leaves, layout, config))[:2], layout, parts[2])
     y, end = layout.collect(found.y), found.states.main[0].weight
     weights = lambda t, seed: torch.randn(t.shape, generator=torch.Generator().manual_seed(seed)).to(t)
     ((y * weights(y, 1)).sum() + (end * weights(end, 2)).sum()).backward()
@@ -119,7 +128,7 @@ def stages(case: Case, operands: torch.dtype, precision: str) -> Run:
     """One pass through the kernels themselves, forward and backward."""
     from hope.memory import fused
 
-    config, (length, layout) = MemoryConfig(), layout_of(case)
+    config, (length, layout) = MemoryConfig(static=case["static"]), layout_of(case)
     leaves = {name: t.float() for name, t in tensors(case, length).items()}
     memories, given, state = bound(leaves, layout, config)
     x, q = (t.to(operands).contiguous() for t in (given.x, given.q))
@@ -206,7 +215,7 @@ def timed(step: Callable[[], list[torch.cuda.Event]], repeat: int) -> list[float
 def layer(case: Case, loop: Callable[..., Scanned] | None, repeat: int) -> Case:
     """ms forward and backward of one whole mixer in bf16, and GiB beyond its weights; loop None: the plain one."""
     width, device = case["width"], torch.device(case["device"])
-    mixer = SelfModifyingTitans(Trunk(width, width // case["K"], 1), MemoryConfig())
+    mixer = SelfModifyingTitans(Trunk(width, width // case["K"], 1), MemoryConfig(static=case["static"]))
     initialise(mixer, 0)
     mixer = mixer.to(device, torch.bfloat16)
     choice = ScanChoice(scan, "") if loop is None else ScanChoice(loop, "", operands=torch.bfloat16)

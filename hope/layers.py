@@ -67,9 +67,9 @@ class RMSNorm(Dense):
         return self.form(rms_norm)(x, self.weight, self.eps)
 
 
-def gated(gate: Tensor, x: Tensor) -> Tensor:
-    """silu(gate) x."""
-    return F.silu(gate) * x
+def gated(gate: Tensor, x: Tensor, kind: Literal["silu", "sigmoid"] = "silu") -> Tensor:
+    """silu(gate) x, or sigmoid(gate) x."""
+    return (F.silu(gate) if kind == "silu" else torch.sigmoid(gate)) * x
 
 
 class SwiGlu(Dense):

@@ -86,8 +86,11 @@ class HeadMemories:
         self.now[box] = updated
 
 
-def one_head(mixer: SelfModifyingTitans, head: int, x: Tensor, q: Tensor) -> tuple[Tensor, HeadMemories]:
-    """x, q [T, K] of one sequence -> y [T, K] before norm and gate, and the memories at the end."""
+def one_head(
+    mixer: SelfModifyingTitans, head: int, x: Tensor, q: Tensor, projected: list[Tensor]
+) -> tuple[Tensor, HeadMemories]:
+    """x, q and the projected static paths of k and v [T, K] of one sequence -> y [T, K] before norm and gate, and the
+    memories at the end."""
     config, memories = mixer.config, HeadMemories(mixer, head)
     c, out = config.contribution, []
     start = {}
@@ -98,6 +101,8 @@ def one_head(mixer: SelfModifyingTitans, head: int, x: Tensor, q: Tensor) -> tup
         read = lambda box, z: c * memories.contribution(start[box], z)
         if config.static == "learned":
             static_k, static_v = mixer.static_k[head] @ x[t], mixer.static_v[head] @ x[t]
+        elif config.static == "projected":
+            static_k, static_v = (s[t] for s in projected)
         else:
             static_k = static_v = x[t] if config.static == "identity" else 0 * x[t]
         k, v = unit(static_k + read("k", x[t])), static_v + read("v", x[t])
@@ -117,14 +122,16 @@ def one_head(mixer: SelfModifyingTitans, head: int, x: Tensor, q: Tensor) -> tup
 def one_document(mixer: SelfModifyingTitans, x_TD: Tensor) -> Tensor:
     """The whole mixer on one document [T, D] -> [T, D]."""
     heads, width = mixer.heads, mixer.head_dim
-    xs = conv(mixer.conv_input.weight, x_TD @ mixer.input.weight.T)
-    qs = conv(mixer.conv_query.weight, x_TD @ mixer.query.weight.T)
+    streams = ["input", "query", *(["key", "value"] if mixer.config.static == "projected" else [])]
+    weights = [(getattr(mixer, name).weight, getattr(mixer, f"conv_{name}").weight) for name in streams]
+    xs, qs, *projected = (conv(taps, x_TD @ weight.T) for weight, taps in weights)
     outs = []
     for head in range(heads):
         cut = slice(head * width, (head + 1) * width)
-        y, _ = one_head(mixer, head, unit(xs[:, cut]), unit(qs[:, cut]))
+        y, _ = one_head(mixer, head, unit(xs[:, cut]), unit(qs[:, cut]), [unit(s[:, cut]) for s in projected])
         outs.append(y / torch.sqrt((y * y).mean(-1, keepdim=True) + 1e-6) * mixer.norm.weight)
-    return (torch.cat(outs, -1) * F.silu(x_TD @ mixer.gate.weight.T)) @ mixer.output.weight.T
+    gate = {"silu": F.silu, "sigmoid": torch.sigmoid}[mixer.config.output_gate]
+    return (torch.cat(outs, -1) * gate(x_TD @ mixer.gate.weight.T)) @ mixer.output.weight.T
 
 
 def mixer_reference(mixer: SelfModifyingTitans, x_TBD: Tensor) -> Tensor:

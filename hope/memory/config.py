@@ -38,8 +38,10 @@ class MemoryConfig(MixerSection):
     fixed point: with `forget: zero` and 98 % it would be gone after some hundred tokens."""
     contribution: float = 0.3
     """Factor on the memory's part of every forward read, next to the static path (1.0 narrows the stable range)."""
-    static: Literal["learned", "identity", "none"] = "learned"
-    """Static path of the k and v reads: a learned map, the residual of Eq. 89, or nothing (diverges easily)."""
+    static: Literal["learned", "projected", "identity", "none"] = "learned"
+    """Static path of the k and v reads. learned: a map per head of the memory's input; projected: a projection of the
+    full width with a convolution each, normalised, as in delta-rule models (0.16 nats better under Muon); identity: the
+    residual of Eq. 89; none: nothing (diverges easily)."""
     normalise_values: bool = True
     """L2-normalise v as well as q and k; without it the loop v -> M v is quadratic in the state and diverges."""
     erase: Literal["layerwise", "input", "objective", "none"] = "layerwise"
@@ -53,6 +55,8 @@ class MemoryConfig(MixerSection):
     """Hidden width of an mlp memory over the head width."""
     conv_width: int = 4
     """Taps of the causal depthwise convolution before the memory."""
+    output_gate: Literal["silu", "sigmoid"] = "silu"
+    """What the gate of the output goes through: sigmoid was 0.15 nats better under Muon, 0.12 worse under AdamW."""
     kernel: Literal["auto", "plain"] = "auto"
     """auto: the fastest form of the loop that fits; plain: the PyTorch loop, to compare with."""
 

@@ -3,10 +3,11 @@
 All that does not wait for the state is done for all tokens at once, by the libraries' matrix products. With B_box =
 M_box,0 + I and c the contribution factor,
 
-    a_k = x (S_k + c M_k,0)^T, a_v alike;     g_eta = 8 (w_eta + c M_eta,0^T w_eta) . x + b_eta, g_alpha alike
+    a_k = s_k + x (S_k + c M_k,0)^T, a_v alike;     g_eta = 8 (w_eta + c M_eta,0^T w_eta) . x + b_eta, g_alpha alike
     b_k = c B_k,  b_v = c B_v;                e_eta = 8 c B_eta^T w_eta, e_alpha alike
 
-go into the loop, f_t = R_t q_t comes out of it, and y = q M_main,0^T + f B_main^T. S_k, S_v are the static paths.
+go into the loop, f_t = R_t q_t comes out of it, and y = q M_main,0^T + f B_main^T. Of the static paths S_k is learned,
+s_k projected, the other one zero.
 
 Shapes: B sequences, H heads, L tokens (a multiple of the chunk), N chunks, K head width, C tokens of a chunk.
 """
@@ -70,7 +71,7 @@ def fused_scan(
     )  # fmt: skip
     main = _bank(memories).main
     assert main is not None
-    through = lambda m: m.to(operands).mT.expand(batch, -1, -1, -1).flatten(0, 1)
+    through = lambda m: _per_sequence(m.to(operands).mT, q)
     y = torch.baddbmm(q.flatten(0, 1) @ through(main), f.flatten(0, 1), through(main + _eye(main))).view_as(f)
     states = (DeltaState(end.mT),)
     gates = Gates(eta, log_alpha, None if valid is None else valid.unsqueeze(1))
@@ -96,7 +97,8 @@ def _before_the_loop(config: MemoryConfig, memories: Memories, given: Given, x: 
     m_eta, m_alpha = through(w_eta, eta), through(w_alpha, alpha)
     # the bias is added in fp32: in bf16 a logit of 4 would be rounded to steps of 1/32, and 1 - alpha to 3 %
     gates = torch.stack([w_eta + m_eta, w_alpha + m_alpha], -1).to(x.dtype)
-    a_k, a_v, logits = _Products.apply(x, path(given.static_k, key), path(given.static_v, value), gates)
+    projected = (None if s is None else s.to(x.dtype) for s in (given.projected_k, given.projected_v))
+    a_k, a_v, logits = _Products.apply(x, *projected, path(given.static_k, key), path(given.static_v, value), gates)
     biases = given.eta_bias.float(), given.alpha_bias.float()
     g_eta, g_alpha = (t + b.unsqueeze(-1) for t, b in zip(logits.float().unbind(-1), biases, strict=True))
     b_k, b_v = scale * (key + eye), scale * (value + eye)
@@ -105,25 +107,41 @@ def _before_the_loop(config: MemoryConfig, memories: Memories, given: Given, x: 
 
 
 class _Products(torch.autograd.Function):
-    """x W of every W [H, K, N], x [B, H, L, K]. The gradients of x are added up inside of their products: as sums of
-    their own they read and write x's size three times each."""
+    """x W of every W [H, K, N], x [B, H, L, K]; the first two with `first` and `second` [B, H, L, N] added, if given.
+    All sums, also of the gradients of x, are made inside of products: by themselves they read and write x's size three
+    times each."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, first: Tensor | None, second: Tensor | None, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, *weights)
-        return tuple(x @ w for w in weights)
+        ctx.added = first is not None, second is not None
+        added = (first, second, *[None] * (len(weights) - 2))
+        return tuple(x @ w if s is None else _sum(s, x, w) for s, w in zip(added, weights, strict=True))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         x, *weights = ctx.saved_tensors
         flat = [g.flatten(0, 1) for g in gradients]
-        turned = [w.mT.expand(x.shape[0], -1, -1, -1).flatten(0, 1) for w in weights]
+        turned = [_per_sequence(w.mT, x) for w in weights]
         dx = flat[0] @ turned[0]
         for g, w in zip(flat[1:], turned[1:], strict=True):
             dx.baddbmm_(g, w)
         over_batch = lambda g, w: (x.mT @ g).sum(0, dtype=torch.float32).to(w.dtype)
-        return dx.view_as(x), *(over_batch(g, w) for g, w in zip(gradients, weights, strict=True))
+        of_added = (g if there else None for g, there in zip(gradients[:2], ctx.added, strict=True))
+        return dx.view_as(x), *of_added, *(over_batch(g, w) for g, w in zip(gradients, weights, strict=True))
+
+
+def _per_sequence(w: Tensor, x: Tensor) -> Tensor:
+    """w [H, K, N] for every sequence and head of x [B, H, ...], [B H, K, N]."""
+    return w.expand(x.shape[0], -1, -1, -1).flatten(0, 1)
+
+
+def _sum(s: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    """s + x w, rounded once."""
+    return torch.baddbmm(s.flatten(0, 1), x.flatten(0, 1), _per_sequence(w, x)).view_as(s)
 
 
 def _eye(like: Tensor) -> Tensor:

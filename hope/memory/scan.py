@@ -28,7 +28,7 @@ GATE_SCALE = 8.0
 
 class Given(NamedTuple):
     """What a mixer brings: x, q [B, H, L, K]; the learned static paths S_k, S_v [H, K, K], if the configuration has
-    them; the gates' biases [H]."""
+    them; the gates' biases [H]; the projected static paths s_k, s_v [B, H, L, K], if it has those."""
 
     x: Tensor
     q: Tensor
@@ -36,6 +36,8 @@ class Given(NamedTuple):
     static_v: Tensor | None
     eta_bias: Tensor
     alpha_bias: Tensor
+    projected_k: Tensor | None = None
+    projected_v: Tensor | None = None
 
 
 class Sequences(NamedTuple):
@@ -110,6 +112,8 @@ def _sequences(config: MemoryConfig, memories: Memories, given: Given) -> Sequen
     static_k, static_v = (x, x) if config.static == "identity" else (torch.zeros_like(x), torch.zeros_like(x))
     if given.static_k is not None and given.static_v is not None:
         static_k, static_v = x @ given.static_k.to(x.dtype).mT, x @ given.static_v.to(x.dtype).mT
+    elif given.projected_k is not None and given.projected_v is not None:
+        static_k, static_v = given.projected_k.to(x.dtype), given.projected_v.to(x.dtype)
     logit = lambda w, b: GATE_SCALE * (x @ w.to(x.dtype).unsqueeze(-1)) + b.to(x.dtype)[:, None, None]
     eta, alpha = logit(memories.eta_weight, given.eta_bias), logit(memories.alpha_weight, given.alpha_bias)
     return Sequences(x, given.q, static_k, static_v, eta, alpha)

@@ -3,10 +3,14 @@ targets.
 
 For a head with normalised input x_t and query q_t, and c the contribution factor,
 
-    k_t = unit(S_k x_t + c M_k(x_t))      v_t = unit(S_v x_t + c M_v(x_t))          S: the static path
+    k_t = unit(S_k x_t + c M_k(x_t))      v_t = unit(S_v x_t + c M_v(x_t))          S x_t: the static path
     eta_t = eta_max sigmoid(8 w_eta . (x_t + c M_eta(x_t)) + b_eta)                 alpha_t alike, biased to ~1
     D_box <- D_box (alpha_t I - eta_t k_t k_t^T) - eta_t grad 1/2 |M_box(k_t) - M_box(v_t)|^2      for every box
     y_t = M_main(q_t),       M_box = M_box,0 + D_box (`forget: initial`; Eq. 88 itself has M_box for D_box: `zero`)
+
+With `static: projected` the static paths are s_k,t and s_v,t in the place of S_k x_t and S_v x_t. They are made as x_t
+and q_t are, unit(silu(conv(W z))), by projections W_k, W_v and convolutions of their own, as in Gated DeltaNet (Yang et
+al., 2025).
 
 Reads of k, v, eta and alpha and all inner gradients use the state at the chunk's start (Eq. 90); y is read causally
 inside the chunk by default. `hope.memory.scan` is the loop over chunks. Sequential depth is T / projection_chunk: k_t
@@ -17,7 +21,9 @@ Trunk activations are [T, B, D]; inside, per head, [B, H, T, K]. Memory states a
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -42,9 +48,10 @@ class SelfModifyingState(State):
 
     projections, main: fast weights of the two banks at the last chunk boundary (the same tuple when the chunk sizes are
         equal and writes are shared).
-    history: [B, taps-1, 2 D], the last inputs of the two convolutions.
+    history: [B, taps-1, N D], the last inputs of the N convolutions: of x, q and, if projected, k and v.
     pending_x, pending_q: [B, H, P, K], the memory's inputs since the last chunk boundary.
     pending: how many of the P slots are taken.
+    pending_k, pending_v: [B, H, P, K], the static paths of the same tokens; None unless they are projected.
     """
 
     projections: FastWeights
@@ -53,6 +60,13 @@ class SelfModifyingState(State):
     pending_x: Tensor
     pending_q: Tensor
     pending: Pending
+    pending_k: Tensor | None = None
+    pending_v: Tensor | None = None
+
+    @property
+    def waiting(self) -> list[Tensor]:
+        """What the memory was brought for the pending tokens, in the order of `SelfModifyingTitans._streams`."""
+        return [t for t in (self.pending_x, self.pending_q, self.pending_k, self.pending_v) if t is not None]
 
     def reset(self, rows: Tensor, initial: SelfModifyingState) -> SelfModifyingState:
         """Where rows [B] is true, a sequence starts anew: initial memories, no history, nothing pending."""
@@ -61,7 +75,7 @@ class SelfModifyingState(State):
         projections = main if self.projections is self.main else bank(self.projections, initial.projections)
         history = self.history.masked_fill(rows.view(-1, 1, 1), 0.0)
         pending = self.pending.without(rows)
-        return SelfModifyingState(projections, main, history, self.pending_x, self.pending_q, pending)
+        return dataclasses.replace(self, projections=projections, main=main, history=history, pending=pending)
 
     def compared(self) -> dict[str, Tensor]:
         """The fast weights of the main memory's bank."""
@@ -79,10 +93,12 @@ def memory_input(
     return vectors if dtype == wide else vectors.to(dtype, memory_format=torch.contiguous_format)
 
 
-def merge_heads(y_BHTK: Tensor, gate_TBD: Tensor, norm_weight: Tensor) -> Tensor:
+def merge_heads(
+    y_BHTK: Tensor, gate_TBD: Tensor, norm_weight: Tensor, kind: Literal["silu", "sigmoid"] = "silu"
+) -> Tensor:
     """Heads normed by one weight in the memory's precision, side by side [T, B, D] in the trunk's, and gated."""
     y_BHTK = rms_norm(y_BHTK, norm_weight.to(y_BHTK.dtype)).to(gate_TBD.dtype)
-    return gated(gate_TBD, y_BHTK.permute(2, 0, 1, 3).flatten(-2))
+    return gated(gate_TBD, y_BHTK.permute(2, 0, 1, 3).flatten(-2), kind)
 
 
 @mixer("hope", section=MemoryConfig)
@@ -95,7 +111,8 @@ class SelfModifyingTitans(Mixer):
         self.config, self.width, self.head_dim, self.heads = config, width, head_dim, heads
         self.chunk = config.window
         self.boxes = ("k", "v", "eta", "alpha") + (("q",) if config.adaptive_query else ())
-        self.input, self.query = (Linear(width, width, "column", head_dim) for _ in range(2))
+        projection = lambda: Linear(width, width, "column", head_dim)
+        self.input, self.query = projection(), projection()
         self.gate = Linear(width, width, "column")
         self.output = Linear(width, width, "row")
         self.conv_input = CausalConv(width, config.conv_width)
@@ -107,6 +124,9 @@ class SelfModifyingTitans(Mixer):
                 heads, head_dim, head_dim, init=normal(head_dim**-0.5), cut=0, update="matrix_per_head"
             )
             self.static_k, self.static_v = square(), square()
+        elif config.static == "projected":
+            self.key, self.value = projection(), projection()
+            self.conv_key, self.conv_value = (CausalConv(width, config.conv_width) for _ in range(2))
         # small, not zero: a zero read-out would give the eta and alpha memories no gradient at the first step
         gate = lambda *shape, init: new_parameter(heads, *shape, init=init, cut=0, update="elementwise")
         self.eta_weight, self.alpha_weight = gate(head_dim, init=normal(0.02)), gate(head_dim, init=normal(0.02))
@@ -123,11 +143,10 @@ class SelfModifyingTitans(Mixer):
         length, batch, _ = x_TBD.shape
         dtype = torch.promote_types(x_TBD.dtype, torch.float32)
         choice = scan_for(self.config, x_TBD.device, x_TBD.dtype, self.head_dim)
-        x_BHTK, q_BHTK, history = self._convolved(x_TBD, state, documents, choice.operands or dtype)
+        inputs, history = self._convolved(x_TBD, state, documents, choice.operands or dtype)
         pending = NO_PENDING if state is None else state.pending
         if state is not None and pending.slots:
-            x_BHTK = torch.cat([state.pending_x, x_BHTK], 2)
-            q_BHTK = torch.cat([state.pending_q, q_BHTK], 2)
+            inputs = [torch.cat(pair, 2) for pair in zip(state.waiting, inputs, strict=True)]
         window, device = self.config.window, x_TBD.device
         layout = (
             plain_layout(batch, length, window, device, pending)
@@ -135,42 +154,48 @@ class SelfModifyingTitans(Mixer):
             else documents.layout(window, pending)
         )
         before = None if state is None else States(state.projections, state.main)
-        given = self._given(layout.spread(x_BHTK), layout.spread(q_BHTK))
+        given = self._given(*map(layout.spread, inputs))
         found = choice.scan(self.config, self._memories(dtype), given, layout, before)
         if self.watched:
             self._collected = summary(found)
-        merged = self.form(merge_heads)(layout.collect(found.y), self.gate(x_TBD), self.norm.weight)
+        gate = self.gate(x_TBD)
+        merged = self.form(merge_heads)(layout.collect(found.y), gate, self.norm.weight, self.config.output_gate)
         out = self.leave(self.output(merged))
-        left = layout.remaining(x_BHTK).to(dtype), layout.remaining(q_BHTK).to(dtype), layout.left
-        return out, SelfModifyingState(found.states.projections, found.states.main, history, *left)
+        x, q, *static = (layout.remaining(t).to(dtype) for t in inputs)
+        return out, SelfModifyingState(*found.states, history, x, q, layout.left, *static)
+
+    def _streams(self) -> list[tuple[Linear, CausalConv]]:
+        """What makes x, q and, if the static paths are projected, those of k and v."""
+        streams = [(self.input, self.conv_input), (self.query, self.conv_query)]
+        if self.config.static == "projected":
+            streams += [(self.key, self.conv_key), (self.value, self.conv_value)]
+        return streams
 
     def _convolved(
         self, x_TBD: Tensor, state: SelfModifyingState | None, documents: Documents | None, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The memory's inputs x and q, unit vectors [B, H, T, K] of `dtype` each, and the history [B, taps-1, 2 D]."""
+    ) -> tuple[list[Tensor], Tensor]:
+        """Of every stream unit vectors [B, H, T, K] of `dtype`, and the history [B, taps-1, N D]."""
+        streams = self._streams()
         width, past = self.conv_input.weight.shape[0], self.config.conv_width - 1  # of the heads that are here
-        history = x_TBD.new_zeros(past, x_TBD.shape[1], 2 * width)
+        history = x_TBD.new_zeros(past, x_TBD.shape[1], len(streams) * width)
         if state is not None:
             history = state.history.transpose(0, 1)
         same = None if documents is None or past == 0 else documents.same(past + 1)
         found, latest = [], []
-        halves = history[..., :width], history[..., width:]
-        for project, conv, before in zip(
-            (self.input, self.query), (self.conv_input, self.conv_query), halves, strict=True
-        ):
+        for (project, conv), before in zip(streams, history.split(width, -1), strict=True):
             z = project(x_TBD)
             found.append(self.form(memory_input)(z, conv.weight, before, same, self.head_dim, dtype))
             latest.append(conv.latest(z, before))
         wide = torch.promote_types(x_TBD.dtype, torch.float32)
         past_TBD = of_open_document(torch.cat(latest, -1).to(wide), documents)
-        return found[0], found[1], past_TBD.transpose(0, 1)
+        return found, past_TBD.transpose(0, 1)
 
-    def _given(self, x: Tensor, q: Tensor) -> Given:
+    def _given(self, x: Tensor, q: Tensor, *projected: Tensor) -> Given:
         """What the loop takes of the whole sequence, and of this module apart from its memories."""
         static_k = static_v = None
         if self.config.static == "learned":
             static_k, static_v = self.static_k, self.static_v
-        return Given(x, q, static_k, static_v, self.eta_bias, self.alpha_bias)
+        return Given(x, q, static_k, static_v, self.eta_bias, self.alpha_bias, *projected)
 
     def _memories(self, dtype: torch.dtype) -> Memories:
         """With equal chunk sizes one bank holds every memory, and is written once."""
@@ -187,15 +212,17 @@ class SelfModifyingTitans(Mixer):
         memories = self._memories(dtype)
         main = memories.main.start(batch)
         projections = main if memories.shared else memories.projections.start(batch)
-        history = like.new_zeros(batch, self.config.conv_width - 1, 2 * like.shape[0], dtype=dtype)
-        nothing = like.new_zeros(batch, like.shape[0] // self.head_dim, 0, self.head_dim, dtype=dtype)
-        return SelfModifyingState(projections, main, history, nothing, nothing, NO_PENDING)
+        streams = len(self._streams())
+        history = like.new_zeros(batch, self.config.conv_width - 1, streams * like.shape[0], dtype=dtype)
+        x, q, *static = [like.new_zeros(batch, like.shape[0] // self.head_dim, 0, self.head_dim, dtype=dtype)] * streams
+        return SelfModifyingState(projections, main, history, x, q, NO_PENDING, *static)
 
     def flops(self, length: int) -> Flops:
         """Per token, forward. Projections and convolutions, memory reads as dense; memory writes apart."""
         config, head_dim = self.config, self.head_dim
-        dense = self.input.flops() + self.query.flops() + self.gate.flops() + self.output.flops()
-        conv = 2 * 2.0 * self.width * config.conv_width
+        streams = self._streams()
+        dense = sum((project.flops() for project, _ in streams), self.gate.flops() + self.output.flops())
+        conv = len(streams) * 2.0 * self.width * config.conv_width
         static = 4.0 * self.width * head_dim if config.static == "learned" else 0.0
         reads, writes = self.memories.flops(len(self.boxes), config.projection_chunk, head_dim)
         return dense + Flops(conv + static + self.heads * reads, self.heads * writes)

@@ -34,9 +34,11 @@ GLOBAL_BATCH, MICRO, SEQ = 8, 2, 16
 Tensors = dict[str, torch.Tensor]
 
 
-def model_config(tied: bool = True, layers: int = 5, kind: str = "hope", memory: str = "matrix") -> ModelConfig:
+def model_config(
+    tied: bool = True, layers: int = 5, kind: str = "hope", memory: str = "matrix", static: str = "learned"
+) -> ModelConfig:
     """Two CMS levels, the second due at step 3; memories written 4 times in a sequence."""
-    memories = MemoryConfig(memory=memory, projection_chunk=4, main_chunk=8)
+    memories = MemoryConfig(memory=memory, static=static, projection_chunk=4, main_chunk=8)
     cms = CmsConfig(periods=[1, 3], hidden=16)
     return named(kind, memory=memories, vocab_size=32, width=32, layers=layers, heads=4, tie_embeddings=tied, cms=cms)
 
@@ -176,7 +178,8 @@ def train_in_layout(
 
 def _plan_of_all() -> Plan:
     """Of every model that a test here makes: their parameters of one name have one layout."""
-    models = [model_config(), model_config(tied=False), model_config(memory="mlp"), model_config(kind="hope_attention")]
+    choices = [{}, {"tied": False}, {"memory": "mlp"}, {"static": "projected"}, {"kind": "hope_attention"}]
+    models = [model_config(**choice) for choice in choices]
     return {name: layout for config in models for name, layout in plan_of_config(config).items()}
 
 
@@ -209,9 +212,11 @@ def plain_torch(config: ModelConfig) -> Outcome:
 
 
 @functools.cache
-def one_process(tied: bool = True, layers: int = 5, kind: str = "hope", memory: str = "matrix") -> Outcome:
+def one_process(
+    tied: bool = True, layers: int = 5, kind: str = "hope", memory: str = "matrix", static: str = "learned"
+) -> Outcome:
     """The same training by plain torch: no schedule, no DeepSpeed, whole parameters, the whole batch at once."""
-    return run_ranks(plain_torch, 1, model_config(tied, layers, kind, memory))[0]
+    return run_ranks(plain_torch, 1, model_config(tied, layers, kind, memory, static))[0]
 
 
 def worst(found: Tensors, expected: Tensors) -> tuple[float, str]:

@@ -52,6 +52,7 @@ LAYOUTS: list[tuple[ParallelConfig, int, dict]] = [
     (INTERLEAVED, 4, {}),
     (TP2_PP2, 4, {}),
     (TP2_PP2_SP, 4, {"tied": False}),
+    (TP2_PP2_SP, 4, {"static": "projected"}),
     (TP2_INTERLEAVED, 4, {}),
 ]
 

@@ -22,14 +22,14 @@ from parallel.start import groups
 TENSOR = {"fp64": 1e-12, "fp32": 2e-5}
 
 
-def config(kind: str, memory: str = "matrix", variant: str = "sequential") -> ModelConfig:
+def config(kind: str, memory: str = "matrix", variant: str = "sequential", **mixer) -> ModelConfig:
     return named(
         kind,
         vocab_size=64,
         width=32,
         layers=2,
         heads=4,
-        memory=MemoryConfig(memory=memory, projection_chunk=4, main_chunk=8),
+        memory=MemoryConfig(memory=memory, projection_chunk=4, main_chunk=8, **mixer),
         cms=CmsConfig(variant, [1, 2]),
     )
 
@@ -103,6 +103,15 @@ CASES = [
 def test_gradients_equal_one_device(kind, memory, variant, sequence):
     args = (config(kind, memory, variant), 2, sequence, torch.float64, False)
     assert max(run_ranks(on_rank, 2, *args, timeout=60)) <= TENSOR["fp64"]
+
+
+PROJECTED = {"static": "projected", "output_gate": "sigmoid"}
+
+
+@pytest.mark.parametrize("memory", ["matrix", "mlp"])
+def test_projected_static_paths_and_packed_documents(memory):
+    settings = config("hope", memory, **PROJECTED)
+    assert max(run_ranks(on_rank, 2, settings, 2, True, torch.float64, True, timeout=60)) <= TENSOR["fp64"]
 
 
 @pytest.mark.parametrize("sequence", [False, True], ids=["tp", "tp+sp"])

@@ -24,6 +24,8 @@ MEMORIES = {
     "matrix-long-projections": MemoryConfig(projection_chunk=8, main_chunk=4, momentum=0.5),
     "matrix-boundary": MemoryConfig(projection_chunk=4, main_chunk=4, read="boundary", adaptive_query=True),
     "matrix-no-conv": MemoryConfig(projection_chunk=4, main_chunk=4, conv_width=1),
+    "matrix-projected": MemoryConfig(static="projected", projection_chunk=2, main_chunk=8, eta_max=0.5),
+    "mlp-projected": MemoryConfig(memory="mlp", static="projected", projection_chunk=4, main_chunk=4),
     "mlp": MemoryConfig(memory="mlp", projection_chunk=4, main_chunk=4, eta_max=0.25),
     "mlp-zero": MemoryConfig(memory="mlp", forget="zero", projection_chunk=4, main_chunk=4, eta_max=0.25),
     "mlp-momentum": MemoryConfig(memory="mlp", projection_chunk=2, main_chunk=4, momentum=0.5),
@@ -105,7 +107,7 @@ def test_calls_with_and_without_documents_may_be_mixed(name):
     assert (torch.cat(out) - whole).abs().max() <= BOUND * whole.abs().max()
 
 
-@pytest.mark.parametrize("name", ["matrix-two-clocks", "mlp", "attention", "hybrid"])
+@pytest.mark.parametrize("name", ["matrix-two-clocks", "matrix-projected", "mlp", "attention", "hybrid"])
 def test_gradients_pass_through_a_cut(name):
     model = MODELS[name]
     weights = torch.linspace(-1, 1, LENGTH * BATCH * VOCAB, dtype=torch.float64).view(LENGTH, BATCH, VOCAB)

@@ -112,24 +112,27 @@ def test_inputs_of_the_kernels_are_rounded_once_and_lie_without_gaps():
     torch.testing.assert_close(unit(wide), wide)
 
 
-def test_what_is_carried_between_calls_stays_fp32(monkeypatch):
+@pytest.mark.parametrize("static", ["learned", "projected"])
+def test_what_is_carried_between_calls_stays_fp32(static, monkeypatch):
     """A form of the loop that wants bf16 is handed bf16; the tokens that wait for their chunk are kept in fp32."""
     seen = []
 
     def loop(config, memories, given: Given, layout, state):
-        seen.extend([given.x.dtype, given.q.dtype])
+        brought = (given.x, given.q, given.projected_k, given.projected_v)
+        seen.append({t.dtype for t in brought if t is not None})
         return scan(config, memories, given._replace(x=given.x.float(), q=given.q.float()), layout, state)
 
     monkeypatch.setattr(self_modifying, "scan_for", lambda *_: ScanChoice(loop, "test", "", torch.bfloat16))
-    mixer = SelfModifyingTitans(Trunk(32, 2, 1), MemoryConfig(projection_chunk=4, main_chunk=4))
+    mixer = SelfModifyingTitans(Trunk(32, 2, 1), MemoryConfig(static=static, projection_chunk=4, main_chunk=4))
     initialise(mixer, 0)
     mixer = mixer.bfloat16()
     x = torch.randn(11, 2, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
     whole, _ = mixer(x)
     first, state = mixer(x[:6])
-    assert (state.pending_x.dtype, state.pending_q.dtype, state.history.dtype) == (torch.float32,) * 3
+    assert {t.dtype for t in (*state.waiting, state.history)} == {torch.float32}
+    assert len(state.waiting) == (4 if static == "projected" else 2)
     torch.testing.assert_close(torch.cat([first, mixer(x[6:], state)[0]]), whole)
-    assert seen[:4] == [torch.bfloat16] * 4
+    assert seen[:2] == [{torch.bfloat16}] * 2
 
 
 def paths(**settings) -> list[str]:

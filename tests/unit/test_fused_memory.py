@@ -100,6 +100,12 @@ def test_equals_the_plain_loop_in_float64(case, monkeypatch):
     assert_close(*both(monkeypatch, *CASES[case]))
 
 
+@interpreted
+@pytest.mark.parametrize("case", list(CASES))
+def test_projected_static_paths(case, monkeypatch):
+    assert_close(*both(monkeypatch, *CASES[case], static="projected", output_gate="sigmoid"))
+
+
 @pytest.mark.parametrize(
     "memory", [{"static": "identity"}, {"static": "none", "erase": "input"}, {"contribution": 1.0}]
 )

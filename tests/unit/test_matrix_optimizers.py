@@ -176,6 +176,10 @@ def test_every_matrix_of_a_model_and_nothing_else_is_orthogonalised():
         *(f"mixer.memories.initial.{name}" for name in ("k", "v", "eta", "alpha", "main")),
         *(f"cms.levels.{level}.mlp.{part}.weight" for level in (0, 1) for part in ("gate", "up", "down")),
     }
+    mixers = {"hope": {"static": "projected"}}
+    projected = ModelConfig(vocab_size=32, width=16, layers=1, heads=2, mixers=mixers)
+    also = {n for group in parameter_groups(Model(projected), 0.1, MUON) if group["matrices"] for n in group["names"]}
+    assert also - matrices == {f"blocks.0.mixer.{name}.weight" for name in ("key", "value")}
     names = [name for group in groups for name in group["names"]]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     assert [group["name"] for group in parameter_groups(model, 0.1)] == [

@@ -36,9 +36,10 @@ def gradients(model: Model) -> dict[str, torch.Tensor]:
         {},
         {"memory": {"adaptive_query": True, "momentum": 0.5}},
         {"memory": {"read": "boundary"}},
+        {"memory": {"static": "projected", "output_gate": "sigmoid"}},
         {"tie_embeddings": False},
     ],
-    ids=["default", "adaptive-q-momentum", "boundary", "untied"],
+    ids=["default", "adaptive-q-momentum", "boundary", "projected", "untied"],
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_has_a_gradient(kind, changes):

@@ -22,7 +22,7 @@ def chosen(device: str = "cuda", dtype: torch.dtype = BF16, head_dim: int = 64, 
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("static", ["learned", "identity", "none"])
+@pytest.mark.parametrize("static", ["learned", "projected", "identity", "none"])
 def test_a_bf16_model_on_a_gpu_takes_the_kernels(head_dim, static):
     choice = chosen(head_dim=head_dim, static=static)
     assert str(choice) == "fused"

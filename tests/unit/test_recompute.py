@@ -10,14 +10,14 @@ from hope.model import Model, Slice, next_token_loss
 from parallel.layout.memory import StepShape, activation_bytes, build_part
 
 
-def run(what: str, memory: str, monkeypatch) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+def run(what: str, memory: str, static: str, monkeypatch) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
     """Gradients, and the end state of every inner write in the order they were made."""
     config = named(
         vocab_size=64,
         width=32,
         layers=2,
         heads=2,
-        memory=MemoryConfig(memory=memory, projection_chunk=8, main_chunk=8),
+        memory=MemoryConfig(memory=memory, static=static, projection_chunk=8, main_chunk=8),
     )
     model = Model(config).initialise(0)
     model.set_recompute(what)
@@ -36,11 +36,11 @@ def run(what: str, memory: str, monkeypatch) -> tuple[dict[str, torch.Tensor], l
     return {n: p.grad for n, p in model.named_parameters()}, writes
 
 
-@pytest.mark.parametrize("memory", ["matrix", "mlp"])
+@pytest.mark.parametrize(("memory", "static"), [("matrix", "learned"), ("mlp", "learned"), ("matrix", "projected")])
 @pytest.mark.parametrize("what", ["block", "memory", "sublayer"])
-def test_gradients_and_inner_writes_are_repeated_exactly(what, memory, monkeypatch):
-    plain, once = run("none", memory, monkeypatch)
-    again, twice = run(what, memory, monkeypatch)
+def test_gradients_and_inner_writes_are_repeated_exactly(what, memory, static, monkeypatch):
+    plain, once = run("none", memory, static, monkeypatch)
+    again, twice = run(what, memory, static, monkeypatch)
     for name in plain:
         assert torch.equal(plain[name], again[name]), name
     per_layer = len(once) // 2

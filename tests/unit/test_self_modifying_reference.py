@@ -69,6 +69,9 @@ VARIANTS = [
     {"read": "boundary"},
     {"static": "identity"},
     {"static": "none"},
+    {"static": "projected"},
+    {"static": "projected", "normalise_values": False, "eta_max": 0.05, "main_chunk": 8, "output_gate": "sigmoid"},
+    {"output_gate": "sigmoid"},
     {"normalise_values": False, "eta_max": 0.05},
     {"erase": "input"},
     {"erase": "objective"},
@@ -121,13 +124,13 @@ def test_state_carried_across_a_split(kind, momentum, chunks, forget):
 
 
 @pytest.mark.parametrize("kind", ["matrix", "mlp"])
-@pytest.mark.parametrize("momentum", [0.0, 0.6])
+@pytest.mark.parametrize("variant", [{}, {"momentum": 0.6}, {"static": "projected"}], ids=str)
 @FORGET
-def test_packed_documents_equal_documents_alone(kind, momentum, forget):
+def test_packed_documents_equal_documents_alone(kind, variant, forget):
     from hope.documents import Documents
 
     clocks = {"projection_chunk": 4, "main_chunk": 4}
-    mixer = build(memory=kind, forget=forget, momentum=momentum, eta_max=0.2, **clocks)
+    mixer = build(memory=kind, forget=forget, eta_max=0.2, **clocks, **variant)
     starts = torch.zeros(17, 2, dtype=torch.bool)
     for t, b in [(0, 0), (5, 0), (6, 0), (14, 0), (0, 1), (9, 1)]:
         starts[t, b] = True
