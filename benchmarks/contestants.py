@@ -54,7 +54,16 @@ def parameters(config: ModelConfig) -> int:
         return sum(p.numel() for p in Model(config).parameters())
 
 
-def model_config(name: str, size: str) -> ModelConfig:
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """What models with memories have otherwise than by default: heads, and keys of `model.mixers.hope`."""
+
+    heads: int = 0
+    """0: as many as the Transformer++ of the size."""
+    hope: tuple[tuple[str, Any], ...] = ()
+
+
+def model_config(name: str, size: str, choices: Choices = Choices()) -> ModelConfig:
     """A model of this project, matched to the Transformer++ of its size by the width of its MLPs.
 
     Raises:
@@ -62,8 +71,9 @@ def model_config(name: str, size: str) -> ModelConfig:
     """
     width, layers, heads, vocabulary = SIZES[size]
     pattern = [*PATTERNS[name] * layers][:layers]
-    memory = MemoryConfig(memory="mlp" if name == "hope_mlp" else "matrix")
+    memory = MemoryConfig(**{"memory": "mlp" if name == "hope_mlp" else "matrix", **dict(choices.hope)})
     sections = {"mixers": {"hope": memory}} if "hope" in pattern else {}
+    heads = choices.heads or heads if "hope" in pattern else heads
     make = lambda periods, hidden: ModelConfig(
         pattern=pattern, vocab_size=vocabulary, width=width, layers=layers, heads=heads,
         cms=CmsConfig(periods=periods, hidden=hidden), **sections,
@@ -109,13 +119,20 @@ class Contestant:
 
 
 def build(
-    name: str, size: str, seq: int, precision: str, ranks: groups.Ranks, compile: str, recompute: str
+    name: str,
+    size: str,
+    seq: int,
+    precision: str,
+    ranks: groups.Ranks,
+    compile: str,
+    recompute: str,
+    choices: Choices = Choices(),
 ) -> Contestant:
     """A model with its optimizer on this device, through the code that a run uses."""
     optim, layout = OptimConfig(), ParallelConfig()
     if name == GPT:
         return _build_gpt(size, seq, precision, ranks, optim, layout)
-    config = model_config(name, size)
+    config = model_config(name, size, choices)
     replica = build_replica(
         config, optim, layout, ranks, seq_len=seq, precision=precision, seed=1, recompute=recompute, compile=compile
     )

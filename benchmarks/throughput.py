@@ -2,6 +2,7 @@
 
     python benchmarks/throughput.py --size 340m --seq 4096 16384 --json docs/measurements/throughput.json
     python benchmarks/throughput.py --size 17m --seq 1024 --models hope transformer --compile dense --rounds 3
+    python benchmarks/throughput.py --models hope transformer --heads 8 --hope static=projected output_gate=sigmoid
 
 Every model has the parameters of the Transformer++ of its size (+- 2 %), sees as many tokens per step at every length,
 and takes whole training steps with its optimizer, on random tokens, through the code that a run uses. Its micro-batch
@@ -29,10 +30,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from contestants import GPT, MODELS, SIZES, Contestant, build, model_config
+import yaml
+from contestants import GPT, MODELS, SIZES, Choices, Contestant, build, model_config
 from torch.autograd import DeviceType
 
 from hope.batch import Batch
+from hope.config import ModelConfig
 from hope.dense import COMPILE
 from hope.model import Slice
 from hope.optim.config import OptimConfig
@@ -49,7 +52,7 @@ Row = dict[str, Any]
 # How far over the cap a prediction may be that is worth a try. It does not know what compiled parts do not keep.
 TOO_HIGH = {"none": 1.25, "dense": 2.0}
 LOOP = ("hope::memory_loop", "hope::memory_loop_backward")
-SAME = ("model", "size", "seq", "gpu", "compile", "precision", "recompute", "tokens_per_step")
+SAME = ("model", "size", "heads", "hope", "seq", "gpu", "compile", "precision", "recompute", "tokens_per_step")
 
 
 class Bench:
@@ -68,7 +71,12 @@ class Bench:
 
     def build(self, model: str, seq: int) -> Contestant:
         args = self.args
-        return build(model, args.size, seq, args.precision, self.ranks, self.compile_of(model), args.recompute)
+        compile = self.compile_of(model)
+        return build(model, args.size, seq, args.precision, self.ranks, compile, args.recompute, args.choices)
+
+    def config(self, model: str) -> ModelConfig:
+        """Of the Transformer++ for megatron-core's."""
+        return model_config("transformer" if model == GPT else model, self.args.size, self.args.choices)
 
     def turn(self, model: str, seq: int, micro: int, steps: int, warm: int = 2, built: Contestant | None = None) -> Row:
         """Build if need be, warm up, and time `steps` steps. Raises torch.OutOfMemoryError."""
@@ -149,8 +157,8 @@ class Bench:
         return min(found, key=lambda size: found[size])
 
     def predicted(self, model: str, seq: int, micro: int) -> float:
-        """GiB of a step, from the configuration alone; of the Transformer++ for megatron-core's."""
-        config = model_config("transformer" if model == GPT else model, self.args.size)
+        """GiB of a step, from the configuration alone."""
+        config = self.config(model)
         shape = StepShape(seq, micro, self.args.precision == "bf16", recompute=self.args.recompute)
         return rank_memory(config, [Slice(0, config.layers)], 1, shape, OptimConfig()).peak / GIB
 
@@ -160,6 +168,8 @@ class Bench:
         return {
             "model": model,
             "size": args.size,
+            "heads": self.config(model).heads,
+            "hope": dict(args.choices.hope) if "hope" in self.config(model).pattern else {},
             "seq": seq,
             "gpu": self.gpu,
             "compile": self.compile_of(model),
@@ -171,7 +181,7 @@ class Bench:
     def row(self, model: str, seq: int, micro: int, turns: list[Row]) -> Row:
         """A line of the table: medians over all turns."""
         speeds = [self.args.tokens / second for turn in turns for second in turn["seconds"]]
-        config = model_config("transformer" if model == GPT else model, self.args.size)
+        config = self.config(model)
         tokens_per_s = statistics.median(speeds)
         peaks = [turn["peak_gib"] for turn in turns if turn["peak_gib"] is not None]
         return {
@@ -255,6 +265,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=list(SIZES), default="340m")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--seq", nargs="+", type=int, default=[4096], help="lengths; each divides --tokens")
+    parser.add_argument("--heads", type=int, default=0, help="of models with memories; 0: as the Transformer++")
+    parser.add_argument("--hope", nargs="+", default=[], metavar="KEY=VALUE", help="keys of model.mixers.hope")
     parser.add_argument("--tokens", type=int, default=131072, help="per step, at every length")
     parser.add_argument("--compile", choices=COMPILE, default="none", help="train.compile of this project's models")
     parser.add_argument("--recompute", choices=["none", "memory", "block"], default="none")
@@ -265,6 +277,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="timed steps of a turn")
     parser.add_argument("--json", type=Path, help="rows are added to this file; an equal measurement is replaced")
     args = parser.parse_args(argv)
+    pairs = (word.partition("=") for word in args.hope)
+    args.choices = Choices(args.heads, tuple((key, yaml.safe_load(value)) for key, _, value in pairs))
     for seq in args.seq:
         if seq < 1 or args.tokens % seq:
             parser.error(f"--seq {seq} does not divide --tokens {args.tokens}")
@@ -276,7 +290,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def write(path: Path, rows: list[Row]) -> None:
     """Add rows to a list in a file; of those that agree in all of `SAME` the newest stays."""
-    key = lambda row: tuple(row.get(name) for name in SAME)
+    key = lambda row: json.dumps([row.get(name) for name in SAME])
     old = json.loads(path.read_text()) if path.exists() else []
     new = {key(row) for row in rows}
     kept = [row for row in old if key(row) not in new]

@@ -1,6 +1,7 @@
 """What the models of the first version were: plan, optimizer groups and losses, as they were before mixers had a
 protocol and parameters declared themselves. tests/golden/models.json was written by that version."""
 
+import hashlib
 import json
 import re
 from functools import partial
@@ -41,6 +42,14 @@ MODELS = {
 }  # fmt: skip
 # In float64 no CPU's order of sums reaches this far. In fp32 four steps of training stay within it.
 RTOL = {"float64": 1e-11, "float32": 2e-6}
+# Of the weights that the first version drew. A CPU without AVX2 draws some that differ in the last bit of fp32.
+DRAWN = {
+    "hope matrix": "17a3d16ce8726342",
+    "hope matrix shared chunk, momentum": "0bd77b13c54bf1b7",
+    "hope mlp, independent": "9f7fe2a15ce6e181",
+    "hope_attention": "c10255c527f1cac5",
+    "transformer untied": "cf12191036cd3d39",
+}
 
 
 def config(name: str) -> ModelConfig:
@@ -96,9 +105,24 @@ def losses(settings: ModelConfig, dtype: torch.dtype, reset: bool) -> list[float
     return found
 
 
+def drawn(name: str) -> str:
+    """Digest of the initial weights."""
+    digest = hashlib.sha256()
+    for parameter in Model(config(name)).initialise(7).parameters():
+        digest.update(parameter.detach().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@pytest.mark.parametrize("name", list(GOLDEN))
+def test_the_initial_weights(name):
+    """Bit by bit where torch draws with AVX2 or AVX-512, so on every CPU of the last ten years."""
+    assert drawn(name) == DRAWN[name] or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512")
+
+
 @pytest.mark.parametrize("dtype", list(RTOL))
 @pytest.mark.parametrize("documents", ["carry", "reset"])
 @pytest.mark.parametrize("name", list(GOLDEN))
 def test_the_losses(name, documents, dtype):
     found = losses(config(name), getattr(torch, dtype), documents == "reset")
-    assert found == pytest.approx(GOLDEN[name]["losses"][f"{documents} {dtype}"], rel=RTOL[dtype])
+    known = dtype if drawn(name) == DRAWN[name] else "float32"  # what the weights that it begins with are equal to
+    assert found == pytest.approx(GOLDEN[name]["losses"][f"{documents} {dtype}"], rel=RTOL[known])
