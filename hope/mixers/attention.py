@@ -1,9 +1,10 @@
-"""Softmax attention with rotary embedding: the mixer of Transformer++ (the control) and of HOPE-Attention."""
+"""Softmax attention: the mixer of Transformer++ (the control) and of HOPE-Attention."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,29 +12,40 @@ from torch.nn import functional as F
 
 from hope.documents import Documents
 from hope.flops import Flops
-from hope.layers import Linear, rotated, rotation
+from hope.layers import Linear, RMSNorm, rotated, rotation
 from hope.mixers.base import Mixer, Trunk, mixer
 from hope.mixers.base import State as MixerState
-from hope.sections import MixerSection, Problem
+from hope.mixers.sliding_window import sliding_window_attention
+from hope.sections import MixerSection, Problem, only_if
 
 
 @dataclass
 class AttentionConfig(MixerSection):
-    """Causal multi-head softmax attention (Vaswani et al., 2017) with rotary positions."""
+    """Causal multi-head softmax attention (Vaswani et al., 2017)."""
 
-    rope_base: float = 10000.0
+    positions: Literal["rope", "none"] = "rope"
+    """rope: rotary embedding of queries and keys (Su et al., 2021); none: the causal mask alone tells order, as beside
+    recurrent layers (NoPE, Kazemnejad et al., 2023)."""
+    rope_base: float = only_if("positions", "rope", default=10000.0)
     """Base of the rotary position embedding."""
+    window: int | None = None
+    """Tokens that a token sees, itself and those before it (sliding window); null: all."""
+    qk_norm: bool = False
+    """RMSNorm of every head's queries and keys before the positions (Henry et al., 2020; Dehghani et al., 2023)."""
 
     def problems(self, path: str, head_dim: int) -> Iterator[Problem]:
-        if head_dim % 2:
-            yield Problem("model.heads", f"head width {head_dim} is odd; rotary embedding needs pairs", "an even width")
+        if head_dim % 2 and self.positions == "rope":
+            fix = f"an even width, or {path}.positions=none"
+            yield Problem("model.heads", f"head width {head_dim} is odd; rotary embedding needs pairs", fix)
+        if self.window is not None and self.window < 1:
+            yield Problem(f"{path}.window", f"{self.window} is less than 1", "1024, or null for no window")
         if not self.rope_base > 0:
             yield Problem(f"{path}.rope_base", f"{self.rope_base} is not positive", "10000.0")
 
 
 @dataclass(frozen=True)
 class KeysAndValues(MixerState):
-    """Keys (rotated) and values of earlier tokens, [B, H, S, K] each.
+    """Keys (rotated) and values of earlier tokens, [B, H, S, K] each; with a window of its last tokens but one.
 
     open: [B, S], whether a token belongs to the document that the row is in; None: all do.
     position: of the next token, in tokens since the first call.
@@ -59,9 +71,12 @@ class Attention(Mixer):
 
     def __init__(self, trunk: Trunk, config: AttentionConfig) -> None:
         super().__init__()
-        self.head_dim, self.rope_base, width = trunk.head_dim, config.rope_base, trunk.width
+        self.head_dim, self.config, width = trunk.head_dim, config, trunk.width
         self.query, self.key, self.value = (Linear(width, width, "column", self.head_dim) for _ in range(3))
         self.output = Linear(width, width, "row")
+        norm = lambda: RMSNorm(self.head_dim, used="heads") if config.qk_norm else None
+        self.query_norm: RMSNorm | None = norm()
+        self.key_norm: RMSNorm | None = norm()
 
     def forward(
         self, x_TBD: Tensor, state: MixerState | None = None, documents: Documents | None = None
@@ -71,18 +86,29 @@ class Attention(Mixer):
         offset = 0 if state is None else state.position
         heads = lambda z: z.unflatten(-1, (-1, self.head_dim)).permute(1, 2, 0, 3)
         q, k, v = (heads(project(x_TBD)) for project in (self.query, self.key, self.value))
-        turn = rotation(q, self.rope_base, offset)
-        q, k = (self.form(rotated)(z, *turn) for z in (q, k))
-        mask = None if documents is None else documents.attention_mask()
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if self.config.positions == "rope":
+            turn = rotation(q, self.config.rope_base, offset)
+            q, k = (self.form(rotated)(z, *turn) for z in (q, k))
         opened = None if documents is None else documents.open_at_end(0).T
         if state is not None:
             k, v = torch.cat([state.keys, k], 2), torch.cat([state.values, v], 2)
-            mask = _mask_with_past(state, q.shape[2], documents, mask)
             opened = _open_with_past(state, q.shape[2], documents, opened)
-        y_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        merged = y_BHTK.permute(2, 0, 1, 3).flatten(-2)
-        after = KeysAndValues(k, v, opened, offset + q.shape[2])
+        merged = self._attend(q, k, v, state, documents).permute(2, 0, 1, 3).flatten(-2)
+        after = _in_window(KeysAndValues(k, v, opened, offset + q.shape[2]), self.config.window)
         return self.leave(self.output(merged)), after if state is None else _without_closed(after)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, state: KeysAndValues | None, documents: Documents | None
+    ) -> Tensor:
+        """[B, H, T, K] for the T queries, k and v with those of `state` in front."""
+        if self.config.window is not None and k.shape[2] > self.config.window:
+            return sliding_window_attention(q, k, v, self.config.window, *_segments(state, q, documents))
+        mask = None if documents is None else documents.attention_mask()
+        if state is not None:
+            mask = _mask_with_past(state, q.shape[2], documents, mask)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
     def start(self, batch: int) -> KeysAndValues:
         """No keys yet."""
@@ -91,9 +117,11 @@ class Attention(Mixer):
         return KeysAndValues(nothing, nothing, None, 0)
 
     def flops(self, length: int) -> Flops:
-        """Per token, forward; causal scores count half of the square."""
+        """Per token, forward; causal scores count half of the square, or of the window's at the start."""
         dense = self.query.flops() + self.key.flops() + self.value.flops() + self.output.flops()
-        return dense + Flops(2.0 * length * torch.numel(self.query.weight[0]))
+        window = min(self.config.window or length, length)
+        seen = window - window**2 / (2 * length)  # mean over the tokens
+        return dense + Flops(4.0 * seen * torch.numel(self.query.weight[0]))
 
 
 def _continues(documents: Documents | None, like: Tensor, length: int) -> Tensor:
@@ -129,9 +157,35 @@ def _open_with_past(
     return torch.cat([_known(state) & continues[:, -1:], continues if new is None else new], 1)
 
 
+def _segments(
+    state: KeysAndValues | None, q: Tensor, documents: Documents | None
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Of queries [B, T] and keys [B, S + T]: the document's number in this call, 0 the one that was open before it, -1
+    what is known of none. None: all tokens are of one document."""
+    known = None if state is None else state.open
+    if documents is None and known is None:
+        return None, None
+    batch, length = q.shape[0], q.shape[2]
+    new = torch.zeros(batch, length, dtype=torch.long, device=q.device)
+    if documents is not None:
+        new = documents.segment_BT.long()
+    if state is None:
+        return new, new
+    return new, torch.cat([_known(state).long() - 1, new], 1)
+
+
+def _in_window(state: KeysAndValues, window: int | None) -> KeysAndValues:
+    """Without what no later token sees."""
+    if window is None:
+        return state
+    first = max(0, state.keys.shape[2] - (window - 1))
+    opened = None if state.open is None else state.open[:, first:]
+    return KeysAndValues(state.keys[:, :, first:], state.values[:, :, first:], opened, state.position)
+
+
 def _without_closed(state: KeysAndValues) -> KeysAndValues:
     """Without the leading tokens that no row's open document has."""
-    if state.open is None:
+    if state.open is None or not state.open.shape[1]:
         return state
     first = int(state.open.any(0).long().argmax())
     return KeysAndValues(state.keys[:, :, first:], state.values[:, :, first:], state.open[:, first:], state.position)

@@ -12,6 +12,7 @@ from spoilers import forget
 
 from hope.config import CmsConfig, ModelConfig
 from hope.memory.config import MemoryConfig
+from hope.mixers.attention import AttentionConfig
 from hope.model import Model, next_token_loss
 from parallel.compute.gradients import combine_over_tensor_ranks
 from parallel.compute.tensor import shard_model, sharded_loss
@@ -103,6 +104,14 @@ CASES = [
 def test_gradients_equal_one_device(kind, memory, variant, sequence):
     args = (config(kind, memory, variant), 2, sequence, torch.float64, False)
     assert max(run_ranks(on_rank, 2, *args, timeout=60)) <= TENSOR["fp64"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_normed_queries_and_keys_in_a_window(packed):
+    """Each rank has the gradient of the two norms from its own heads only."""
+    settings = config("hope_attention")
+    settings.mixers = {"attention": AttentionConfig(qk_norm=True, window=5)}
+    assert max(run_ranks(on_rank, 2, settings, 2, True, torch.float64, packed, timeout=60)) <= TENSOR["fp64"]
 
 
 PROJECTED = {"static": "projected", "output_gate": "sigmoid"}

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hope.config import CmsConfig, ModelConfig
 from hope.memory.config import MemoryConfig
 from hope.mixers import MIXERS
+from hope.mixers.attention import AttentionConfig
 from hope.model import Model
 
 LENGTH, BATCH, VOCAB = 23, 3, 32
@@ -32,6 +33,8 @@ MEMORIES = {
 }
 PATTERNS = {name: (["hope"], {"hope": memory}) for name, memory in MEMORIES.items()} | {
     "attention": (["attention"], {}),
+    "attention-window": (["attention"], {"attention": AttentionConfig(window=5)}),
+    "attention-nope": (["attention"], {"attention": AttentionConfig(positions="none", qk_norm=True, window=16)}),
     "hybrid": (["hope", "attention"], {"hope": MEMORIES["matrix-two-clocks"]}),
 }
 

@@ -22,6 +22,7 @@ KEYS = {key.path: key for key in leaves(Config)}
 CONDITIONAL = [key for key in KEYS.values() if key.uses]
 # What a governor can be set to so that a condition does not hold.
 OTHERWISE = {
+    "model.mixers.attention.positions": "none",
     "optim.name": "adamw", "optim.decay": "constant", "optim.m3.reading": "literal",
     "optim.dmgd.preconditioner": "none", "optim.dmgd.output": "identity", "optim.dmgd.memory": "linear",
     "model.mixers.hope.memory": "matrix", "train.spike_sigma": 0, "train.tasks": {}, "checkpoint.resume": "never",
