@@ -53,6 +53,16 @@ def constant(value: float) -> Init:
     return lambda shape, generator: torch.full(shape, value)
 
 
+def spread(low: float, high: float) -> Init:
+    """From low to high in even steps along the first dimension; their middle where there is one entry only."""
+
+    def filled(shape: torch.Size, generator: torch.Generator) -> Tensor:
+        values = torch.linspace(low, high, shape[0]) if shape[0] > 1 else torch.tensor([(low + high) / 2])
+        return values.view(-1, *[1] * (len(shape) - 1)).expand(shape)
+
+    return filled
+
+
 def last_tap(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """A convolution [channels, taps] that starts as the identity: only the newest tap is 1."""
     return torch.cat([torch.zeros(shape[0], shape[1] - 1), torch.ones(shape[0], 1)], -1)

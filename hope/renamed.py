@@ -17,7 +17,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 """What a `model.kind` set."""
 
-NEWER_KEYS = {"forget": "zero", "output_gate": "silu", "kernel": "auto"}
+NEWER_KEYS = {"forget": "zero", "alpha_spread": 0.0, "erase_max": None, "output_gate": "silu", "kernel": "auto"}
 """Keys of `model.mixers.hope` that earlier records lack. Memories forgot towards zero."""
 
 OLD_KEYS = ("kind", "memory", "rope_base")

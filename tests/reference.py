@@ -73,7 +73,10 @@ class HeadMemories:
         hidden = unit(F.silu(start[1] @ k)) if rule == "layerwise" else None
         return [hidden, along_k]
 
-    def write(self, box: str, start: list[Tensor], k: Tensor, v: Tensor, eta: Tensor, alpha: Tensor) -> None:
+    def write(
+        self, box: str, start: list[Tensor], k: Tensor, v: Tensor, eta: Tensor, alpha: Tensor, zeta: Tensor
+    ) -> None:
+        """zeta: the rate of erasing."""
         updated = []
         grads, keys = self.gradients(start, k, v), self.erase_keys(start, k)
         for i, (w, g, key) in enumerate(zip(self.now[box], grads, keys, strict=True)):
@@ -81,7 +84,7 @@ class HeadMemories:
             self.momenta[box][i] = s
             kept = torch.zeros_like(w) if self.config.forget == "zero" else self.initial[box][i]
             fades = w - kept
-            erased = 0.0 if key is None else eta * torch.outer(fades @ key, key)
+            erased = 0.0 if key is None else zeta * torch.outer(fades @ key, key)
             updated.append(kept + alpha * fades - erased + s)
         self.now[box] = updated
 
@@ -111,8 +114,12 @@ def one_head(
         gate = lambda w, b, box: GATE_SCALE * (w[head] @ (x[t] + read(box, x[t]))) + b[head]
         eta = config.eta_bound * torch.sigmoid(gate(mixer.eta_weight, mixer.eta_bias, "eta"))
         alpha = torch.sigmoid(gate(mixer.alpha_weight, mixer.alpha_bias, "alpha"))
+        zeta = eta
+        if config.erase_max is not None:
+            logit = GATE_SCALE * mixer.erase_weight[head] @ x[t] + mixer.erase_bias[head]
+            zeta = alpha * config.erase_max * torch.sigmoid(logit)
         for box in memories.boxes:
-            memories.write(box, start[box], k, v, eta, alpha)
+            memories.write(box, start[box], k, v, eta, alpha, zeta)
         weights = memories.now["main"] if config.read == "causal" else start["main"]
         y = memories.contribution(weights, query)
         out.append(y if config.memory == "matrix" else query + c * y)

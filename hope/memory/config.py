@@ -36,6 +36,9 @@ class MemoryConfig(MixerSection):
     alpha_bias: float | None = None
     """Initial bias of alpha's sigmoid; null: 4 for matrix (keeps 98 % per token), 8 for mlp, whose zero state is a
     fixed point: with `forget: zero` and 98 % it would be gone after some hundred tokens."""
+    alpha_spread: float = 0.0
+    """Heads start with biases of alpha from alpha_bias - this to alpha_bias + this, in even steps. A bias b keeps a
+    write for about e^b tokens, so horizons are log-uniform, as Gated DeltaNet's (Yang et al., 2025). 0: all alike."""
     contribution: float = 0.3
     """Factor on the memory's part of every forward read, next to the static path (1.0 narrows the stable range)."""
     static: Literal["learned", "projected", "identity", "none"] = "learned"
@@ -47,6 +50,10 @@ class MemoryConfig(MixerSection):
     erase: Literal["layerwise", "input", "objective", "none"] = "layerwise"
     """What (alpha I - eta k k^T) of Eq. 88 means: every layer forgets along its own normalised input (layerwise),
     only the layer that sees k (input), a penalty 1/2 |M(k)|^2 in the objective (objective), or nothing."""
+    erase_max: float | None = None
+    """Bound of an erase rate of its own, alpha_t erase_max sigmoid(8 w.x_t + b), which stands for eta in
+    (alpha I - eta k k^T). Above 1 that matrix can have negative eigenvalues, which state tracking needs (Grazzi et al.,
+    2024); below 2 none leaves (-1, 1). null: the write rate erases, Eq. 88."""
     momentum: float = 0.0
     """beta of S_t = beta S_{t-1} - eta_t G_t, M_t = M_{t-1}(...) + S_t; 0 is Eq. 88, Table 6 ablates it."""
     adaptive_query: bool = False
@@ -89,6 +96,9 @@ class MemoryConfig(MixerSection):
             )
         if not 0 < self.eta_bound <= 1:
             yield Problem(f"{path}.eta_max", f"{self.eta_bound} is not in (0, 1]", f"{DEFAULT_ETA_MAX[self.memory]}")
+        if self.alpha_spread < 0:
+            yield Problem(f"{path}.alpha_spread", f"{self.alpha_spread} is negative", "0.0, or 2.0")
+        yield from self._erase_problems(f"{path}.erase_max")
         if not 0 <= self.momentum < 1:
             yield Problem(f"{path}.momentum", f"{self.momentum} is not in [0, 1)", "0.0 or 0.9")
         if self.expansion < 1:
@@ -97,6 +107,17 @@ class MemoryConfig(MixerSection):
             yield Problem(f"{path}.conv_width", f"{self.conv_width} is less than 1", "4")
         if not 0 < self.contribution <= 1:
             yield Problem(f"{path}.contribution", f"{self.contribution} is not in (0, 1]", "0.3")
+
+    def _erase_problems(self, path: str) -> Iterator[Problem]:
+        if self.erase_max is None:
+            return
+        if self.erase not in ("layerwise", "input"):
+            what = f"{self.erase_max} bounds a rate of erasing, and with erase {self.erase} nothing is erased"
+            yield Problem(path, what, "null, or erase layerwise")
+        elif not 0 < self.erase_max < 2:
+            yield Problem(
+                path, f"{self.erase_max} is not in (0, 2): eigenvalues must stay inside (-1, 1)", "1.0, or 1.9"
+            )
 
     def hazards(self) -> list[str]:
         """Settings that were seen to diverge, as sentences for a warning."""

@@ -60,6 +60,7 @@ def _against_memory(config: MemoryConfig, head_dim: int) -> str:
         "momentum": config.momentum > 0,
         "adaptive query": config.adaptive_query,
         f"erase {config.erase}": config.erase not in ("layerwise", "input"),  # one rule for a matrix
+        "an erase rate of its own": config.erase_max is not None,
         "values not normalised": not config.normalise_values,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")

@@ -28,7 +28,8 @@ GATE_SCALE = 8.0
 
 class Given(NamedTuple):
     """What a mixer brings: x, q [B, H, L, K]; the learned static paths S_k, S_v [H, K, K], if the configuration has
-    them; the gates' biases [H]; the projected static paths s_k, s_v [B, H, L, K], if it has those."""
+    them; the gates' biases [H]; if it has those, the projected static paths s_k, s_v [B, H, L, K], and read-out [H, K]
+    and bias [H] of an erase rate of its own."""
 
     x: Tensor
     q: Tensor
@@ -38,10 +39,13 @@ class Given(NamedTuple):
     alpha_bias: Tensor
     projected_k: Tensor | None = None
     projected_v: Tensor | None = None
+    erase_weight: Tensor | None = None
+    erase_bias: Tensor | None = None
 
 
 class Sequences(NamedTuple):
-    """What a sequence brings to the loop: x, q, static k and v [B, H, L, K], static logits [B, H, L, 1]."""
+    """What a sequence brings to the loop: x, q, static k and v [B, H, L, K], static logits [B, H, L, 1]; the erase rate
+    over alpha [B, H, L, 1], if it is not the write rate."""
 
     x: Tensor
     q: Tensor
@@ -49,6 +53,7 @@ class Sequences(NamedTuple):
     static_v: Tensor
     static_eta: Tensor
     static_alpha: Tensor
+    erase: Tensor | None = None
 
 
 class Memories(NamedTuple):
@@ -87,7 +92,7 @@ def scan(config: MemoryConfig, memories: Memories, given: Given, layout: ChunkLa
     initial = States(memories.projections.start(batch), memories.main.start(batch))
     now = initial if state is None else state
     # cut into windows by unbind: slices inside the loop would make the backward quadratic in the number of chunks
-    windows = zip(*(_cut(t, config.window) for t in sequences), strict=True)
+    windows = zip(*(_cut(t, config.window) for t in sequences if t is not None), strict=True)
     valid: Sequence[Tensor | None] = [None] * (layout.padded // config.window)
     if layout.valid is not None:
         valid = list(layout.valid.to(dtype).unsqueeze(1).unflatten(-1, (-1, config.window)).unbind(2))
@@ -116,7 +121,10 @@ def _sequences(config: MemoryConfig, memories: Memories, given: Given) -> Sequen
         static_k, static_v = given.projected_k.to(x.dtype), given.projected_v.to(x.dtype)
     logit = lambda w, b: GATE_SCALE * (x @ w.to(x.dtype).unsqueeze(-1)) + b.to(x.dtype)[:, None, None]
     eta, alpha = logit(memories.eta_weight, given.eta_bias), logit(memories.alpha_weight, given.alpha_bias)
-    return Sequences(x, given.q, static_k, static_v, eta, alpha)
+    erase = None
+    if given.erase_weight is not None and given.erase_bias is not None and config.erase_max is not None:
+        erase = config.erase_max * torch.sigmoid(logit(given.erase_weight, given.erase_bias))
+    return Sequences(x, given.q, static_k, static_v, eta, alpha, erase)
 
 
 def _both(states: States, change, others: States) -> States:  # type: ignore[no-untyped-def]
@@ -180,10 +188,12 @@ class _Loop:
             q = unit(torch.add(q, read_q[0], alpha=scale))
         eta = config.eta_bound * torch.sigmoid(self._gate(given.static_eta, read_eta, self.memories.eta_weight))
         log_alpha = F.logsigmoid(self._gate(given.static_alpha, read_alpha, self.memories.alpha_weight))
+        # times alpha: (alpha I - erase k k^T) is alpha times what has eigenvalues in (-1, 1], whatever alpha is
+        erase = None if given.erase is None else given.erase.squeeze(-1) * log_alpha.exp()
         if mask is None:
-            return k, v, q, Gates(eta, log_alpha)
+            return k, v, q, Gates(eta, log_alpha, erase=erase)
         mask = mask.squeeze(-1)
-        return k, v, q, Gates(eta * mask, log_alpha * mask, mask)
+        return k, v, q, Gates(eta * mask, log_alpha * mask, mask, None if erase is None else erase * mask)
 
     def _gate(self, static: Tensor, read: Tensor, weight: Tensor) -> Tensor:
         """Logit [B, H, C]: the static part plus 8 c w . M(x)."""
@@ -211,10 +221,12 @@ def _cut(x: Tensor, size: int) -> tuple[Tensor, ...]:
 def join_gates(gates: list[Gates]) -> Gates:
     """The gates of consecutive chunks as those of one stretch of tokens."""
     valid = None if gates[0].valid is None else torch.cat([g.valid for g in gates if g.valid is not None], -1)
-    return Gates(torch.cat([g.eta for g in gates], -1), torch.cat([g.log_alpha for g in gates], -1), valid)
+    erase = None if gates[0].erase is None else torch.cat([g.erase for g in gates if g.erase is not None], -1)
+    return Gates(torch.cat([g.eta for g in gates], -1), torch.cat([g.log_alpha for g in gates], -1), valid, erase)
 
 
 def _cut_gates(gates: Gates, size: int) -> list[Gates]:
     cut = lambda t: t.unflatten(2, (-1, size)).unbind(2)
-    valid = [None] * (gates.eta.shape[2] // size) if gates.valid is None else cut(gates.valid)
-    return [Gates(e, a, m) for e, a, m in zip(cut(gates.eta), cut(gates.log_alpha), valid, strict=True)]
+    optional = lambda t: [None] * (gates.eta.shape[2] // size) if t is None else cut(t)
+    parts = cut(gates.eta), cut(gates.log_alpha), optional(gates.valid), optional(gates.erase)
+    return [Gates(*chunk) for chunk in zip(*parts, strict=True)]

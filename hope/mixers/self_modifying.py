@@ -12,6 +12,8 @@ With `static: projected` the static paths are s_k,t and s_v,t in the place of S_
 and q_t are, unit(silu(conv(W z))), by projections W_k, W_v and convolutions of their own, as in Gated DeltaNet (Yang et
 al., 2025).
 
+With `erase_max` a gate of its own, alpha_t erase_max sigmoid(8 w_erase . x_t + b_erase), erases in the place of eta_t.
+
 Reads of k, v, eta and alpha and all inner gradients use the state at the chunk's start (Eq. 90); y is read causally
 inside the chunk by default. `hope.memory.scan` is the loop over chunks. Sequential depth is T / projection_chunk: k_t
 depends on the state that k writes.
@@ -39,7 +41,7 @@ from hope.memory.matrix import MatrixMemories
 from hope.memory.mlp import MlpMemories
 from hope.memory.scan import Given, Memories, Scanned, States, join_gates
 from hope.mixers.base import Mixer, Report, State, Trunk, mixer
-from hope.parameters import constant, new_parameter, normal
+from hope.parameters import constant, new_parameter, normal, spread
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,11 @@ class SelfModifyingTitans(Mixer):
         gate = lambda *shape, init: new_parameter(heads, *shape, init=init, cut=0, update="elementwise")
         self.eta_weight, self.alpha_weight = gate(head_dim, init=normal(0.02)), gate(head_dim, init=normal(0.02))
         self.eta_bias = gate(init=constant(0.0))
-        self.alpha_bias = gate(init=constant(config.alpha_bias_start))
+        start = config.alpha_bias_start
+        self.alpha_bias = gate(init=spread(start - config.alpha_spread, start + config.alpha_spread))
+        apart = config.erase_max is not None
+        self.erase_weight = gate(head_dim, init=normal(0.02)) if apart else None
+        self.erase_bias = gate(init=constant(0.0)) if apart else None
         self.norm = RMSNorm(head_dim, used="heads")
         self._collected = Report()
 
@@ -190,12 +196,13 @@ class SelfModifyingTitans(Mixer):
         past_TBD = of_open_document(torch.cat(latest, -1).to(wide), documents)
         return found, past_TBD.transpose(0, 1)
 
-    def _given(self, x: Tensor, q: Tensor, *projected: Tensor) -> Given:
+    def _given(self, x: Tensor, q: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> Given:
         """What the loop takes of the whole sequence, and of this module apart from its memories."""
         static_k = static_v = None
         if self.config.static == "learned":
             static_k, static_v = self.static_k, self.static_v
-        return Given(x, q, static_k, static_v, self.eta_bias, self.alpha_bias, *projected)
+        biases = self.eta_bias, self.alpha_bias
+        return Given(x, q, static_k, static_v, *biases, k, v, self.erase_weight, self.erase_bias)
 
     def _memories(self, dtype: torch.dtype) -> Memories:
         """With equal chunk sizes one bank holds every memory, and is written once."""
@@ -229,7 +236,7 @@ class SelfModifyingTitans(Mixer):
 
     def report(self) -> Report:
         """memory_norm: mean over sequences and heads of the Frobenius norm of the main bank's state at the last chunk
-        boundary (matrix: R). Histograms of eta and alpha [B, H, L]."""
+        boundary (matrix: R). Histograms of eta and alpha, and of an erase rate of its own [B, H, L]."""
         return self._collected
 
     def kernels(self, device: torch.device, dtype: torch.dtype) -> str:
@@ -243,4 +250,6 @@ def summary(found: Scanned) -> Report:
     gates = join_gates(found.gates)
     norm = torch.stack([s.weight.float().square().flatten(2).sum(-1) for s in found.states.main]).sum(0).sqrt()
     histograms = {"eta": gates.eta.detach(), "alpha": gates.log_alpha.detach().exp()}
+    if gates.erase is not None:
+        histograms["erase"] = gates.erase.detach()
     return Report({"memory_norm": norm.mean()}, histograms)

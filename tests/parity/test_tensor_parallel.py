@@ -114,12 +114,13 @@ def test_normed_queries_and_keys_in_a_window(packed):
     assert max(run_ranks(on_rank, 2, settings, 2, True, torch.float64, packed, timeout=60)) <= TENSOR["fp64"]
 
 
-PROJECTED = {"static": "projected", "output_gate": "sigmoid"}
+PARTS = {"static": "projected", "output_gate": "sigmoid", "alpha_spread": 2.0, "erase_max": 1.9}
 
 
 @pytest.mark.parametrize("memory", ["matrix", "mlp"])
-def test_projected_static_paths_and_packed_documents(memory):
-    settings = config("hope", memory, **PROJECTED)
+def test_every_part_that_is_off_by_default_and_packed_documents(memory):
+    """Each head has an alpha of its own to start from, so that a rank with another head's would be seen."""
+    settings = config("hope", memory, **PARTS)
     assert max(run_ranks(on_rank, 2, settings, 2, True, torch.float64, True, timeout=60)) <= TENSOR["fp64"]
 
 

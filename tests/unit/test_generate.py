@@ -23,6 +23,10 @@ BOUND = 1e-10
 TWO_CLOCKS = MemoryConfig(projection_chunk=2, main_chunk=4, eta_max=0.5)
 PATTERNS = {
     "matrix": (["hope"], {"hope": MemoryConfig(projection_chunk=4, main_chunk=4, eta_max=0.5)}),
+    "projected": (
+        ["hope"],
+        {"hope": MemoryConfig(static="projected", erase_max=1.9, projection_chunk=2, main_chunk=4)},
+    ),
     "momentum": (["hope"], {"hope": MemoryConfig(projection_chunk=2, main_chunk=4, momentum=0.5)}),
     "mlp": (["hope"], {"hope": MemoryConfig(memory="mlp", projection_chunk=4, main_chunk=4, eta_max=0.25)}),
     "attention": (["attention"], {}),

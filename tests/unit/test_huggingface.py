@@ -19,7 +19,8 @@ from parallel.checkpoint.__main__ import main
 from parallel.checkpoint.export import export
 
 TEXT = "the cat sat on the mat and the dog sat on the log, as they do.\n\tIndented  twice </s> ▁ é漢"
-SMALL = MemoryConfig(projection_chunk=4, main_chunk=8)
+PARTS = {"static": "projected", "output_gate": "sigmoid", "alpha_spread": 1.0, "erase_max": 1.9}  # off by default
+SMALL = MemoryConfig(projection_chunk=4, main_chunk=8, **PARTS)
 
 
 @pytest.fixture(scope="module")

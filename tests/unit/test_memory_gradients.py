@@ -37,9 +37,10 @@ def gradients(model: Model) -> dict[str, torch.Tensor]:
         {"memory": {"adaptive_query": True, "momentum": 0.5}},
         {"memory": {"read": "boundary"}},
         {"memory": {"static": "projected", "output_gate": "sigmoid"}},
+        {"memory": {"erase_max": 1.9, "alpha_spread": 2.0}},
         {"tie_embeddings": False},
     ],
-    ids=["default", "adaptive-q-momentum", "boundary", "projected", "untied"],
+    ids=["default", "adaptive-q-momentum", "boundary", "projected", "erase", "untied"],
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_has_a_gradient(kind, changes):

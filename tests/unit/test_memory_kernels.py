@@ -45,6 +45,7 @@ def test_a_bf16_model_on_a_gpu_takes_the_kernels(head_dim, static):
         ("adaptive query", {"adaptive_query": True}),
         ("erase objective", {"erase": "objective"}),
         ("erase none", {"erase": "none"}),
+        ("an erase rate of its own", {"erase_max": 1.9}),
         ("values not normalised", {"normalise_values": False}),
         ("fp64", {"dtype": torch.float64}),
         ("fp16", {"dtype": torch.float16}),

@@ -145,3 +145,25 @@ def test_the_program_in_a_job_finds_modules_of_the_folder_it_runs_in(tmp_path):
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100
     )
     assert done.stdout == "{'taps': Taps(taps=3, name='a')}\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "what", "fix"),
+    [
+        (["alpha_spread=-1"], "alpha_spread", "-1.0 is negative", "0.0, or 2.0"),
+        (["erase_max=2"], "erase_max", "2.0 is not in (0, 2): eigenvalues must stay inside (-1, 1)", "1.0, or 1.9"),
+        (["erase_max=0"], "erase_max", "0.0 is not in (0, 2): eigenvalues must stay inside (-1, 1)", "1.0, or 1.9"),
+        (
+            ["erase_max=1.9", "erase=none"],
+            "erase_max",
+            "1.9 bounds a rate of erasing, and with erase none nothing is erased",
+            "null, or erase layerwise",
+        ),
+    ],
+    ids=" ".join,
+)
+def test_settings_of_hope_that_cannot_work(tmp_path, words, key, what, fix):
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, "", *(f"model.mixers.hope.{word}" for word in words))
+    assert [tuple(problem) for problem in caught.value.problems] == [(f"model.mixers.hope.{key}", what, fix)]
+    assert read(tmp_path, "", *(f"model.mixers.hope.{word}" for word in ("alpha_spread=2", "erase_max=1.9")))

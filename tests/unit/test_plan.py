@@ -76,6 +76,16 @@ def test_dimensions_that_do_not_divide_are_refused():
         layout.cut(torch.zeros(64, 32), 0, 3)
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_head_starts_from_its_own_alpha_whatever_the_layout(ranks):
+    """Evenly from alpha_bias - alpha_spread to alpha_bias + alpha_spread."""
+    config = named(width=32, heads=4, layers=1, memory=MemoryConfig(alpha_bias=4.0, alpha_spread=3.0))
+    bias = Model(config).initialise(0).blocks["0"].mixer.alpha_bias
+    found = [layout_of(bias).cut(bias.data, rank, ranks).tolist() for rank in range(ranks)]
+    assert [len(of_rank) for of_rank in found] == [4 // ranks] * ranks
+    assert list(itertools.chain(*found)) == [1.0, 3.0, 5.0, 7.0]
+
+
 class Nested(nn.Module):
     """A region around a region, as a mixer that is made of others has."""
 

@@ -76,6 +76,8 @@ VARIANTS = [
     {"erase": "input"},
     {"erase": "objective"},
     {"erase": "none"},
+    {"erase_max": 1.9},
+    {"erase_max": 1.9, "erase": "input", "main_chunk": 8, "momentum": 0.7, "eta_max": 0.2},
     {"adaptive_query": True},
     {"momentum": 0.7, "eta_max": 0.2},
     {"momentum": 0.7, "eta_max": 0.2, "erase": "none"},
@@ -124,7 +126,7 @@ def test_state_carried_across_a_split(kind, momentum, chunks, forget):
 
 
 @pytest.mark.parametrize("kind", ["matrix", "mlp"])
-@pytest.mark.parametrize("variant", [{}, {"momentum": 0.6}, {"static": "projected"}], ids=str)
+@pytest.mark.parametrize("variant", [{}, {"momentum": 0.6}, {"static": "projected"}, {"erase_max": 1.9}], ids=str)
 @FORGET
 def test_packed_documents_equal_documents_alone(kind, variant, forget):
     from hope.documents import Documents

@@ -23,11 +23,21 @@ def stream(kind: str) -> torch.Tensor:
     return walk / walk.square().mean(-1, keepdim=True).sqrt()
 
 
+ERASING = {"erase_max": 1.9, "static": "projected", "output_gate": "sigmoid"}
+
+
 @pytest.mark.parametrize("inputs", ["random", "correlated", "walk"])
-@pytest.mark.parametrize("kind", ["matrix", "mlp"])
-def test_long_sequences_stay_finite(kind, inputs):
-    mixer = SelfModifyingTitans(Trunk(32, 1, 1), MemoryConfig(memory=kind))
+@pytest.mark.parametrize(
+    ("settings", "erase_bias"),
+    [({}, None), ({"memory": "mlp"}, None), (ERASING, 0.0), (ERASING, 20.0), ({**ERASING, "memory": "mlp"}, 20.0)],
+    ids=["matrix", "mlp", "matrix-erase", "matrix-erase-all", "mlp-erase-all"],
+)
+def test_long_sequences_stay_finite(settings, erase_bias, inputs):
+    """Also where each write flips the sign of what it finds: with a bias of 20 the erase rate is 1.9 throughout."""
+    mixer = SelfModifyingTitans(Trunk(32, 1, 1), MemoryConfig(**settings))
     initialise(mixer, 0)
+    if erase_bias is not None:
+        torch.nn.init.constant_(mixer.erase_bias, erase_bias)
     x = stream(inputs).requires_grad_()
     y, state = mixer(x)
     y.square().mean().backward()

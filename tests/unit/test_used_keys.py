@@ -165,7 +165,7 @@ def test_conditions_follow_values_that_are_interpolated(tmp_path):
 CHOICES = [
     [],
     ["optim.name=adamw"],
-    ["model.mixers.hope.static=projected", "model.mixers.hope.output_gate=sigmoid"],
+    ["model.mixers.hope.static=projected", "model.mixers.hope.output_gate=sigmoid", "model.mixers.hope.erase_max=1.9"],
     ["optim.name=m3", "optim.m3.reading=literal", "optim.decay=constant"],
     ["optim.dmgd.memory=mlp", "optim.dmgd.mlp.width=4", "optim.dmgd.output=rms_clip", "optim.dmgd.output_bound=2"],
     ["model.pattern=[hope, attention]", "model.mixers.hope.memory=mlp", "model.mixers.attention.rope_base=500"],
