@@ -15,6 +15,7 @@ from hope.documents import Documents
 from hope.flops import Flops
 from hope.layers import RMSNorm
 from hope.mixers import State
+from hope.parameters import scale_outputs
 
 BlockState = tuple[State | None, ...]
 """One state per sublayer, None for those that carry nothing."""
@@ -54,6 +55,8 @@ class Block(nn.Module):
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.mixer = config.build_mixer(mixer)
         self.cms = build_cms(config)
+        if config.depth_scaled_init:
+            scale_outputs(self, (config.layers * len(self.sublayers())) ** -0.5)
         self.recompute = "none"
 
     def sublayers(self) -> list[Sublayer]:

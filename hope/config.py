@@ -78,6 +78,8 @@ class ModelConfig:
     """Share the embedding with the output head."""
     norm_eps: float = 1e-6
     """Added to the mean square in the norms of the trunk."""
+    depth_scaled_init: bool = False
+    """Initial output maps of mixers and MLPs over the root of their number in the model (Radford et al., 2019)."""
     mixers: dict[str, Any] = sections_named_by("pattern", mixer_sections)
     """A section for every mixer that the pattern names, with that mixer's keys."""
     cms: CmsConfig = field(default_factory=CmsConfig)

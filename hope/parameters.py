@@ -7,7 +7,7 @@ derived from these declarations (parallel/layout/plan.py, hope/optim/levels.py),
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -91,6 +91,18 @@ def new_parameter(
     parameter = nn.Parameter(torch.zeros(*shape))
     parameter.declaration = Declaration(init, cut, used, update, head_rows)  # type: ignore[attr-defined]
     return parameter
+
+
+def scale_outputs(module: nn.Module, factor: float) -> None:
+    """Multiply the initial values of every map whose input features are divided over ranks ("row" in `hope.layers`):
+    what such a module adds to the trunk."""
+
+    def scaled(init: Init) -> Init:
+        return lambda shape, generator: init(shape, generator) * factor
+
+    for _, parameter, declared in declarations(module):
+        if declared.update == "matrix" and declared.cut == 1:
+            parameter.declaration = replace(declared, init=scaled(declared.init))  # type: ignore[attr-defined]
 
 
 def declaration_of(parameter: Tensor, name: str = "a parameter") -> Declaration:

@@ -49,6 +49,19 @@ def test_slices_compose_to_the_whole_and_start_from_its_weights(kind):
     assert not torch.equal(Model(config(kind)).initialise(8).embedding.weight, whole.embedding.weight)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_depth_scaled_init_divides_what_is_added_to_the_trunk(kind):
+    """By the root of how many maps add to it in the whole model, in a slice of it too. All else is drawn as before."""
+    scaled = dict(Model(config(kind, depth_scaled_init=True), Slice(1, 3)).initialise(7).named_parameters())
+    plain = dict(Model(config(kind)).initialise(7).named_parameters())
+    outputs = [name for name in scaled if name.endswith(("mixer.output.weight", "mlp.down.weight"))]
+    per_layer = 2 if kind == "transformer" else 3  # the mixer and each level of the CMS
+    assert len(outputs) == 2 * per_layer
+    for name, parameter in scaled.items():
+        factor = (3 * per_layer) ** -0.5 if name in outputs else 1.0
+        torch.testing.assert_close(parameter, plain[name] * factor, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("bad", [Slice(0, 0), Slice(2, 4), Slice(-1, 2)])
 def test_impossible_slices_are_refused(bad):
     with pytest.raises(ValueError, match="slice"):
