@@ -17,7 +17,7 @@ HEADS = {torch.bfloat16: (64, 128), torch.float32: (64,)}
 """Widths of heads by the weights' dtype. In fp32 a head of 128 needs 288 KB of shared memory, an H100 has 227."""
 CHUNK = 64
 """The one chunk that was checked on a GPU. At 128 the inverse alone would fill the registers."""
-_SHORT = {torch.float64: "fp64", torch.float16: "fp16"}
+SHORT = {torch.float64: "fp64", torch.float16: "fp16"}
 
 
 class ScanChoice(NamedTuple):
@@ -64,15 +64,16 @@ def _against_memory(config: MemoryConfig, head_dim: int) -> str:
 
 def _against_type(dtype: torch.dtype, head_dim: int) -> str:
     if dtype not in HEADS:
-        return _SHORT.get(dtype, str(dtype).removeprefix("torch."))
+        return SHORT.get(dtype, str(dtype).removeprefix("torch."))
     if head_dim not in HEADS[dtype]:
         return f"fp32 heads of {head_dim}"
     # without it products of 64 x 64 are unrolled into single multiplications: more than 170 s to compile
     if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
         return "fp32 without TF32"
-    return "" if _has_triton() else "no triton"
+    return "" if has_triton() else "no triton"
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether it is installed; nothing is imported."""
     return importlib.util.find_spec("triton") is not None

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hope.documents import NO_PENDING, Documents, Pending, of_open_document, plain_layout
 from hope.flops import Flops
+from hope.heads.kernels import HeadsChoice, heads_for
 from hope.layers import CausalConv, Linear, RMSNorm, convolved, gated, rms_norm, unit
 from hope.memory.bank import State as FastWeights
 from hope.memory.bank import reset_rows
@@ -123,7 +124,8 @@ class SelfModifyingTitans(Mixer):
         length, batch, _ = x_TBD.shape
         dtype = torch.promote_types(x_TBD.dtype, torch.float32)
         choice = scan_for(self.config, x_TBD.device, x_TBD.dtype, self.head_dim)
-        x_BHTK, q_BHTK, history = self._convolved(x_TBD, state, documents, choice.operands or dtype)
+        heads = heads_for(self.config, x_TBD.device, x_TBD.dtype, self.head_dim)
+        x_BHTK, q_BHTK, history = self._convolved(x_TBD, state, documents, heads, choice.operands or dtype)
         pending = NO_PENDING if state is None else state.pending
         if state is not None and pending.slots:
             x_BHTK = torch.cat([state.pending_x, x_BHTK], 2)
@@ -139,13 +141,19 @@ class SelfModifyingTitans(Mixer):
         found = choice.scan(self.config, self._memories(dtype), given, layout, before)
         if self.watched:
             self._collected = summary(found)
-        merged = self.form(merge_heads)(layout.collect(found.y), self.gate(x_TBD), self.norm.weight)
+        merge = heads.merge_heads or self.form(merge_heads)
+        merged = merge(layout.collect(found.y), self.gate(x_TBD), self.norm.weight)
         out = self.leave(self.output(merged))
         left = layout.remaining(x_BHTK).to(dtype), layout.remaining(q_BHTK).to(dtype), layout.left
         return out, SelfModifyingState(found.states.projections, found.states.main, history, *left)
 
     def _convolved(
-        self, x_TBD: Tensor, state: SelfModifyingState | None, documents: Documents | None, dtype: torch.dtype
+        self,
+        x_TBD: Tensor,
+        state: SelfModifyingState | None,
+        documents: Documents | None,
+        heads: HeadsChoice,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The memory's inputs x and q, unit vectors [B, H, T, K] of `dtype` each, and the history [B, taps-1, 2 D]."""
         width, past = self.conv_input.weight.shape[0], self.config.conv_width - 1  # of the heads that are here
@@ -153,13 +161,14 @@ class SelfModifyingTitans(Mixer):
         if state is not None:
             history = state.history.transpose(0, 1)
         same = None if documents is None or past == 0 else documents.same(past + 1)
+        cut = heads.memory_input or self.form(memory_input)
         found, latest = [], []
         halves = history[..., :width], history[..., width:]
         for project, conv, before in zip(
             (self.input, self.query), (self.conv_input, self.conv_query), halves, strict=True
         ):
             z = project(x_TBD)
-            found.append(self.form(memory_input)(z, conv.weight, before, same, self.head_dim, dtype))
+            found.append(cut(z, conv.weight, before, same, self.head_dim, dtype))
             latest.append(conv.latest(z, before))
         wide = torch.promote_types(x_TBD.dtype, torch.float32)
         past_TBD = of_open_document(torch.cat(latest, -1).to(wide), documents)
@@ -206,8 +215,9 @@ class SelfModifyingTitans(Mixer):
         return self._collected
 
     def kernels(self, device: torch.device, dtype: torch.dtype) -> str:
-        """The form of the memory loop."""
-        return str(scan_for(self.config, device, dtype, self.head_dim))
+        """The form of the memory loop, and that of what is around it where it is another."""
+        loop, heads = (find(self.config, device, dtype, self.head_dim) for find in (scan_for, heads_for))
+        return str(loop) if loop.name == heads.name else f"{loop}, heads {heads}"
 
 
 @torch.no_grad()
