@@ -54,7 +54,8 @@ class MemoryConfig(MixerSection):
     conv_width: int = 4
     """Taps of the causal depthwise convolution before the memory."""
     kernel: Literal["auto", "plain"] = "auto"
-    """auto: the fastest form of the loop that fits; plain: the PyTorch loop, to compare with."""
+    """auto: the fastest forms that fit, of the loop and of what cuts its input into heads and merges its output; plain:
+    PyTorch's, to compare with."""
 
     @property
     def eta_bound(self) -> float:

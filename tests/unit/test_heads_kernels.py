@@ -4,6 +4,8 @@ interpreter, and the choice between the two.
 On a GPU benchmarks/dense_forms.py says how close the compiled kernels are.
 """
 
+import importlib
+import itertools
 import os
 import subprocess
 import sys
@@ -288,6 +290,36 @@ def test_recomputation_gives_the_same_gradients():
     once = lambda *given: checkpoint(ops.memory_input, *given, use_reentrant=False)
     first, second = (results(f, FP32, tensors, same, 16, FP32) for f in (ops.memory_input, once))
     assert all(map(torch.equal, first, second))
+
+
+@interpreted
+@pytest.mark.parametrize("spoiled", ["", "memory_input", "changing"])
+def test_the_benchmark_names_a_kernel_that_is_wrong(spoiled, monkeypatch, capsys):
+    """Of bf16 the interpreter cuts off what a GPU rounds, which is within twice the plain form's error."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    benchmark = importlib.import_module("dense_forms")
+    monkeypatch.setattr(benchmark, "Compiled", lambda backend: eager)
+    monkeypatch.setattr(benchmark, "EDGES", {"length": (1,), "head": (32,)})
+    original, factor = fused.input_forward, itertools.count()
+
+    def wrong(*args):
+        found = original(*args)
+        return found * (1 + 2e-6) if spoiled == "memory_input" else found + 1e-2 * next(factor)
+
+    if spoiled:
+        monkeypatch.setattr(fused, "input_forward", wrong)
+    sizes = ["--length", "5", "--batch", "1", "--width", "32", "--head", "16", "--vocabulary", "50", "--repeat", "1"]
+    only = ["--only", "memory_input,merge_heads", "--blocks", "64,4,16,32,4,1", ""]
+    assert benchmark.main(["--device", "cpu", *sizes, *only]) == int(bool(spoiled))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("kernels ")[1] for line in lines if "kernels " in line][:2] == [
+        "64,4,16,32,4,1",
+        "2048,4,64,512,4,1",
+    ]
+    assert len(lines) == 10
+    named = {line.split()[0].rstrip(",") for line in lines if "BAD" in line}
+    assert named == ({"memory_input", "at"} if spoiled else set())
+    assert any("CHANGES" in line for line in lines) == (spoiled == "changing")
 
 
 def test_the_table_at_the_start_names_both_where_they_differ(monkeypatch):
