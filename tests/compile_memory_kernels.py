@@ -71,16 +71,21 @@ def _from_transpose(maker: dict[str, tuple[str, list[str]]], value: str) -> bool
     return False
 
 
-def compiled(kernel: triton.JITFunction, word: str) -> str:
-    width, kind, *others = word.split(",")
-    found = triton.compile(source(kernel, int(width), kind, bool(others)), target=HOPPER, options=dict(fused._OPTIONS))
+def assembled(ptx: str) -> tuple[int, int]:
+    """(registers, bytes spilled) of a kernel."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(found.asm["ptx"])
+        file.write(ptx)
         file.flush()
         command = [get_ptxas(HOPPER.arch).path, "-v", "-arch=sm_90a", file.name, "-o", "/dev/null"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     number = lambda pattern: int(re.search(pattern, said)[1])
-    facts = number(r"Used (\d+) registers"), number(r"(\d+) bytes spill stores"), found.metadata.shared
+    return number(r"Used (\d+) registers"), number(r"(\d+) bytes spill stores")
+
+
+def compiled(kernel: triton.JITFunction, word: str) -> str:
+    width, kind, *others = word.split(",")
+    found = triton.compile(source(kernel, int(width), kind, bool(others)), target=HOPPER, options=dict(fused._OPTIONS))
+    facts = *assembled(found.asm["ptx"]), found.metadata.shared
     return " ".join(map(str, (kernel.__name__, word, *facts, *transposed_on_the_left(found.asm["ttgir"]))))
 
 

@@ -65,7 +65,8 @@ class MemoryConfig(MixerSection):
     output_gate: Literal["silu", "sigmoid"] = "silu"
     """What the gate of the output goes through: sigmoid was 0.15 nats better under Muon, 0.12 worse under AdamW."""
     kernel: Literal["auto", "plain"] = "auto"
-    """auto: the fastest form of the loop that fits; plain: the PyTorch loop, to compare with."""
+    """auto: the fastest forms that fit, of the loop and of what cuts its input into heads and merges its output; plain:
+    PyTorch's, to compare with."""
 
     @property
     def eta_bound(self) -> float:

@@ -17,7 +17,7 @@ HEADS = {torch.bfloat16: (64, 128), torch.float32: (64,)}
 """Widths of heads by the weights' dtype. In fp32 a head of 128 needs 288 KB of shared memory, an H100 has 227."""
 CHUNK = 64
 """The one chunk that was checked on a GPU. At 128 the inverse alone would fill the registers."""
-_SHORT = {torch.float64: "fp64", torch.float16: "fp16"}
+SHORT = {torch.float64: "fp64", torch.float16: "fp16"}
 
 
 class ScanChoice(NamedTuple):
@@ -42,7 +42,7 @@ def scan_for(config: MemoryConfig, device: torch.device, dtype: torch.dtype, hea
         return ScanChoice(scan, "plain", device.type.upper())
     if reason := _against_memory(config, head_dim) or _against_type(dtype, head_dim):
         return ScanChoice(scan, "plain", reason)
-    if device.type == "cuda" and not _has_triton():
+    if device.type == "cuda" and not has_triton():
         return ScanChoice(scan, "plain", "no triton")
     return ScanChoice(partial(fused_scan, operands=dtype, precision="tf32"), "fused", operands=dtype)
 
@@ -68,7 +68,7 @@ def _against_memory(config: MemoryConfig, head_dim: int) -> str:
 
 def _against_type(dtype: torch.dtype, head_dim: int) -> str:
     if dtype not in HEADS:
-        return _SHORT.get(dtype, str(dtype).removeprefix("torch."))
+        return SHORT.get(dtype, str(dtype).removeprefix("torch."))
     if head_dim not in HEADS[dtype]:
         return f"fp32 heads of {head_dim}"
     # without it products of 64 x 64 are unrolled into single multiplications: more than 170 s to compile
@@ -78,5 +78,6 @@ def _against_type(dtype: torch.dtype, head_dim: int) -> str:
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether it is installed; nothing is imported."""
     return importlib.util.find_spec("triton") is not None

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from hope.documents import NO_PENDING, Documents, Pending, of_open_document, plain_layout
 from hope.flops import Flops
+from hope.heads.kernels import HeadsChoice, heads_for
 from hope.layers import CausalConv, Linear, RMSNorm, convolved, gated, rms_norm, unit
 from hope.memory.bank import State as FastWeights
 from hope.memory.bank import reset_rows
@@ -149,7 +150,8 @@ class SelfModifyingTitans(Mixer):
         length, batch, _ = x_TBD.shape
         dtype = torch.promote_types(x_TBD.dtype, torch.float32)
         choice = scan_for(self.config, x_TBD.device, x_TBD.dtype, self.head_dim)
-        inputs, history = self._convolved(x_TBD, state, documents, choice.operands or dtype)
+        heads = heads_for(self.config, x_TBD.device, x_TBD.dtype, self.head_dim)
+        inputs, history = self._convolved(x_TBD, state, documents, heads, choice.operands or dtype)
         pending = NO_PENDING if state is None else state.pending
         if state is not None and pending.slots:
             inputs = [torch.cat(pair, 2) for pair in zip(state.waiting, inputs, strict=True)]
@@ -164,8 +166,8 @@ class SelfModifyingTitans(Mixer):
         found = choice.scan(self.config, self._memories(dtype), given, layout, before)
         if self.watched:
             self._collected = summary(found)
-        gate = self.gate(x_TBD)
-        merged = self.form(merge_heads)(layout.collect(found.y), gate, self.norm.weight, self.config.output_gate)
+        merge = heads.merge_heads or self.form(merge_heads)
+        merged = merge(layout.collect(found.y), self.gate(x_TBD), self.norm.weight, self.config.output_gate)
         out = self.leave(self.output(merged))
         x, q, *static = (layout.remaining(t).to(dtype) for t in inputs)
         return out, SelfModifyingState(*found.states, history, x, q, layout.left, *static)
@@ -178,7 +180,12 @@ class SelfModifyingTitans(Mixer):
         return streams
 
     def _convolved(
-        self, x_TBD: Tensor, state: SelfModifyingState | None, documents: Documents | None, dtype: torch.dtype
+        self,
+        x_TBD: Tensor,
+        state: SelfModifyingState | None,
+        documents: Documents | None,
+        heads: HeadsChoice,
+        dtype: torch.dtype,
     ) -> tuple[list[Tensor], Tensor]:
         """Of every stream unit vectors [B, H, T, K] of `dtype`, and the history [B, taps-1, N D]."""
         streams = self._streams()
@@ -187,10 +194,11 @@ class SelfModifyingTitans(Mixer):
         if state is not None:
             history = state.history.transpose(0, 1)
         same = None if documents is None or past == 0 else documents.same(past + 1)
+        cut = heads.memory_input or self.form(memory_input)
         found, latest = [], []
         for (project, conv), before in zip(streams, history.split(width, -1), strict=True):
             z = project(x_TBD)
-            found.append(self.form(memory_input)(z, conv.weight, before, same, self.head_dim, dtype))
+            found.append(cut(z, conv.weight, before, same, self.head_dim, dtype))
             latest.append(conv.latest(z, before))
         wide = torch.promote_types(x_TBD.dtype, torch.float32)
         past_TBD = of_open_document(torch.cat(latest, -1).to(wide), documents)
@@ -240,8 +248,9 @@ class SelfModifyingTitans(Mixer):
         return self._collected
 
     def kernels(self, device: torch.device, dtype: torch.dtype) -> str:
-        """The form of the memory loop."""
-        return str(scan_for(self.config, device, dtype, self.head_dim))
+        """The form of the memory loop, and that of what is around it where it is another."""
+        loop, heads = (find(self.config, device, dtype, self.head_dim) for find in (scan_for, heads_for))
+        return str(loop) if loop.name == heads.name else f"{loop}, heads {heads}"
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ def test_an_fp32_model_may_where_torch_may_use_tf32():
 
 
 def test_without_triton(monkeypatch):
-    monkeypatch.setattr(kernels, "_has_triton", lambda: False)
+    monkeypatch.setattr(kernels, "has_triton", lambda: False)
     assert str(chosen()) == "plain (no triton)"
     assert str(chosen("meta")) == "fused"  # where memory is predicted triton may be missing
 

@@ -9,6 +9,8 @@ from models import named
 from optims import with_dmgd
 
 from hope.config import CmsConfig, ModelConfig
+from hope.heads import ops
+from hope.heads.kernels import HeadsChoice
 from hope.memory.config import MemoryConfig
 from hope.memory.fused_scan import fused_scan
 from hope.memory.kernels import ScanChoice
@@ -78,6 +80,8 @@ def test_a_fused_run_is_predicted_with_what_its_kernels_keep(monkeypatch, interp
     fused = predict()
     choice = ScanChoice(partial(fused_scan, operands=torch.float32, precision="ieee"), "fused")
     monkeypatch.setattr(self_modifying, "scan_for", lambda *_: choice)
+    heads = HeadsChoice(ops.memory_input, ops.merge_heads, "fused")
+    monkeypatch.setattr(self_modifying, "heads_for", lambda *_: heads)
     assert fused == pytest.approx(really_kept(settings, 128), rel=0.02)
     assert fused < 0.8 * plain
 
