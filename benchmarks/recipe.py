@@ -155,7 +155,8 @@ class Runs:
         out = Path(self.args.out)
         config, given = config_of(self.plan, cell, words(self.plan, cell, self.args.data, out))
         log = out / f"{cell.name}.log"
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(device), "OMP_NUM_THREADS": "1"}
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(self.args.gpus)))).split(",")
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": visible[device % len(visible)], "OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(ROOT / "pretrain_hope.py"), str(ROOT / self.plan["config"]), *given]
         began = time.monotonic()
         with log.open("w") as file:
