@@ -22,8 +22,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,46 +69,55 @@ class Bench:
     def compile_of(self, model: str) -> str:
         return "none" if model == GPT else str(self.args.compile)
 
-    def build(self, model: str, seq: int) -> Contestant:
-        args = self.args
-        compile = self.compile_of(model)
-        return build(model, args.size, seq, args.precision, self.ranks, compile, args.recompute, args.choices)
+    @contextmanager
+    def built(self, model: str, seq: int) -> Iterator[Contestant]:
+        """Its optimizer's hooks would keep all of the model's memory for ever: they are removed at the end."""
+        args, compile = self.args, self.compile_of(model)
+        one = build(model, args.size, seq, args.precision, self.ranks, compile, args.recompute, args.choices)
+        try:
+            yield one
+        finally:
+            one.optimizer.close()
 
     def config(self, model: str) -> ModelConfig:
         """Of the Transformer++ for megatron-core's."""
         return model_config("transformer" if model == GPT else model, self.args.size, self.args.choices)
 
-    def turn(self, model: str, seq: int, micro: int, steps: int, warm: int = 2, built: Contestant | None = None) -> Row:
-        """Build if need be, warm up, and time `steps` steps. Raises torch.OutOfMemoryError."""
-        args, ranks, rows = self.args, self.ranks, self.args.tokens // seq
+    def turn(self, model: str, seq: int, micro: int, steps: int) -> Row:
+        """Build, warm up, and time `steps` steps. Raises torch.OutOfMemoryError."""
+        with self.built(model, seq) as one:
+            return self.timed(one, seq, micro, steps, warm=2)
+
+    def timed(self, one: Contestant, seq: int, micro: int, steps: int, warm: int) -> Row:
+        """Seconds of `steps` steps after `warm`, and what else a row needs. Raises torch.OutOfMemoryError."""
+        args, rows = self.args, self.args.tokens // seq
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
-        built = self.build(model, seq) if built is None else built
         tokens = torch.randint(0, SIZES[args.size][3], (seq + 1, rows), generator=torch.Generator().manual_seed(0))
-        batches = micro_batches(Batch(tokens[:-1], tokens[1:]), micro, ranks)
+        batches = micro_batches(Batch(tokens[:-1], tokens[1:]), micro, self.ranks)
         seconds = []
         for _ in range(warm + steps):
             self._wait()
             began = time.perf_counter()
-            built.step(batches)
+            one.step(batches)
             self._wait()
             seconds.append(time.perf_counter() - began)
         peak = torch.cuda.max_memory_reserved() / GIB if self.cuda else None
-        share = self._loop_share(built, batches) if steps > 1 else None
-        return {"parameters": built.parameters, "seconds": seconds[warm:], "peak_gib": peak, "loop_share": share}
+        share = self._loop_share(one, batches) if steps > 1 else None
+        return {"parameters": one.parameters, "seconds": seconds[warm:], "peak_gib": peak, "loop_share": share}
 
     def _wait(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
 
-    def _loop_share(self, built: Contestant, batches: Sequence[Batch]) -> float | None:
+    def _loop_share(self, one: Contestant, batches: Sequence[Batch]) -> float | None:
         """Device time inside the fused memory loop over that of a whole step; None without kernels."""
         from torch.profiler import ProfilerActivity, profile
 
         if not self.cuda:
             return None
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-            built.step(batches)
+            one.step(batches)
             self._wait()
         return loop_share(found.key_averages())
 
@@ -118,11 +127,11 @@ class Bench:
         if self.cuda:
             torch.cuda.empty_cache()
 
-    def fits(self, model: str, seq: int, micro: int, built: Contestant) -> float | None:
-        """Seconds of the faster of two steps, or None if it does not fit."""
+    def fits(self, one: Contestant, seq: int, micro: int) -> float | None:
+        """Seconds of a step, or None if it does not fit."""
         seconds = None
         with suppress(torch.OutOfMemoryError):
-            seconds = min(self.turn(model, seq, micro, 1, warm=1, built=built)["seconds"])
+            seconds = min(self.timed(one, seq, micro, 1, warm=1)["seconds"])
         self.free()  # once nothing holds the error, whose frames hold tensors
         return seconds
 
@@ -141,17 +150,15 @@ class Bench:
         if len(sizes) == 1:
             return sizes[0]
         found: dict[int, float] = {}
-        built: Contestant | None = None
-        for size in sizes:
-            built = self.build(model, seq) if built is None else built
-            seconds = self.fits(model, seq, size, built)
-            if seconds is None:
-                built = None  # its step stopped halfway
-                self.free()
-                continue
-            found[size] = seconds
-            if len(found) == 2:
-                break
+        while sizes and len(found) < 2:
+            with self.built(model, seq) as one:
+                while sizes and len(found) < 2:
+                    size = sizes.pop(0)
+                    if (seconds := self.fits(one, seq, size)) is None:
+                        break  # its step stopped halfway, the next size gets a new one
+                    found[size] = seconds
+            del one
+            self.free()
         if not found:
             raise ValueError(f"{model} at {seq}: one sequence does not fit under {self.args.cap} GiB")
         return min(found, key=lambda size: found[size])

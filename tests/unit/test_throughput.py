@@ -1,9 +1,10 @@
 """benchmarks/throughput.py: equal models, turns, the search for a micro-batch, and what it writes."""
 
+import contextlib
+import functools
 import gc
 import importlib
 import json
-import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from multirank import run_ranks
 
+from hope import dense
 from parallel.layout.topology import ParallelConfig
 from parallel.start import groups
 
@@ -98,22 +100,26 @@ def test_a_kernel_is_counted_once_in_the_share_of_the_loop(bench):
     assert bench[0].loop_share(events[2:]) is None
 
 
-def freed() -> bool:
-    """Whether a model that had its turn is gone."""
+def kept(model: str, compile: str) -> int:
+    """How many more numbers are in tensors after a turn than after the turn before it."""
     torch.set_num_threads(1)
-    contestants = importlib.import_module("contestants")
+    dense.Compiled = functools.partial(dense.Compiled, "aot_eager")
+    throughput = importlib.import_module("throughput")
+    args = throughput.arguments(["--size", "tiny", "--seq", "64", "--tokens", "128", "--compile", compile])
+    numbers = lambda: sum(o.numel() for o in gc.get_objects() if issubclass(type(o), torch.Tensor))
     with groups.start(ParallelConfig()) as ranks:
-        built = contestants.build("transformer", "tiny", 16, "bf16", ranks, "none", "none")
-        tokens = torch.zeros(17, 2, dtype=torch.long)
-        built.step([contestants.Batch(tokens[:-1], tokens[1:])])
-        watched = weakref.ref(built.optimizer)
-        del built
-        gc.collect()
-        return watched() is None
+        found, bench = [], throughput.Bench(args, ranks)
+        for _ in range(2):
+            parameters = bench.turn(model, 64, 1, 1)["parameters"]
+            bench.free()
+            found.append(numbers())
+        assert parameters > 10_000
+        return found[1] - found[0]
 
 
-def test_every_turn_has_the_whole_memory(bench):
-    assert run_ranks(freed, 1, timeout=60) == [True]
+@pytest.mark.parametrize(("model", "compile"), [("transformer", "none"), ("hope", "dense")])
+def test_every_turn_has_the_whole_memory(bench, model, compile):
+    assert run_ranks(kept, 1, model, compile, timeout=120) == [0]
 
 
 class Search:
@@ -125,18 +131,19 @@ class Search:
         made = throughput.Bench.__new__(throughput.Bench)
         made.args = SimpleNamespace(tokens=16 * 64, cap=cap, compile="none", micro_batch=tell or [])
 
-        def turn(model, seq, micro, steps, warm, built):
-            assert built == self.built[-1]
+        def timed(one, seq, micro, steps, warm):
+            assert one == self.built[-1]
             self.tried.append(micro)
             if micro not in fits:
                 raise torch.OutOfMemoryError
             return {"seconds": [fits[micro]]}
 
-        def build(model, seq):
+        @contextlib.contextmanager
+        def built(model, seq):
             self.built.append(len(self.tried))
-            return self.built[-1]
+            yield self.built[-1]
 
-        made.turn, made.build, made.free = turn, build, lambda: None
+        made.timed, made.built, made.free = timed, built, lambda: None
         made.predicted = lambda model, seq, micro: 0.5 * micro
         self.found = made.micro_batch("hope", 64)
 
