@@ -25,6 +25,7 @@ from parallel.optimizer.members import (
     first_name,
     members_of,
     name_of,
+    put_odd_sizes_last,
     union_of_names,
 )
 from parallel.optimizer.partitions import PartitionSlice, partitions_of, slices_of
@@ -83,6 +84,7 @@ class ZeroOptimizer(ShardedOptimizer):
         chunks = [model] if isinstance(model, nn.Module) else list(model)
         self.group_names = union_of_names(optimizer)  # before empty groups go: others may hold something of them
         drop_empty_groups(optimizer)
+        put_odd_sizes_last(optimizer)
         self._members = members_of(chunks, optimizer, counts or counts_everything(chunks))
         parameters = [list(group["params"]) for group in optimizer.param_groups]
         whole = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)

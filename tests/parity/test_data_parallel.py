@@ -9,6 +9,10 @@ import torch
 from multirank import run_ranks
 from toy_run import MOMENTUM, Momentum, Toy, ToyRun, batch, groups_of, loss_fn
 
+from hope.batch import Batch
+from hope.config import ModelConfig
+from hope.optim.config import OptimConfig
+from parallel.compute.replica import build_replica
 from parallel.layout.topology import ParallelConfig
 from parallel.optimizer.zero import ZeroOptimizer
 from parallel.start.groups import start
@@ -110,3 +114,25 @@ def test_every_rank_starts_from_rank_zero() -> None:
     first, second = run_ranks(weights_after_start, 2)
     assert torch.equal(first, second)
     assert torch.equal(first, Toy(seed=50).up.weight)
+
+
+def misaligned(name: str) -> list[str]:
+    """Parameters of whole 16 bytes that do not begin at 16 bytes, of a HOPE with three heads after a step."""
+    torch.set_num_threads(1)
+    config = ModelConfig(vocab_size=64, width=48, layers=2, heads=3)
+    with start(ParallelConfig()) as ranks:
+        replica = build_replica(
+            config, OptimConfig(name=name), ParallelConfig(), ranks, seq_len=16, precision="bf16", seed=0
+        )
+        tokens = torch.zeros(17, 2, dtype=torch.long)
+        replica.run([Batch(tokens[:-1], tokens[1:])])
+        replica.reduce()
+        replica.optimizer.step()
+        named = [pair for model in replica.models for pair in model.named_parameters()]
+        assert any(p.numel() % 8 for _, p in named)  # one that could be in the way
+        return [n for n, p in named if p.numel() % 8 == 0 and p.data_ptr() % 16]
+
+
+@pytest.mark.parametrize("name", ["dmgd", "muon"])
+def test_parameters_in_bf16_are_aligned_for_the_kernels(name: str) -> None:
+    assert run_ranks(misaligned, 1, name) == [[]]
