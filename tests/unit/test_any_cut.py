@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hope.config import CmsConfig, ModelConfig
 from hope.memory.config import MemoryConfig
+from hope.memory.linear_config import RULES, LinearConfig
 from hope.mixers import MIXERS
 from hope.model import Model
 
@@ -31,6 +32,7 @@ MEMORIES = {
 PATTERNS = {name: (["hope"], {"hope": memory}) for name, memory in MEMORIES.items()} | {
     "attention": (["attention"], {}),
     "hybrid": (["hope", "attention"], {"hope": MEMORIES["matrix-two-clocks"]}),
+    **{rule: (["linear"], {"linear": LinearConfig(rule=rule, chunk=8)}) for rule in RULES},
 }
 
 
@@ -105,7 +107,7 @@ def test_calls_with_and_without_documents_may_be_mixed(name):
     assert (torch.cat(out) - whole).abs().max() <= BOUND * whole.abs().max()
 
 
-@pytest.mark.parametrize("name", ["matrix-two-clocks", "mlp", "attention", "hybrid"])
+@pytest.mark.parametrize("name", ["matrix-two-clocks", "mlp", "attention", "hybrid", *RULES])
 def test_gradients_pass_through_a_cut(name):
     model = MODELS[name]
     weights = torch.linspace(-1, 1, LENGTH * BATCH * VOCAB, dtype=torch.float64).view(LENGTH, BATCH, VOCAB)
