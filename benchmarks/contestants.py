@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from hope.batch import Batch
 from hope.config import CmsConfig, ModelConfig
 from hope.memory.config import MemoryConfig
+from hope.memory.linear_config import RULES, LinearConfig
 from hope.model import Model
 from hope.optim.build import build_optimizer
 from hope.optim.config import OptimConfig
@@ -42,9 +43,11 @@ PATTERNS = {
     "hope_hybrid": ["hope", "hope", "hope", "attention"],
     "hope_mlp": ["hope"],
     "hope_attention": ["attention"],
+    **{rule: ["linear"] for rule in RULES},
 }
 GPT = "megatron_gpt"
 MODELS = (*PATTERNS, GPT)
+USUAL = tuple(name for name in MODELS if name not in RULES)  # those that are compared unless others are named
 WITHIN = 0.02  # of the Transformer's parameters
 
 
@@ -63,7 +66,10 @@ def model_config(name: str, size: str) -> ModelConfig:
     width, layers, heads, vocabulary = SIZES[size]
     pattern = [*PATTERNS[name] * layers][:layers]
     memory = MemoryConfig(memory="mlp" if name == "hope_mlp" else "matrix")
-    sections = {"mixers": {"hope": memory}} if "hope" in pattern else {}
+    sections: dict[str, Any] = {"mixers": {"hope": memory}} if "hope" in pattern else {}
+    if name in RULES:
+        sections = {"mixers": {"linear": LinearConfig(rule=name)}}  # type: ignore[arg-type]
+    levels = [1] if name in RULES else [1, 4]
     make = lambda periods, hidden: ModelConfig(
         pattern=pattern, vocab_size=vocabulary, width=width, layers=layers, heads=heads,
         cms=CmsConfig(periods=periods, hidden=hidden), **sections,
@@ -71,12 +77,12 @@ def model_config(name: str, size: str) -> ModelConfig:
     if name == "transformer":
         return make([1], None)
     wanted = parameters(model_config("transformer", size))
-    without = parameters(make([1, 4], 1)) - (unit := parameters(make([1, 4], 2)) - parameters(make([1, 4], 1)))
+    without = parameters(make(levels, 1)) - (unit := parameters(make(levels, 2)) - parameters(make(levels, 1)))
     for multiple in (64, 32, 16, 8, 4, 2, 1):  # the widest tiles that a product can have without missing the count
         hidden = max(1, round((wanted - without) / unit / multiple)) * multiple
         if abs(without + hidden * unit - wanted) <= WITHIN / 2 * wanted or multiple == 1:
             break
-    found = make([1, 4], hidden)
+    found = make(levels, hidden)
     if abs(parameters(found) - wanted) > WITHIN * wanted:
         raise ValueError(f"{name} at {size}: {parameters(found):,} parameters, transformer {wanted:,}")
     return found

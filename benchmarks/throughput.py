@@ -29,7 +29,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from contestants import GPT, MODELS, SIZES, Contestant, build, model_config
+from contestants import GPT, MODELS, SIZES, USUAL, Contestant, build, model_config
 from torch.autograd import DeviceType
 
 from hope.batch import Batch
@@ -236,7 +236,7 @@ def table(rows: list[Row]) -> str:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="340m")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(USUAL))
     parser.add_argument("--seq", nargs="+", type=int, default=[4096], help="lengths; each divides --tokens")
     parser.add_argument("--tokens", type=int, default=131072, help="per step, at every length")
     parser.add_argument("--compile", choices=COMPILE, default="none", help="train.compile of this project's models")
