@@ -17,8 +17,9 @@ Gate = Literal["none", "silu", "sigmoid"]
 
 @dataclass(frozen=True)
 class Rule:
-    """One row of the table. The fields are those of `LinearConfig`, which documents them."""
+    """One row of the table. The fields but the paper are keys of `LinearConfig`, which documents them."""
 
+    paper: str = ""
     decay: Decay = "none"
     write: Write = "one"
     erase: bool = False
@@ -32,20 +33,26 @@ class Rule:
     skip: bool = False
 
 
-_DELTA = Rule(write="beta", erase=True, conv_width=4, unit_keys=True)
+_DELTA = Rule(
+    "Schlag et al., 2021; Yang et al., 2024, the delta rule in parallel",
+    write="beta",
+    erase=True,
+    conv_width=4,
+    unit_keys=True,
+)
 RULES: dict[str, Rule] = {
-    # Katharopoulos et al., 2020, "Transformers are RNNs", Eq. 9-12 and elu(x) + 1 of Eq. 7
-    "linear_attention": Rule(feature_map="elu1", normaliser=True, head_norm=False),
-    # Sun et al., 2023, "Retentive Network", Eq. 6-8
-    "retnet": Rule(decay="constant", rope_base=10000.0, gate="silu"),
-    # Dao and Gu, 2024, "Transformers are SSMs": SSD with one decay per head
-    "mamba2": Rule(decay="head", write="step", conv_width=4, gate="silu", skip=True),
-    # Yang et al., 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length"
+    "linear_attention": Rule(
+        "Katharopoulos et al., 2020, Transformers are RNNs", feature_map="elu1", normaliser=True, head_norm=False
+    ),
+    "retnet": Rule("Sun et al., 2023, Retentive Network", decay="constant", rope_base=10000.0, gate="silu"),
+    "mamba2": Rule(
+        "Dao and Gu, 2024, Transformers are SSMs", decay="head", write="step", conv_width=4, gate="silu", skip=True
+    ),
     "deltanet": _DELTA,
-    # Yang et al., 2025, "Gated Delta Networks", Eq. 10
-    "gated_deltanet": dataclasses.replace(_DELTA, decay="head", gate="silu"),
-    # Kimi Team, 2025, "Kimi Linear": Kimi Delta Attention
-    "kda": dataclasses.replace(_DELTA, decay="channel", gate="sigmoid"),
+    "gated_deltanet": dataclasses.replace(
+        _DELTA, paper="Yang et al., 2025, Gated Delta Networks", decay="head", gate="silu"
+    ),
+    "kda": dataclasses.replace(_DELTA, paper="Kimi Team, 2025, Kimi Linear", decay="channel", gate="sigmoid"),
 }
 
 
@@ -87,8 +94,17 @@ class LinearConfig(MixerSection):
 
     def resolved(self) -> Rule:
         """The row of the table with the keys that are given."""
-        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(Rule)}
+        keys = [field.name for field in dataclasses.fields(Rule) if field.name != "paper"]
+        given = {key: getattr(self, key) for key in keys}
         return dataclasses.replace(RULES[self.rule], **{k: v for k, v in given.items() if v is not None})
+
+    def kinds(self) -> dict[str, LinearConfig]:
+        """Every rule."""
+        return {name: LinearConfig(rule=name) for name in RULES}  # type: ignore[arg-type]
+
+    def paper(self) -> str:
+        """Of the rule."""
+        return RULES[self.rule].paper
 
     def problems(self, path: str, head_dim: int) -> Iterator[Problem]:
         rule = self.resolved()
