@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from hope.batch import Batch
 from hope.config import CmsConfig, ModelConfig
 from hope.memory.config import MemoryConfig
+from hope.memory.linear_config import RULES, LinearConfig
 from hope.model import Model
 from hope.optim.build import build_optimizer
 from hope.optim.config import OptimConfig
@@ -42,9 +43,11 @@ PATTERNS = {
     "hope_hybrid": ["hope", "hope", "hope", "attention"],
     "hope_mlp": ["hope"],
     "hope_attention": ["attention"],
+    **{rule: ["linear"] for rule in RULES},
 }
 GPT = "megatron_gpt"
 MODELS = (*PATTERNS, GPT)
+USUAL = tuple(name for name in MODELS if name not in RULES)  # those that are compared unless others are named
 WITHIN = 0.02  # of the Transformer's parameters
 
 
@@ -72,8 +75,11 @@ def model_config(name: str, size: str, choices: Choices = Choices()) -> ModelCon
     width, layers, heads, vocabulary = SIZES[size]
     pattern = [*PATTERNS[name] * layers][:layers]
     memory = MemoryConfig(**{"memory": "mlp" if name == "hope_mlp" else "matrix", **dict(choices.hope)})
-    sections = {"mixers": {"hope": memory}} if "hope" in pattern else {}
+    sections: dict[str, Any] = {"mixers": {"hope": memory}} if "hope" in pattern else {}
+    if name in RULES:
+        sections = {"mixers": {"linear": LinearConfig(rule=name)}}  # type: ignore[arg-type]
     heads = choices.heads or heads if "hope" in pattern else heads
+    levels = [1] if name in RULES else [1, 4]
     make = lambda periods, hidden: ModelConfig(
         pattern=pattern, vocab_size=vocabulary, width=width, layers=layers, heads=heads,
         cms=CmsConfig(periods=periods, hidden=hidden), **sections,
@@ -81,7 +87,7 @@ def model_config(name: str, size: str, choices: Choices = Choices()) -> ModelCon
     if name == "transformer":
         return make([1], None)
     wanted = parameters(model_config("transformer", size))
-    found = make([1, 4], matched_hidden(make([1, 4], 1), wanted))
+    found = make(levels, matched_hidden(make(levels, 1), wanted))
     if abs(parameters(found) - wanted) > WITHIN * wanted:
         raise ValueError(f"{name} at {size}: {parameters(found):,} parameters, transformer {wanted:,}")
     return found

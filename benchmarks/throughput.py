@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import yaml
-from contestants import GPT, MODELS, SIZES, Choices, Contestant, build, model_config
+from contestants import GPT, MODELS, SIZES, USUAL, Choices, Contestant, build, model_config
 from torch.autograd import DeviceType
 
 from hope.batch import Batch
@@ -270,7 +270,7 @@ def table(rows: list[Row]) -> str:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="340m")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(USUAL))
     parser.add_argument("--seq", nargs="+", type=int, default=[4096], help="lengths; each divides --tokens")
     parser.add_argument("--heads", type=int, default=0, help="of models with memories; 0: as the Transformer++")
     parser.add_argument("--hope", nargs="+", default=[], metavar="KEY=VALUE", help="keys of model.mixers.hope")

@@ -23,6 +23,15 @@ class MixerSection:
         """Everything that cannot work, given the width of a head."""
         return iter(())
 
+    def kinds(self) -> "Mapping[str, MixerSection]":
+        """Sections of published layers that this mixer can be, by name; {}: it is one. `python -m hope.mixers` lists
+        them."""
+        return {}
+
+    def paper(self) -> str:
+        """Where the layer is from, in a few words; by default the first sentence of the section's docstring."""
+        return " ".join((self.__doc__ or "").split("\n\n")[0].split())
+
     def hazards(self) -> list[str]:
         """Settings that were seen to diverge, as sentences for a warning."""
         return []

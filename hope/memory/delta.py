@@ -6,7 +6,8 @@ known at its start,
     S_t = beta S_{t-1} - eta_t e_t x_t^T
     W_t = W_{t-1} (alpha_t I - zeta_t x_t x_t^T) + S_t                       (Eq. 88/90: zeta = eta, beta = 0)
 
-is solved without a loop. Published layers are rows of one table, with v_t = -e_t the value:
+is solved without a loop. Published layers are rows of one table, with v_t = -e_t the value (`hope.memory.linear`
+computes those, whose keys are known beforehand, for all chunks at once):
 
     linear attention (Katharopoulos et al., 2020)       alpha 1         eta 1          zeta 0
     RetNet (Sun et al., 2023)                           alpha fixed     eta 1          zeta 0

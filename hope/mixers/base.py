@@ -115,12 +115,14 @@ class Mixer(Dense):
 
     Attributes:
         chunk: tokens between two writes of the state; memory use is linear in whole chunks. 1: no chunks.
+        first_head: of the heads that are here, its number among those of the model; a tensor-parallel layout sets it.
         watched: whether the next forward passes collect what `report` tells.
         form: what its dense parts go through, see `hope.dense`.
     """
 
     name = ""
     chunk = 1
+    first_head = 0
     watched = False
 
     def __init__(self) -> None:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hope.loss import ALONE, OverRanks, Unscored, blockwise_loss
+from hope.mixers import Mixer
 from hope.model import Embedding, Model, next_token_loss
 from parallel.layout.plan import layout_of
 from parallel.layout.regions import outermost_regions
@@ -51,6 +52,8 @@ def shard_model(model: Model, tp_rank: int, tp_size: int, sequence: bool = False
     for module in model.modules():
         if isinstance(module, Embedding):
             module.first_row = tp_rank * module.weight.shape[0]
+        if isinstance(module, Mixer):
+            module.first_head = tp_rank * (model.config.heads // tp_size)
     for region in outermost_regions(model):
         region.enter, region.leave = enter, leave
     return model

@@ -17,6 +17,7 @@ from spoilers import forget
 from tiny import config_text
 
 from configs.schema import load
+from hope.memory.linear_config import RULES
 from hope.memory.matrix import MatrixBank
 from hope.model import Model
 from parallel.compute import gradients
@@ -33,6 +34,7 @@ KINDS = {
     "transformer": ["model.pattern=[attention]", "model.cms.periods=[1]", "model.tie_embeddings=false"],
     "hybrid": ["model.pattern=[hope,hope,hope,attention]", "model.layers=7"],
     "own": ["model.imports=[gated_delta]", "model.pattern=[gated_delta_of_a_test]"],
+    **{rule: ["model.pattern=[linear]", f"model.mixers.linear.rule={rule}"] for rule in RULES},
 }
 LAYOUTS = {
     "tp2": (2, ["parallel.tensor=2"]),
@@ -52,6 +54,8 @@ QUICK = [
     ("tp2-pp2+sp", "hybrid"),
     ("tp2+sp", "own"),
     ("pp2", "own"),
+    ("tp2+sp", "gated_deltanet"),
+    ("pp2", "gated_deltanet"),
     ("tp2+sp", "mlp"),
     ("tp4", "hope_attention"),
     ("pp2-vpp2", "matrix"),
@@ -170,6 +174,7 @@ SPOILERS = {
     "norm.weight": forget("norm.weight"),
     "blocks.*.norm.weight": forget("blocks.*.norm.weight"),
     "blocks.*.mixer.norm.weight": forget("blocks.*.mixer.norm.weight"),
+    "blocks.*.mixer.decay_down": forget("blocks.*.mixer.decay_down"),
     "blocks.*.cms.levels.*.norm.weight": forget("blocks.*.cms.levels.*.norm.weight"),
     "blocks.*.cms.aggregate": forget("blocks.*.cms.aggregate"),
     "sum twice": sum_twice,
@@ -185,6 +190,7 @@ BROKEN = [
     ("pp2", "matrix", "share fast weights"),
     ("tp2+sp", "matrix", "norm.weight"),
     ("tp2+sp", "matrix", "blocks.*.norm.weight"),
+    ("tp2", "kda", "blocks.*.mixer.decay_down"),
     ("tp2+sp", "matrix", "blocks.*.cms.levels.*.norm.weight"),
     ("tp2", "matrix", "sum twice"),
     ("pp2", "matrix", "other seed on a stage"),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hope.config import CmsConfig, ModelConfig
 from hope.memory.config import MemoryConfig
+from hope.memory.linear_config import RULES, LinearConfig
 from hope.mixers import MIXERS
 from hope.mixers.attention import AttentionConfig
 from hope.model import Model
@@ -37,6 +38,7 @@ PATTERNS = {name: (["hope"], {"hope": memory}) for name, memory in MEMORIES.item
     "attention-window": (["attention"], {"attention": AttentionConfig(window=5)}),
     "attention-nope": (["attention"], {"attention": AttentionConfig(positions="none", qk_norm=True, window=16)}),
     "hybrid": (["hope", "attention"], {"hope": MEMORIES["matrix-two-clocks"]}),
+    **{rule: (["linear"], {"linear": LinearConfig(rule=rule, chunk=8)}) for rule in RULES},
 }
 
 
@@ -111,7 +113,7 @@ def test_calls_with_and_without_documents_may_be_mixed(name):
     assert (torch.cat(out) - whole).abs().max() <= BOUND * whole.abs().max()
 
 
-@pytest.mark.parametrize("name", ["matrix-two-clocks", "matrix-projected", "mlp", "attention", "hybrid"])
+@pytest.mark.parametrize("name", ["matrix-two-clocks", "matrix-projected", "mlp", "attention", "hybrid", *RULES])
 def test_gradients_pass_through_a_cut(name):
     model = MODELS[name]
     weights = torch.linspace(-1, 1, LENGTH * BATCH * VOCAB, dtype=torch.float64).view(LENGTH, BATCH, VOCAB)

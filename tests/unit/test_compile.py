@@ -23,6 +23,7 @@ from hope.layers import unit
 from hope.loss import block_alone
 from hope.memory.config import MemoryConfig
 from hope.memory.kernels import ScanChoice
+from hope.memory.linear_config import RULES, LinearConfig
 from hope.memory.scan import Given, scan
 from hope.mixers import Trunk, self_modifying
 from hope.mixers.self_modifying import SelfModifyingTitans, memory_input
@@ -36,6 +37,18 @@ SIZES = {"steps": 8, "seq_len": 64, "global_batch": 1, "micro_batch": 1}
 PARTS = {
     "hope": {"rms_norm", "gated", "memory_input", "merge_heads", "block_alone"},
     "transformer": {"rms_norm", "gated", "rotated", "block_alone"},
+    "retnet": {"rms_norm", "gated", "rotated", "block_alone", "keys_of", "heads_of", "normed_and_joined"},
+    "kda": {
+        "rms_norm",
+        "gated",
+        "block_alone",
+        "keys_of",
+        "heads_of",
+        "normed_and_joined",
+        "convolved",
+        "steps",
+        "sigmoid_gated",
+    },
 }
 
 
@@ -47,7 +60,10 @@ def forget_compiled():
 
 def config(kind: str) -> ModelConfig:
     memory, cms = MemoryConfig(projection_chunk=4, main_chunk=8), CmsConfig(periods=[1, 2])
-    return named(kind, vocab_size=64, width=32, layers=2, heads=2, memory=memory, cms=cms)
+    size = {"vocab_size": 64, "width": 32, "layers": 2, "heads": 2, "cms": cms}
+    if kind in RULES:
+        return ModelConfig(["linear"], mixers={"linear": LinearConfig(rule=kind, chunk=8)}, **size)
+    return named(kind, memory=memory, **size)
 
 
 def trained(kind: str, form: Form, packed: bool, recompute: str = "none") -> dict[str, torch.Tensor]:
@@ -71,7 +87,9 @@ def assert_equal(kind: str, form: Compiled, packed: bool, recompute: str = "none
         torch.testing.assert_close(found[name], value, rtol=1e-11, atol=1e-13, msg=name)
 
 
-@pytest.mark.parametrize(("kind", "recompute"), [("hope", "memory"), ("transformer", "block")])
+@pytest.mark.parametrize(
+    ("kind", "recompute"), [("hope", "memory"), ("transformer", "block"), ("kda", "memory"), ("retnet", "sublayer")]
+)
 def test_traced_parts_equal_eager_ones(kind, recompute):
     assert_equal(kind, Compiled("aot_eager"), True, recompute)
 

@@ -14,6 +14,7 @@ from hope.generate.sampling import Sampling, allowed, choose, uniform
 from hope.generate.session import Session, identity_of, read_session, write_session
 from hope.generate.text import Stream, Writer
 from hope.memory.config import MemoryConfig
+from hope.memory.linear_config import LinearConfig
 from hope.mixers import MIXERS
 from hope.model import Model
 from hope.stored.safetensors import read_with_metadata
@@ -31,6 +32,8 @@ PATTERNS = {
     "mlp": (["hope"], {"hope": MemoryConfig(memory="mlp", projection_chunk=4, main_chunk=4, eta_max=0.25)}),
     "attention": (["attention"], {}),
     "hybrid": (["hope", "attention"], {"hope": TWO_CLOCKS}),
+    "retnet": (["linear"], {"linear": LinearConfig(rule="retnet", chunk=4)}),
+    "kda": (["linear"], {"linear": LinearConfig(rule="kda", chunk=4)}),
 }
 
 

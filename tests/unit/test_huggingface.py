@@ -12,6 +12,7 @@ from stored import store
 from data_prep.tokenizing.tokenizer import Tokenizer, train_tokenizer
 from hope.config import CmsConfig, ModelConfig
 from hope.memory.config import MemoryConfig
+from hope.memory.linear_config import LinearConfig
 from hope.model import Model
 from hope.pretrained import load, open_pretrained
 from hope.stored.errors import NothingStored, UnfitWeights
@@ -94,6 +95,23 @@ def test_a_cached_step_sees_one_token(transformers, exported):
     theirs.model.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[0]))
     theirs.generate(torch.arange(3, 12).unsqueeze(0), max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert seen == [9, 1, 1, 1]
+
+
+@pytest.mark.parametrize("rule", ["kda", "retnet"])
+def test_the_linear_family_too(transformers, tmp_path, rule):
+    mixers = {"linear": LinearConfig(rule=rule, chunk=4)}
+    model = Model(ModelConfig(["linear", "attention"], 40, 16, 2, 2, mixers=mixers)).initialise(1)
+    store(tmp_path / "run", model, 7, {"train": {"seq_len": 32}})
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--format", "hf"]) == 0
+    assert open_pretrained(tmp_path / "out").model.config == model.config
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    batch = torch.arange(26).view(2, 13) * 7 % 40
+    with torch.no_grad():
+        assert torch.equal(theirs(batch).logits, model(batch.T)[0].transpose(0, 1))
+    wanted = torch.tensor([greedy(model, row.tolist(), 8) for row in batch])
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    for cached in (True, False):
+        assert torch.equal(theirs.generate(batch, use_cache=cached, **settings), wanted), cached
 
 
 def test_our_own_reader_reads_that_export_too(exported):

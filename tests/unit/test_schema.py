@@ -314,14 +314,14 @@ def keys(section, prefix=""):
 @pytest.fixture
 def own_mixers(monkeypatch):
     """Only those that come with the package: other tests of this process register some."""
-    for name in [name for name in MIXERS if name not in ("attention", "hope")]:
+    for name in [name for name, kind in MIXERS.items() if not kind.section.__module__.startswith("hope.")]:
         monkeypatch.delitem(MIXERS, name)
 
 
 @pytest.mark.usefixtures("own_mixers")
 def test_the_reference_has_every_key_with_a_meaning(write):
     rows = [line.split(" | ") for line in key_table(Config).splitlines()[2:]]
-    whole = load(write(MINIMAL), ["model.pattern=[attention, hope]"])
+    whole = load(write(MINIMAL), [f"model.pattern=[{', '.join(MIXERS)}]"])
     assert sorted(row[0] for row in rows) == sorted(f"| `{key}`" for key in keys(whole))
     assert [row[0] for row in rows if not row[-1].removesuffix("|").strip()] == []
     by_key = {row[0].strip("| `"): row for row in rows}
@@ -332,7 +332,9 @@ def test_the_reference_has_every_key_with_a_meaning(write):
     assert by_key["run.name"][3] == "Folder of the run below `dir`. |"
     assert by_key["optim.final_lr"][3].endswith(" Only with optim.decay cosine or linear or wsd. |")
     assert by_key["train.spike_window"][3].endswith(" Only with train.spike_sigma set. |")
-    assert by_key["model.mixers.attention.rope_base"][3].endswith(" Only with attention in model.pattern. |")
+    assert by_key["model.mixers.attention.window"][3].endswith(" Only with attention in model.pattern. |")
+    both = " Only with attention in model.pattern. Only with model.mixers.attention.positions rope. |"
+    assert by_key["model.mixers.attention.rope_base"][3].endswith(both)
 
 
 @pytest.mark.usefixtures("own_mixers")

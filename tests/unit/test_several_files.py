@@ -1,8 +1,10 @@
 """YAML files among the overrides: merged in order, and named in messages."""
 
+import re
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import config_file, token_set
 
 import pretrain_hope
@@ -12,6 +14,8 @@ from configs.schema import load
 from data_prep.config import DataConfig
 from data_prep.training.index_build import read_config
 from hope.config import ModelConfig
+from hope.memory.linear_config import RULES, LinearConfig
+from hope.model import Model
 
 ROOT = Path(__file__).parents[2]
 PRESETS = sorted((ROOT / "configs/models").glob("*.yaml"))
@@ -102,7 +106,27 @@ def test_presets_are_the_models_they_are_called_after(monkeypatch):
     assert models["hope_hybrid"] == ModelConfig(["hope", "hope", "hope", "attention"], **size)
     assert models["hope_attention"] == ModelConfig(["attention"], **size)
     assert (models["transformer"].pattern, models["transformer"].periods) == (["attention"], [1])
-    assert len(models) == 4
+    for rule in RULES:
+        assert (models[rule].pattern, models[rule].periods) == (["linear"], [1])
+        assert models[rule].mixers["linear"] == LinearConfig(rule=rule)
+    assert len(models) == 4 + len(RULES)
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+def test_a_preset_says_which_mlp_gives_it_the_parameters_of_a_transformer(monkeypatch, rule):
+    """ "such as N at WIDTH", or "the same MLP"; within 2 %."""
+    monkeypatch.setattr(DataConfig, "problems", lambda *args: iter(()))
+    size = ["model.vocab_size=8192", "model.width=384", "model.layers=8", "model.heads=6"]
+    preset = ROOT / f"configs/models/{rule}.yaml"
+    said = re.search(r"such as (\d+) at 384|with the same MLP", preset.read_text())
+    hidden = [f"model.cms.hidden={said[1]}"] if said[1] else []
+    count = {}
+    for path, words in ((preset, hidden), (ROOT / "configs/models/transformer.yaml", [])):
+        model = load(str(ROOT / "configs/quickstart.yaml"), [str(path), *size, *words]).model
+        with torch.device("meta"):
+            count[path] = sum(p.numel() for p in Model(model).parameters())
+    one, other = count.values()
+    assert one == pytest.approx(other, rel=0.02)
 
 
 def test_data_prep_reads_them_too(tmp_path):

@@ -1,0 +1,47 @@
+"""`python -m hope.mixers`: every registered mixer in one table."""
+
+import pytest
+
+from hope.config import ModelConfig
+from hope.memory.linear_config import RULES
+from hope.mixers import MIXERS
+from hope.mixers import __main__ as program
+from hope.model import Model
+
+
+def rows(capsys, *words: str) -> dict[str, list[str]]:
+    """{mixer: the other cells}."""
+    assert program.main(["--width", "32", "--heads", "2", "--seq", "24", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = lines[0].index("parameters") - 2  # numbers are aligned to the right, below their title's end
+    found = {line[:names].strip(): line[names:].split(maxsplit=4) for line in lines[1:]}
+    assert lines[0].split()[0] == "mixer"
+    return found
+
+
+def test_every_mixer_and_every_rule_is_listed(capsys, monkeypatch):
+    monkeypatch.setattr(program, "MIXERS", {name: MIXERS[name] for name in ("hope", "attention", "linear")})
+    found = rows(capsys)
+    assert list(found) == ["hope", "attention", *(f"linear {rule}" for rule in RULES)]
+    for name, section in (("attention", {}), ("linear", {"linear": {"rule": "kda"}})):
+        model = Model(ModelConfig([name], 64, 32, 1, 2, mixers=section))
+        mixer = model.blocks["0"].mixer
+        count, nbytes, flops, _, paper = found["linear kda" if section else name]
+        assert int(count.replace(",", "")) == sum(p.numel() for p in mixer.parameters())
+        assert int(flops.replace(",", "")) == mixer.flops(24).forward
+        expected = 4 * (2 * 16 * 16 + 3 * 3 * 32) if section else 2 * (2 * 24 * 32)
+        assert int(nbytes.replace(",", "")) == expected
+        assert ("Kimi" if section else "Vaswani") in paper
+
+
+def test_a_size_that_a_mixer_cannot_have_is_said_in_its_line(capsys):
+    assert program.main(["--width", "14", "--heads", "2", "--seq", "8"]) == 0
+    lines = {line[:24].strip(): line for line in capsys.readouterr().out.splitlines()}
+    assert "not at this size: head width 7 is odd" in lines["linear retnet"]
+    assert "not at this size" not in lines["linear kda"]
+
+
+@pytest.mark.parametrize("words", [["--width", "15", "--heads", "2"], ["--seq", "0"], ["--import", "nowhere_at_all"]])
+def test_what_cannot_work_ends_with_2(capsys, words):
+    assert program.main(words) == 2
+    assert words[0] in capsys.readouterr().err
