@@ -50,7 +50,7 @@ from parallel.start import groups
 
 Row = dict[str, Any]
 # How far over the cap a prediction may be that is worth a try. It does not know what compiled parts do not keep.
-TOO_HIGH = {"none": 1.25, "dense": 2.0}
+TOO_HIGH = {"none": 1.25, "dense": 2.0, "block": 2.0}
 LOOP = ("hope::memory_loop", "hope::memory_loop_backward")
 SAME = ("model", "size", "heads", "hope", "seq", "gpu", "compile", "precision", "recompute", "tokens_per_step")
 

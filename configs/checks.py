@@ -8,9 +8,11 @@ from typing import Any
 
 from configs.merge import GUESS
 from hope.config import ModelConfig
+from hope.dense import SHAPES
 from hope.optim.config import OptimConfig
 from hope.optim.policy import group_problems
 from hope.sections import Problem
+from hope.train.config import TrainConfig
 from hope.train.schedule import in_steps
 from parallel.layout.topology import ParallelConfig
 
@@ -37,6 +39,8 @@ def section_problems(sections: Mapping[str, Any], world_size: int | None, paths:
         yield from group_problems(model, optim)
     if train and train.tasks and sections.get("parallel"):
         yield from _tasks_and_layout(sections["parallel"])
+    if model and train and sections.get("parallel") and train.compile == "block":
+        yield from _whole_blocks(model, train, sections["parallel"])
     if "checkpoint" in sections:
         yield from _unknown_changes(sections["checkpoint"].on_change, paths)
     parallel = sections.get("parallel")
@@ -54,6 +58,17 @@ def _schedule(optim: OptimConfig, steps: int) -> Iterator[Problem]:
     elif optim.decay == "wsd" and warmup + (length := in_steps(optim.decay_length, steps)) > steps:
         what = f"{length} steps of decay do not fit behind {warmup} of warm-up in {steps} steps"
         yield Problem("optim.decay_length", what, f"at most {steps - warmup}; usual: 0.2 of the run")
+
+
+def _whole_blocks(model: ModelConfig, train: TrainConfig, parallel: ParallelConfig) -> Iterator[Problem]:
+    """Blocks that cannot be one graph, or take more graphs than torch keeps of a function."""
+    if parallel.tensor > 1:
+        what = f"block makes one graph of a block, and parallel.tensor {parallel.tensor} puts collectives into it"
+        yield Problem("train.compile", what, "dense; or parallel.tensor=1")
+    kinds, lengths = set(model.mixer_of_layer), {train.seq_len, *(stage.seq_len for stage in train.seq_len_stages)}
+    if len(kinds) * len(lengths) > SHAPES:
+        what = f"block makes a graph for each of {len(kinds)} mixers and {len(lengths)} lengths, at most {SHAPES}"
+        yield Problem("train.compile", what, "dense; or fewer lengths in train.seq_len_stages")
 
 
 def _tasks_and_layout(parallel: ParallelConfig) -> Iterator[Problem]:

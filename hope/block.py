@@ -14,7 +14,7 @@ from hope.config import ModelConfig
 from hope.documents import Documents
 from hope.flops import Flops
 from hope.layers import RMSNorm
-from hope.mixers import State
+from hope.mixers import Mixer, State
 from hope.parameters import scale_outputs
 
 BlockState = tuple[State | None, ...]
@@ -48,6 +48,10 @@ class Block(nn.Module):
     chunk loop keeps tens of times more per token than an MLP does; "sublayer", each sublayer by itself; "block", all of
     it. The inner writes are repeated exactly: they are a function of the block's input, and no random numbers are
     involved.
+
+    `whole`: a compiled `stateless`, or None. It stands in for passes of training that begin every sequence anew, keep
+    no state, and have no marks of documents, on which the shapes inside of some mixers depend. All others are made as
+    they are: those of evaluation and generation, and of logged steps in which the mixer collects what it reports.
     """
 
     def __init__(self, config: ModelConfig, mixer: str) -> None:
@@ -58,6 +62,8 @@ class Block(nn.Module):
         if config.depth_scaled_init:
             scale_outputs(self, (config.layers * len(self.sublayers())) ** -0.5)
         self.recompute = "none"
+        self.whole: Callable[[Tensor], Tensor] | None = None
+        self._reports = type(self.mixer).report is not Mixer.report
 
     def sublayers(self) -> list[Sublayer]:
         """In order. Made anew for every pass, so that a copy of the block uses its own modules."""
@@ -66,14 +72,24 @@ class Block(nn.Module):
         return [Sublayer(self.norm, self.mixer, mixes=True), *levels]
 
     def forward(
-        self, x: Tensor, states: BlockState | None = None, documents: Documents | None = None
+        self, x: Tensor, states: BlockState | None = None, documents: Documents | None = None, keep_state: bool = True
     ) -> tuple[Tensor, BlockState]:
-        """`states`: what the call before returned, or None to start every sequence anew."""
+        """`states`: what the call before returned, or None to start every sequence anew. Without `keep_state` the
+        states after the call may be missing."""
+        plain = states is None and documents is None and not keep_state
+        if self.whole is not None and plain and torch.is_grad_enabled() and not (self.mixer.watched and self._reports):
+            if self.recompute == "block":
+                return checkpoint(self.whole, x, use_reentrant=False), ()
+            return self.whole(x), ()
         before = states or (None,) * len(self.sublayers())
         if self.recompute == "block" and torch.is_grad_enabled():
             again: tuple[Tensor, BlockState] = checkpoint(self._forward, x, before, documents, use_reentrant=False)
             return again
         return self._forward(x, before, documents)
+
+    def stateless(self, x: Tensor) -> Tensor:
+        """x after the block, of sequences that begin here."""
+        return self._forward(x, (None,) * len(self.sublayers()), None)[0]
 
     def _forward(self, x: Tensor, states: BlockState, documents: Documents | None) -> tuple[Tensor, BlockState]:
         after = []

@@ -4,6 +4,9 @@ Norms, gates, convolutions and rotations read and write whole activations at eve
 of HOPE takes with its kernels, 18 are outside of them. A module writes such a part as a function of tensors and calls
 it as `self.form(function)(...)`. `Model.set_compile` exchanges the form. Products stay outside, with the libraries, and
 so do the memory loop, collectives and all that depends on data.
+
+A host that issues a block's hundreds of operations one by one can be slower than the GPU that computes them. `block`
+therefore hands a whole block to torch.compile where nothing depends on data, see `hope.block.Block`.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ from torch import nn
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-COMPILE = ("none", "dense")
+COMPILE = ("none", "dense", "block")
+COMPILED = {"dense": "dense parts", "block": "blocks"}
+"""What is compiled, in words."""
 SHAPES = 6
 """Lengths of sequences that a compiled run may have in training: torch keeps eight forms of a function, and evaluation
 is one more."""
@@ -48,9 +53,16 @@ class Compiled:
         self._made: dict[Callable[..., Any], Callable[..., Any]] = {}
 
     def __call__(self, function: F, /) -> F:
+        if torch.compiler.is_compiling():  # a part of a block that is compiled as a whole
+            return function
         if function not in self._made:
             self._made[function] = torch.compile(function, backend=self.backend, dynamic=False, fullgraph=True)
         return self._made[function]  # type: ignore[return-value]
+
+
+def whole(function: F, backend: str = "inductor") -> F:
+    """A pass compiled as one graph; an error where it cannot be one. Methods of modules that are alike share it."""
+    return torch.compile(function, backend=backend, dynamic=False, fullgraph=True)  # type: ignore[return-value]
 
 
 class Dense(nn.Module):
@@ -73,7 +85,7 @@ def form_for(what: str, device: str) -> Form:
     if what == "none":
         return eager
     if reason := cannot_compile(device):
-        raise CannotCompile(f"train.compile=dense {reason}; train.compile=none needs none")
+        raise CannotCompile(f"train.compile={what} {reason}; train.compile=none needs none")
     return Compiled()
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from hope.block import RECOMPUTE, Block, BlockState
 from hope.config import ModelConfig
-from hope.dense import Dense, form_for, set_form
+from hope.dense import Dense, form_for, set_form, whole
 from hope.documents import Documents
 from hope.flops import Flops
 from hope.layers import RMSNorm
@@ -109,12 +109,16 @@ class Model(nn.Module):
             block.recompute = what
 
     def set_compile(self, what: str, device: str) -> None:
-        """Fuse the dense parts of sublayers, or not; `what` is one of `hope.dense.COMPILE`, `device` a type.
+        """Fuse the dense parts of sublayers, or whole blocks; `what` is one of `hope.dense.COMPILE`, `device` a type.
 
         Raises:
             CannotCompile: this machine has no compiler for that.
         """
-        set_form(self, form_for(what, device))
+        form = form_for(what, device)
+        set_form(self, form)
+        for block in self.blocks.values():
+            assert isinstance(block, Block)
+            block.whole = whole(block.stateless) if what == "block" else None
 
     def forward(
         self,
@@ -143,7 +147,7 @@ class Model(nn.Module):
         documents = None if starts is None else Documents(starts)
         after: States = {}
         for name, block in self.blocks.items():
-            x, states = block(x, None if state is None else state[int(name)], documents)
+            x, states = block(x, None if state is None else state[int(name)], documents, keep_state)
             if keep_state:
                 after[int(name)] = states
         return self.norm(x) if self.has_head else x, after

@@ -18,7 +18,7 @@ from configs.errors import ConfigError
 from configs.schema import Config
 from data_prep.texts import OpenTask, open_tasks
 from data_prep.training.feed import Foreseen
-from hope.dense import cannot_compile
+from hope.dense import COMPILED, cannot_compile
 from hope.initial import open_start
 from hope.sections import Problem
 from hope.train.schedule import in_steps
@@ -138,7 +138,7 @@ def _start(config: Config, run: RunFolder) -> str:
 def _compiled(what: str) -> str:
     """What is compiled; a machine that only starts runs may well have no compiler, so that is said and not refused."""
     lacking = cannot_compile("cuda" if torch.cuda.is_available() else "cpu")
-    return f"{what} parts" + (f"; a run on this machine {lacking}, and would be refused" if lacking else "")
+    return COMPILED[what] + (f"; a run on this machine {lacking}, and would be refused" if lacking else "")
 
 
 def _changes(config: Config, run: RunFolder, world_size: int) -> list[str]:

@@ -80,9 +80,10 @@ class TrainConfig:
     last bit (same layout, same kind of GPU, same versions). Attention becomes slower."""
     recompute: Literal["none", "memory", "block"] = "none"
     """What the backward pass computes again instead of keeping: nothing, the mixers (chunk loops), or whole blocks."""
-    compile: Literal["none", "dense"] = "none"
+    compile: Literal["none", "dense", "block"] = "none"
     """dense: norms, gates, convolutions, rotations and the loss are fused by torch.compile; memory loops and products
-    stay as they are. The first steps take a minute longer. Needs a C compiler on a GPU, a C++ compiler on a CPU."""
+    stay as they are. block: whole blocks in training, and the same parts elsewhere (data.documents=reset trains as
+    dense). The first steps take a minute longer. Needs a C compiler on a GPU, a C++ compiler on a CPU."""
     loss_chunk: int | None = None
     """Tokens whose scores over the vocabulary are held at once in the loss and its gradient; 0: those of the whole
     micro-batch; null: by size, the whole up to 2^27 scores."""
@@ -162,6 +163,9 @@ class TrainConfig:
         if self.deterministic:
             what = "chooses kernels by their time, which need not repeat itself, and train.deterministic is true"
             yield Problem(f"{path}.compile", what, "none; or train.deterministic=false")
+        if self.compile == "block" and self.recompute in ("memory", "sublayer"):
+            what = f"block makes one graph of a block, and train.recompute={self.recompute} computes a part of it again"
+            yield Problem(f"{path}.compile", what, "dense; or train.recompute=none or block")
         lengths = len({stage.seq_len for stage in self.seq_len_stages})
         if lengths > SHAPES:
             what = f"compiles anew for every length, and train.seq_len_stages has {lengths}"

@@ -1,7 +1,8 @@
 """Some training steps under torch's profiler: a Chrome trace, and the time of every kind of module.
 
 A module's time is that of the operations that began in its forward pass and in no module inside it, and of their
-backward passes, which autograd numbers alike. On a GPU it is the time of their kernels, else of the CPU.
+backward passes, which autograd numbers alike. A block that is compiled as a whole has no modules inside. On a GPU it is
+the time of their kernels, else of the CPU.
 """
 
 from __future__ import annotations
@@ -56,9 +57,8 @@ class StepProfiler:
     def _start(self, number: int) -> None:
         self._began, self._ended = number, number - 1
         for model in self._models:
-            for name, module in model.named_modules():
-                if name:
-                    self._hooks += _ranges(module, _MODULE + re.sub(r"\.\d+(?=\.|$)", ".*", name))
+            for name, module in _seen(model):
+                self._hooks += _ranges(module, _MODULE + re.sub(r"\.\d+(?=\.|$)", ".*", name))
         gpu = [ProfilerActivity.CUDA] if self._device.type == "cuda" else []
         self._profile = profile(activities=[ProfilerActivity.CPU, *gpu])
         self._profile.start()
@@ -99,6 +99,17 @@ def _export(found: profile, path: Path) -> None:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _seen(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module below this one by name, but for those inside of a block that is compiled as a whole."""
+    hidden: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name or name.startswith(hidden):
+            continue
+        if getattr(module, "whole", None) is not None:
+            hidden += (f"{name}.",)
+        yield name, module
 
 
 def _ranges(module: nn.Module, name: str) -> list[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hope.config import ModelConfig
+from hope.dense import COMPILED
 from hope.flops import Flops
 from hope.model import Model
 from hope.optim.config import OptimConfig
@@ -132,7 +133,7 @@ def describe(
                     f"(optim.accumulate {optim.accumulate})"),
         ("FLOPs", f"{flops:.3e} per trained token, {writes / flops:.1%} of them memory writes"),
         ("kernels", kernel_facts([*_mixer_kernels(config, device, shape.bf16), _optimizer_kernels(optim, device),
-                                  *([("dense parts", "compiled")] if compile == "dense" else [])])),
+                                  *([(COMPILED[compile], "compiled")] if compile in COMPILED else [])])),
     ]  # fmt: skip
     text = [f"{name:<11} {fact}" for name, fact in rows]
     if dims.pipeline > 1:

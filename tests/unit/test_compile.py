@@ -5,23 +5,29 @@ here, is a slow test.
 """
 
 import functools
-import importlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from interpreted import calls
 from models import named
 from multirank import run_ranks
 from tiny import config_file
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import pretrain_hope
-from hope import dense
+from configs.errors import ConfigError
+from configs.schema import load
+from hope import dense, model
 from hope.config import CmsConfig, ModelConfig
-from hope.dense import CannotCompile, Compiled, Form, eager, set_form
+from hope.dense import CannotCompile, Compiled, Form, eager, set_form, whole
+from hope.heads import ops
+from hope.heads.kernels import HeadsChoice
 from hope.layers import unit
 from hope.loss import block_alone
 from hope.memory.config import MemoryConfig
+from hope.memory.fused_scan import fused_scan
 from hope.memory.kernels import ScanChoice
 from hope.memory.linear_config import RULES, LinearConfig
 from hope.memory.scan import Given, scan
@@ -56,6 +62,11 @@ PARTS = {
 def forget_compiled():
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    yield from calls(monkeypatch)
 
 
 def config(kind: str) -> ModelConfig:
@@ -108,6 +119,86 @@ def test_a_part_that_computes_something_else_is_seen():
 
     with pytest.raises(AssertionError, match="loss"):
         assert_equal("hope", Spoiled(), False)
+
+
+def trained_whole(kind: str, backend: str | None, recompute: str = "none") -> dict[str, torch.Tensor]:
+    """As `trained`, of sequences without marks; with a backend through compiled blocks, each of which must be used."""
+    model = Model(config(kind)).initialise(7).double()
+    model.set_recompute(recompute)
+    calls = []
+    for block in model.blocks.values():
+        if backend is not None:
+            compiled = whole(block.stateless, backend)
+            block.whole = lambda x, compiled=compiled: calls.append(x) or compiled(x)
+    ids = torch.randint(0, 64, (18, 3), generator=torch.Generator().manual_seed(3))
+    x = model.trunk(ids[:-1], keep_state=False)[0]
+    loss = sharded_loss(model.vocabulary.scores(x, 20), ids[1:], 1)
+    loss.backward()
+    assert len(calls) == (0 if backend is None else len(model.blocks) * (2 if recompute == "block" else 1))
+    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+
+
+def assert_whole_equals(kind: str, backend: str, recompute: str = "none") -> None:
+    found, expected = trained_whole(kind, backend, recompute), trained_whole(kind, None)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-11, atol=1e-13, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "recompute"), [("hope", "none"), ("hope", "block"), ("transformer", "none"), ("kda", "none")]
+)
+def test_whole_blocks_equal_eager_ones(kind, recompute):
+    counter = CompileCounterWithBackend("aot_eager")
+    assert_whole_equals(kind, counter, recompute)
+    assert counter.frame_count == 1  # blocks that are alike share their graph
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", list(PARTS))
+def test_generated_code_of_whole_blocks_equals_eager(kind):
+    assert_whole_equals(kind, "inductor")
+
+
+def test_the_kernels_of_a_memory_are_nodes_of_a_whole_block(monkeypatch, interpreter):
+    """The memory loop and the heads' kernels, interpreted: their calls stand in the graph, one each."""
+    choice = ScanChoice(functools.partial(fused_scan, operands=torch.float32, precision="ieee"), "fused")
+    heads = HeadsChoice(ops.memory_input, ops.merge_heads, "fused")
+    monkeypatch.setattr(self_modifying, "scan_for", lambda *_: choice)
+    monkeypatch.setattr(self_modifying, "heads_for", lambda *_: heads)
+    memory = MemoryConfig(projection_chunk=16, main_chunk=16, static="projected")
+    settings = named("hope", memory=memory, vocab_size=64, width=64, layers=1, heads=2, cms=CmsConfig(periods=[1]))
+    block, graphs = Model(settings).initialise(7).blocks["0"], []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    x = torch.randn(32, 2, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(whole(block.stateless, keep)(x), block.stateless(x), rtol=0, atol=1e-6)
+    [graph] = graphs
+    nodes = [str(node.target) for node in graph.graph.nodes]
+    count = lambda name: sum(name in node for node in nodes)
+    assert (count("memory_loop"), count("memory_input"), count("merge_heads")) == (1, 4, 1)
+
+
+def test_only_plain_passes_of_training_go_through_a_whole_block():
+    model, used = Model(config("hope")).initialise(7), []
+    for block in model.blocks.values():
+        block.whole = lambda x: used.append(1) or x
+    ids, starts = torch.zeros(8, 2, dtype=torch.long), torch.zeros(8, 2, dtype=torch.bool)
+    state = model.trunk(ids)[1]
+    model.trunk(ids, state, keep_state=False)
+    model.trunk(ids, starts=starts, keep_state=False)
+    with torch.no_grad():
+        model.trunk(ids, keep_state=False)
+    for block in model.blocks.values():
+        block.mixer.watched = True
+    model.trunk(ids, keep_state=False)
+    assert used == []
+    for block in model.blocks.values():
+        block.mixer.watched = False
+    model.trunk(ids, keep_state=False)
+    assert len(used) == 2
 
 
 def test_the_functional_loss_of_a_block_is_that_of_the_model():
@@ -178,35 +269,53 @@ def test_a_machine_without_a_compiler_says_so(monkeypatch, tmp_path):
 def run(path: str, name: str, compiler: bool, *flags: str) -> int:
     torch.set_num_threads(1)
     dense.Compiled = functools.partial(Compiled, "aot_eager")  # the process ends with this run
+    used = []
+
+    def counted(function):
+        compiled = whole(function, "aot_eager")
+        return lambda x: used.append(1) or compiled(x)
+
+    model.whole = counted
     if not compiler:
         dense.cannot_compile = lambda device: "needs a C++ compiler"
-    return pretrain_hope.main([path, f"run.name={name}", "train.steps=3", *flags])
+    code = pretrain_hope.main([path, f"run.name={name}", "train.steps=3", *flags])
+    assert bool(used) == (name == "block")
+    return code
 
 
 def test_a_run_that_is_compiled_is_the_run(tmp_path: Path, capfd):
     path, losses = config_file(tmp_path, "attention"), {}
-    for name in ("dense", "none"):
+    for name, said in (("dense", "dense parts: compiled"), ("block", "blocks: compiled"), ("none", "")):
         assert run_ranks(run, 1, path, name, True, f"train.compile={name}", timeout=120) == [0]
-        assert ("dense parts: compiled" in capfd.readouterr().out) == (name == "dense")
+        printed = capfd.readouterr().out
+        assert said in printed
+        assert (": compiled" in printed) == bool(said)
         lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
         losses[name] = [json.loads(line)["grad_norm"] for line in lines[1:]]
     assert losses["dense"] == pytest.approx(losses["none"], rel=1e-5)
+    assert losses["block"] == pytest.approx(losses["none"], rel=1e-5)
     assert len(losses["none"]) == 3
     assert run_ranks(run, 1, path, "refused", False, "train.compile=dense", timeout=120) == [2]
     assert "config error: train.compile=dense needs a C++ compiler" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("spoiled", ["", "memory_input"])
-def test_the_benchmark_of_the_parts_names_the_wrong_one(spoiled, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    benchmark = importlib.import_module("dense_forms")
-    spoil = lambda f: (lambda *args: 1.1 * f(*args)) if f.__name__ == spoiled else f
-    monkeypatch.setattr(benchmark, "Compiled", lambda backend: spoil)
-    sizes = ["--length", "32", "--batch", "2", "--width", "64", "--head", "16", "--vocabulary", "50", "--repeat", "1"]
-    assert benchmark.main(["--device", "cpu", *sizes]) == int(bool(spoiled))
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 7
-    assert all(("BAD" in line) == (line.split()[0].rstrip(",") == spoiled) for line in lines)
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["train.recompute=memory"], "block makes one graph of a block, and train.recompute=memory"),
+        (["parallel.tensor=2"], "parallel.tensor 2 puts collectives into it"),
+        (
+            ["model.pattern=[hope, attention]", "train.seq_len_stages=[{from_step: 1, seq_len: 4}, "
+             "{from_step: 2, seq_len: 8}, {from_step: 3, seq_len: 12}, {from_step: 4, seq_len: 16}]"],
+            "each of 2 mixers and 4 lengths, at most 6",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_one_graph_is_refused(tmp_path, flags, said):
+    with pytest.raises(ConfigError) as error:
+        load(config_file(tmp_path, "attention"), ["train.compile=block", *flags])
+    [what] = [what for path, what, _ in error.value.problems if path == "train.compile"]
+    assert said in what
 
 
 def test_a_dry_run_where_there_is_no_compiler_says_so(tmp_path: Path, monkeypatch, capsys):

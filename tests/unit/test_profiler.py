@@ -17,7 +17,7 @@ from tiny import config_file
 import pretrain_hope
 from hope.model import Model, next_token_loss
 from hope.train.config import TrainConfig
-from hope.train.profiler import StepProfiler, time_by_module
+from hope.train.profiler import StepProfiler, _seen, time_by_module
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SIZES = {"steps": 8, "seq_len": 16, "global_batch": 1, "micro_batch": 1}
@@ -199,3 +199,12 @@ def test_the_benchmark_prints_the_same_table_and_is_not_in_the_way_of_pythons_mo
 def benchmark(flags: list[str]) -> int:
     torch.set_num_threads(1)
     return runpy.run_path(str(BENCHMARKS / "profile.py"))["main"](flags)
+
+
+def test_nothing_inside_a_block_that_is_compiled_as_a_whole_is_hooked():
+    model = Model(named("transformer", vocab_size=32, width=16, layers=2, heads=2))
+    model.blocks["0"].whole = lambda x: x
+    names = [name for name, _ in _seen(model)]
+    assert "blocks.0" in names
+    assert "blocks.1.mixer.query" in names
+    assert [name for name in names if name.startswith("blocks.0.")] == []
