@@ -43,7 +43,7 @@ class MemoryConfig(MixerSection):
     """Factor on the memory's part of every forward read, next to the static path (1.0 narrows the stable range)."""
     static: Literal["learned", "projected", "identity", "none"] = "learned"
     """Static path of the k and v reads. learned: a map per head of the memory's input; projected: a projection of the
-    full width with a convolution each, normalised, as in delta-rule models (0.16 nats better under Muon); identity: the
+    full width with a convolution each, normalised, as in delta-rule models; identity: the
     residual of Eq. 89; none: nothing (diverges easily)."""
     normalise_values: bool = True
     """L2-normalise v as well as q and k; without it the loop v -> M v is quadratic in the state and diverges."""
