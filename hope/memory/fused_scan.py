@@ -161,6 +161,11 @@ def unfinished_chunks(layout: ChunkLayout, batch: int, device: torch.device) -> 
     return found
 
 
+def _gapless(*tensors: Tensor) -> list[Tensor]:
+    """As the kernels read them, whatever layout a compiler of the graph around has chosen."""
+    return [t.contiguous() for t in tensors]
+
+
 def _kernels() -> ModuleType:
     return importlib.import_module("hope.memory.fused")
 
@@ -174,7 +179,8 @@ def memory_loop(
     """The loop over chunks, one node for torch.compile.
 
     Args:
-        x, q, a_k, a_v: [B, H, L, K] in the operands' dtype, contiguous; the module's docstring has the formulas.
+        x, q, a_k, a_v: [B, H, L, K] in the operands' dtype; the module's docstring has the formulas. What is not
+            contiguous is copied.
         g_eta, g_alpha: [B, H, L] fp32. b_k, b_v: [H, K, K] fp32. e_eta, e_alpha: [H, K] fp32.
         state: S = R^T [B, H, K, K] fp32 before the first token.
         valid: [B, L] fp32, 0 at padding. resets: [B, N] int32, 1 where a chunk begins a document.
@@ -183,21 +189,19 @@ def memory_loop(
     Returns: f [B, H, L, K]; S at the end, fp32; eta and log alpha [B, H, L] fp32, without gradients; and what the
         backward needs, also without.
     """
-    found = _kernels().forward(
-        x, q, a_k, a_v, g_eta, g_alpha, b_k.to(x.dtype), b_v.to(x.dtype), e_eta, e_alpha, state,
-        valid, resets, last, chunk, eta_max, precision,
-    )  # fmt: skip
+    dense = _gapless(x, q, a_k, a_v, g_eta, g_alpha, b_k.to(x.dtype), b_v.to(x.dtype), e_eta, e_alpha, state)
+    found = _kernels().forward(*dense, valid, resets, last, chunk, eta_max, precision)
     return tuple(found[name] for name in OUTPUTS)
 
 
 @memory_loop.register_fake
 def _(x, q, a_k, a_v, g_eta, g_alpha, b_k, b_v, e_eta, e_alpha, state, valid, resets, last, chunk, *rest):  # type: ignore[no-untyped-def]
     batch, heads, length, width = x.shape
-    tile = lambda: torch.empty_like(x)
+    tile = lambda: x.new_empty(x.shape)
     row = lambda: x.new_empty(batch, heads, length, dtype=torch.float32)
     inverse = x.new_empty(batch, heads, length, chunk)
     states = x.new_empty(batch, heads, length // chunk, width, width)
-    return tile(), torch.empty_like(state), row(), row(), tile(), tile(), tile(), inverse, row(), row(), states
+    return tile(), state.new_empty(state.shape), row(), row(), tile(), tile(), tile(), inverse, row(), row(), states
 
 
 @torch.library.custom_op("hope::memory_loop_backward", mutates_args=(), schema=_LOOP_BACKWARD)
@@ -207,9 +211,8 @@ def memory_loop_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, q, a_k, a_v, g_eta, g_alpha, b_k, b_v, e_eta, e_alpha and the state, each as its tensor."""
     kept = dict(zip(SAVED, saved, strict=True))
-    found = _kernels().backward(
-        df, dend, x, q, b_k.to(x.dtype), b_v.to(x.dtype), e_eta, e_alpha, resets, last, kept, eta_max, precision
-    )
+    dense = _gapless(df, dend, x, q, b_k.to(x.dtype), b_v.to(x.dtype), e_eta, e_alpha)
+    found = _kernels().backward(*dense, resets, last, kept, eta_max, precision)
     states, dr, dle, dla = kept["states"], found["dr"], found["dle"], found["dla"]
     chunks = lambda t: t.unflatten(2, (states.shape[2], -1))
     dx = (chunks(dr) @ states.mT).flatten(2, 3)
@@ -225,7 +228,7 @@ def memory_loop_backward(
 @memory_loop_backward.register_fake
 def _(df, dend, x, q, b_k, b_v, e_eta, e_alpha, resets, last, saved, eta_max, precision):  # type: ignore[no-untyped-def]
     row = lambda: x.new_empty(x.shape[:3], dtype=torch.float32)
-    like = torch.empty_like
+    like = lambda t: t.new_empty(t.shape)
     return (
         like(x),
         like(q),

@@ -189,3 +189,19 @@ def test_every_stage_on_a_gpu(documents):
     case = f'{{"K": 64, "L": 512, "documents": {documents}}}'
     done = subprocess.run([sys.executable, program, "one", "check", case], capture_output=True, text=True, timeout=200)
     assert done.stdout.splitlines()[-1:] == ["RESULT ok"], done.stdout + done.stderr
+
+
+@interpreted
+def test_operands_with_gaps_are_copied():
+    """A compiler may lay them out otherwise."""
+    batch, heads, length, width = 1, 2, 32, 32
+    draw = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
+    tiles = [draw(batch, heads, length, width) / 6 for _ in range(4)]
+    rows = [draw(batch, heads, length) for _ in range(2)]
+    others = [draw(heads, width, width) / 6, draw(heads, width, width) / 6, draw(heads, width), draw(heads, width)]
+    state = draw(batch, heads, width, width) / 6
+    dense = [*tiles, *rows, *others, state]
+    gaps = [torch.stack([t, t], -1)[..., 0] for t in dense]
+    assert not any(t.is_contiguous() for t in gaps)
+    one, other = (memory_loop(*given, None, None, None, CHUNK, 0.25, "ieee") for given in (dense, gaps))
+    assert all(map(torch.equal, one, other))
