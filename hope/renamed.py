@@ -17,8 +17,13 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 """What a `model.kind` set."""
 
-NEWER_KEYS = {"forget": "zero", "alpha_spread": 0.0, "erase_max": None, "output_gate": "silu", "kernel": "auto"}
-"""Keys of `model.mixers.hope` that earlier records lack. Memories forgot towards zero."""
+NEWER_KEYS: dict[str, dict[str, Any]] = {
+    "hope": {"forget": "zero", "alpha_spread": 0.0, "erase_max": None, "output_gate": "silu", "kernel": "auto"},
+    "attention": {"positions": "rope", "window": None, "qk_norm": False},
+}
+"""Keys of `model.mixers.NAME` that earlier records lack. Memories forgot towards zero."""
+NEWER_OF_MODEL: dict[str, Any] = {"norm_eps": 1e-6, "depth_scaled_init": False, "init": None}
+"""Keys of `model` that earlier records lack. Runs began with drawn weights."""
 
 OLD_KEYS = ("kind", "memory", "rope_base")
 """What the model section no longer has."""
@@ -53,9 +58,9 @@ def current_model(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_newer_keys(values: dict[str, Any]) -> dict[str, Any]:
     """With what the recording version did, where it had no key for it."""
-    values = {"norm_eps": 1e-6, "init": None, **values}  # what was fixed; runs began with drawn weights
+    values = {**NEWER_OF_MODEL, **values}
     mixers = dict(values.get("mixers") or {})
-    if "hope" in values.get("pattern", ()) or "hope" in mixers:
-        mixers["hope"] = {**NEWER_KEYS, **(mixers.get("hope") or {})}
-        return {**values, "mixers": mixers}
-    return values
+    for name, newer in NEWER_KEYS.items():
+        if name in values.get("pattern", ()) or name in mixers:
+            mixers[name] = {**newer, **(mixers.get(name) or {})}
+    return {**values, "mixers": mixers} if mixers else values

@@ -106,10 +106,13 @@ def test_presets_are_the_models_they_are_called_after(monkeypatch):
     assert models["hope_hybrid"] == ModelConfig(["hope", "hope", "hope", "attention"], **size)
     assert models["hope_attention"] == ModelConfig(["attention"], **size)
     assert (models["transformer"].pattern, models["transformer"].periods) == (["attention"], [1])
+    printed = models["hope_paper"].mixers["hope"]
+    assert (printed.memory, printed.forget, printed.read, printed.static) == ("mlp", "zero", "boundary", "identity")
+    assert (printed.contribution, printed.momentum, printed.adaptive_query) == (1.0, 0.0, False)
     for rule in RULES:
         assert (models[rule].pattern, models[rule].periods) == (["linear"], [1])
         assert models[rule].mixers["linear"] == LinearConfig(rule=rule)
-    assert len(models) == 4 + len(RULES)
+    assert len(models) == 5 + len(RULES)
 
 
 @pytest.mark.parametrize("rule", list(RULES))
