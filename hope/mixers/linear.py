@@ -73,11 +73,6 @@ def normed_and_joined(y_BHTK: Tensor, weight: Tensor, dtype: torch.dtype) -> Ten
     return joined(rms_norm(y_BHTK, weight.to(y_BHTK.dtype)), dtype)
 
 
-def sigmoid_gated(gate: Tensor, x: Tensor) -> Tensor:
-    """sigmoid(gate) x."""
-    return torch.sigmoid(gate) * x
-
-
 def steps(logit: Tensor, bias: Tensor) -> Tensor:
     """softplus(logit + bias), in the bias's precision."""
     return F.softplus(logit.to(bias.dtype) + bias)
@@ -197,7 +192,7 @@ class LinearMemory(Mixer):
             y_TBD = joined(y_BHTK, x_TBD.dtype)
         if self.rule.gate == "none":
             return y_TBD
-        return self.form(gated if self.rule.gate == "silu" else sigmoid_gated)(self.gate(x_TBD), y_TBD)
+        return self.form(gated)(self.gate(x_TBD), y_TBD, self.rule.gate)
 
     def start(self, batch: int) -> LinearState:
         """Nothing in the memory, and no history."""

@@ -53,7 +53,6 @@ PARTS = {
         "normed_and_joined",
         "convolved",
         "steps",
-        "sigmoid_gated",
     },
 }
 
