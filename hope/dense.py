@@ -11,7 +11,6 @@ therefore hands a whole block to torch.compile where nothing depends on data, se
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Callable
@@ -19,6 +18,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
+
+from hope.devices import has_triton
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -91,7 +92,7 @@ def form_for(what: str, device: str) -> Form:
 
 def cannot_compile(device: str) -> str:
     """Why nothing can be compiled for a type of device here, or nothing."""
-    if device == "cuda" and importlib.util.find_spec("triton") is None:
+    if device == "cuda" and not has_triton():
         return "needs triton on a GPU, which is not installed"
     # triton builds its launchers in C, and for a CPU all of it is C++
     language, variable, names = (

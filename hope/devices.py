@@ -1,8 +1,18 @@
-"""Devices by the name that a command line gives."""
+"""Devices by the name that a command line gives, and what kernels for them need."""
 
 from __future__ import annotations
 
+import importlib.util
+from functools import cache
+
 import torch
+
+
+@cache
+def has_triton() -> bool:
+    """Whether it is installed. Nothing is imported, and the import path is searched once: optimizers ask for every
+    parameter in every step."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def device_of(name: str | None, refused: type[Exception]) -> torch.device:

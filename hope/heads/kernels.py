@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hope.devices import has_triton
 from hope.heads import ops
 from hope.memory.config import MemoryConfig
-from hope.memory.kernels import SHORT, has_triton
+from hope.memory.kernels import SHORT
 
 HEADS = (16, 32, 64, 128, 256)
 """Widths of heads: a tile's must be a power of two."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from hope.devices import has_triton
 from hope.memory.config import MemoryConfig
 from hope.memory.fused_scan import fused_scan
 from hope.memory.scan import Scanned, scan
@@ -75,9 +75,3 @@ def _against_type(dtype: torch.dtype, head_dim: int) -> str:
     if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
         return "fp32 without TF32"
     return ""
-
-
-@cache
-def has_triton() -> bool:
-    """Whether it is installed; nothing is imported."""
-    return importlib.util.find_spec("triton") is not None

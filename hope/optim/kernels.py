@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hope.devices import has_triton
 from hope.optim import rules
 from hope.optim.config import OptimConfig
 from hope.optim.rules import Rates, Stretch, UpdateRule, Whole
@@ -73,13 +72,7 @@ def _against_fused(rule: UpdateRule, device: str, dtype: torch.dtype) -> str:
         return "rms_match"
     if dtype != torch.float32:
         return _SHORT.get(dtype, str(dtype).removeprefix("torch."))
-    return "" if _has_triton() else "no triton"
-
-
-@cache
-def _has_triton() -> bool:
-    """Asked for every parameter in every step: the search of the import path is made once."""
-    return importlib.util.find_spec("triton") is not None
+    return "" if has_triton() else "no triton"
 
 
 def update(rule: UpdateRule, x: Stretch, segments: Segments, c: Rates, whole: Whole) -> None:

@@ -53,7 +53,7 @@ def test_the_choice_of_a_run_needs_no_tensor(config, device, expected):
 
 
 def test_without_triton(monkeypatch):
-    monkeypatch.setattr(kernels, "_has_triton", lambda: False)
+    monkeypatch.setattr(kernels, "has_triton", lambda: False)
     choice = kernels.kernels_of_run(MLP, "cuda")
     assert choice.kernels == (kernels.update, kernels.sums)
     assert str(choice) == "plain (no triton)"
