@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         config = load(args.config, args.overrides, world_size=world_size, check=not planned)
         missing = validate_without_data(config, world_size, args.config) if planned else []
         folder = Path(config.run.dir) / config.run.name
-        foreseen = outlook(config, folder, world_size, data=not missing) if args.dry_run else []
+        foreseen = outlook(config, folder, world_size, data=not missing, here=not planned) if args.dry_run else []
         if launch.rank == 0:
             config.model.warn_hazards()
             print_line("\n".join([facts(config, world_size), *foreseen]))

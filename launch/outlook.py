@@ -18,7 +18,7 @@ from configs.errors import ConfigError
 from configs.schema import Config
 from data_prep.texts import OpenTask, open_tasks
 from data_prep.training.feed import Foreseen
-from hope.dense import COMPILED, cannot_compile
+from hope.dense import COMPILED, cannot_compile, form_for
 from hope.initial import open_start
 from hope.sections import Problem
 from hope.train.schedule import in_steps
@@ -31,25 +31,28 @@ def facts(config: Config, world_size: int) -> str:
     """The table that a start begins with: model, layout, and bytes per rank of `world_size`."""
     dims = config.parallel.dims(world_size)
     shape = StepShape.of(config.train, config.parallel, dims)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     batch, compile = config.train.global_batch, config.train.compile
-    return report.describe(config.model, dims, shape, batch, config.optim, device, compile)
+    return report.describe(config.model, dims, shape, batch, config.optim, _device(), compile)
 
 
-def outlook(config: Config, root: Path, world_size: int, *, data: bool = True) -> list[str]:
+def outlook(config: Config, root: Path, world_size: int, *, data: bool = True, here: bool = False) -> list[str]:
     """Lines for people: tokens and epochs, optimizer and its groups, schedule, evaluation, folder, and what is resumed.
 
     Args:
         config: checked for `world_size` devices.
         root: folder of the run.
         data: whether the data can be read here; without it, nothing is said of epochs and held-out windows.
+        here: whether the run would be on this machine, which then needs the compiler of `train.compile`.
 
     Raises:
+        CannotCompile: this machine has none.
         ConfigError: the folder cannot be written, or the run could not go on from what is in it.
         DataError: a set is damaged, or a task cannot be read.
     """
     run = RunFolder(root)
     train = config.train
+    if here:
+        form_for(train.compile, _device())
     foreseen = Foreseen(config.data, train, train.total_steps * train.global_batch) if data else None
     order = foreseen.order() if foreseen else None
     if data:
@@ -68,6 +71,11 @@ def outlook(config: Config, root: Path, world_size: int, *, data: bool = True) -
     lines = [f"{name:<11} {fact}" for name, fact in rows]
     changes = [f"{'':<11} {change}" for change in _changes(config, run, world_size)]
     return [*lines, *changes, report.group_table(config.model, config.optim, train.tokens_per_step)]
+
+
+def _device() -> str:
+    """The type that a run on this machine would take."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def tasks_of(config: Config) -> dict[str, OpenTask]:
@@ -137,7 +145,7 @@ def _start(config: Config, run: RunFolder) -> str:
 
 def _compiled(what: str) -> str:
     """What is compiled; a machine that only starts runs may well have no compiler, so that is said and not refused."""
-    lacking = cannot_compile("cuda" if torch.cuda.is_available() else "cpu")
+    lacking = cannot_compile(_device())
     return COMPILED[what] + (f"; a run on this machine {lacking}, and would be refused" if lacking else "")
 
 

@@ -317,15 +317,17 @@ def test_what_cannot_be_one_graph_is_refused(tmp_path, flags, said):
     assert said in what
 
 
-def test_a_dry_run_where_there_is_no_compiler_says_so(tmp_path: Path, monkeypatch, capsys):
-    """It is not refused: jobs are submitted from machines without one."""
-    path = config_file(tmp_path, "attention")
-    lines = []
-    for lacking in ("", "needs a C++ compiler"):
-        monkeypatch.setattr(outlook, "cannot_compile", lambda device, said=lacking: said)
-        assert pretrain_hope.main([path, "run.name=dry", "train.compile=dense", "--dry-run"]) == 0
-        lines += [line for line in capsys.readouterr().out.splitlines() if line.startswith("compiled ")]
-    assert lines == [
-        "compiled    dense parts",
-        "compiled    dense parts; a run on this machine needs a C++ compiler, and would be refused",
-    ]
+def test_a_dry_run_where_there_is_no_compiler(tmp_path: Path, monkeypatch, capsys):
+    """Of a run on this machine it is refused, as the run is. For other devices it says so: jobs are submitted from
+    machines without one."""
+    words = [config_file(tmp_path, "attention"), "run.name=dry", "train.compile=dense", "--dry-run"]
+    monkeypatch.setattr(outlook, "cannot_compile", lambda device: "needs a C++ compiler")
+    monkeypatch.setattr(dense, "cannot_compile", lambda device: "needs a C++ compiler")
+    assert pretrain_hope.main(words) == 2
+    assert "config error: train.compile=dense needs a C++ compiler" in capsys.readouterr().err
+    assert pretrain_hope.main([*words, "--devices", "1"]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("compiled ")]
+    assert line == "compiled    dense parts; a run on this machine needs a C++ compiler, and would be refused"
+    monkeypatch.undo()
+    assert pretrain_hope.main(words) == 0
+    assert "compiled    dense parts\n" in capsys.readouterr().out
