@@ -110,7 +110,7 @@ class Run:
         self.replica = build_replica(
             config.model, config.optim, config.parallel, ranks, seq_len=train.seq_len, precision=train.precision,
             seed=config.run.seed, recompute=train.recompute, tokens_per_step=train.tokens_per_step,
-            loss_chunk=train.loss_chunk, compile=train.compile, start=start,
+            loss_chunk=train.loss_chunk, compile=train.compile, cuda_graphs=train.cuda_graphs, start=start,
         )  # fmt: skip
         self.optimizer = self.replica.optimizer
         self.flops = report.model_flops(config.model)

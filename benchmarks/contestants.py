@@ -132,6 +132,7 @@ def build(
     ranks: groups.Ranks,
     compile: str,
     recompute: str,
+    cuda_graphs: bool = False,
     choices: Choices = Choices(),
 ) -> Contestant:
     """A model with its optimizer on this device, through the code that a run uses."""
@@ -140,8 +141,9 @@ def build(
         return _build_gpt(size, seq, precision, ranks, optim, layout)
     config = model_config(name, size, choices)
     replica = build_replica(
-        config, optim, layout, ranks, seq_len=seq, precision=precision, seed=1, recompute=recompute, compile=compile
-    )
+        config, optim, layout, ranks, seq_len=seq, precision=precision, seed=1, recompute=recompute, compile=compile,
+        cuda_graphs=cuda_graphs,
+    )  # fmt: skip
     return Contestant(replica.optimizer, replica.run, replica.reduce, parameters(config))
 
 

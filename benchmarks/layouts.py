@@ -58,6 +58,7 @@ def worker(config_path: str, overrides: list[str], steps: int) -> dict:
             tokens_per_step=train.tokens_per_step,
             loss_chunk=train.loss_chunk,
             compile=train.compile,
+            cuda_graphs=train.cuda_graphs,
         )
         tokens = torch.randint(0, config.model.vocab_size, (train.seq_len + 1, batch))
         mine = micro_batches(Batch(tokens[:-1], tokens[1:], None), train.micro_batch, ranks)

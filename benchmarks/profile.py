@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         replica = build_replica(
             config.model, config.optim, config.parallel, ranks, seq_len=train.seq_len, precision=train.precision,
             seed=config.run.seed, recompute=train.recompute, tokens_per_step=train.tokens_per_step,
-            loss_chunk=train.loss_chunk, compile=train.compile,
+            loss_chunk=train.loss_chunk, compile=train.compile, cuda_graphs=train.cuda_graphs,
         )  # fmt: skip
         tokens = torch.randint(0, config.model.vocab_size, (train.seq_len + 1, train.global_batch))
         mine = micro_batches(Batch(tokens[:-1], tokens[1:], None), train.micro_batch, ranks)

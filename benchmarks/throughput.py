@@ -51,8 +51,9 @@ from parallel.start import groups
 Row = dict[str, Any]
 # How far over the cap a prediction may be that is worth a try. It does not know what compiled parts do not keep.
 TOO_HIGH = {"none": 1.25, "dense": 2.0, "block": 2.0}
-LOOP = ("hope::memory_loop", "hope::memory_loop_backward")
-SAME = ("model", "size", "heads", "hope", "seq", "gpu", "compile", "precision", "recompute", "tokens_per_step")
+LOOP = ("_sequential", "_outputs", "_outputs_backward", "_sequential_backward")  # kernels of hope.memory.fused
+SAME = ("model", "size", "heads", "hope", "seq", "gpu", "compile", "cuda_graphs", "precision", "recompute",
+        "tokens_per_step")  # fmt: skip
 
 
 class Bench:
@@ -73,7 +74,8 @@ class Bench:
     def built(self, model: str, seq: int) -> Iterator[Contestant]:
         """Its optimizer's hooks would keep all of the model's memory for ever: they are removed at the end."""
         args, compile = self.args, self.compile_of(model)
-        one = build(model, args.size, seq, args.precision, self.ranks, compile, args.recompute, args.choices)
+        graphs = args.graphs and model != GPT
+        one = build(model, args.size, seq, args.precision, self.ranks, compile, args.recompute, graphs, args.choices)
         try:
             yield one
         finally:
@@ -180,6 +182,7 @@ class Bench:
             "seq": seq,
             "gpu": self.gpu,
             "compile": self.compile_of(model),
+            "cuda_graphs": args.graphs and model != GPT,
             "precision": args.precision,
             "recompute": "none" if model == GPT else args.recompute,
             "tokens_per_step": args.tokens,
@@ -207,11 +210,11 @@ class Bench:
 
 
 def loop_share(events: Iterable[Any]) -> float | None:
-    """Of a profiler's averages. A kernel's time is in them twice: as its own, and as that of the operation on the CPU
-    that launched it. Only the operations are counted."""
-    operations = [event for event in events if event.device_type == DeviceType.CPU]
-    total = sum(event.self_device_time_total for event in operations)
-    loop = sum(event.device_time_total for event in operations if event.key in LOOP)
+    """Of a profiler's averages. A kernel's time is in them as its own, and where no graph launched it as that of an
+    operation on the CPU once more. Only the kernels are counted."""
+    kernels = [event for event in events if event.device_type == DeviceType.CUDA]
+    total = sum(event.self_device_time_total for event in kernels)
+    loop = sum(event.self_device_time_total for event in kernels if event.key in LOOP)
     return loop / total if loop and total else None
 
 
@@ -276,6 +279,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--hope", nargs="+", default=[], metavar="KEY=VALUE", help="keys of model.mixers.hope")
     parser.add_argument("--tokens", type=int, default=131072, help="per step, at every length")
     parser.add_argument("--compile", choices=COMPILE, default="none", help="train.compile of this project's models")
+    parser.add_argument("--graphs", action="store_true", help="train.cuda_graphs of this project's models")
     parser.add_argument("--recompute", choices=["none", "memory", "block"], default="none")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--micro-batch", nargs="+", type=int, default=[], help="of all models, the faster of these")

@@ -41,6 +41,7 @@ FREE = (
     "train.recompute",
     "train.loss_chunk",
     "train.compile",
+    "train.cuda_graphs",
     "train.profile",
     "train.eval_every",
     "train.eval_windows",

@@ -37,6 +37,7 @@ NEWER: dict[str, Any] = {
     "train.tokens": None,
     "train.loss_chunk": None,
     "train.compile": "none",
+    "train.cuda_graphs": False,
     "train.profile": None,
     "train.eval_levels": False,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,8 @@ class Sublayer(NamedTuple):
         return self.body(self.norm(x), state, documents)
 
 
+_again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+# There are no random numbers, and their generator cannot be asked while a CUDA graph is recorded.
 RECOMPUTE = ("none", "memory", "sublayer", "block")
 
 
@@ -79,11 +82,11 @@ class Block(nn.Module):
         plain = states is None and documents is None and not keep_state
         if self.whole is not None and plain and torch.is_grad_enabled() and not (self.mixer.watched and self._reports):
             if self.recompute == "block":
-                return checkpoint(self.whole, x, use_reentrant=False), ()
+                return _again(self.whole, x), ()
             return self.whole(x), ()
         before = states or (None,) * len(self.sublayers())
         if self.recompute == "block" and torch.is_grad_enabled():
-            again: tuple[Tensor, BlockState] = checkpoint(self._forward, x, before, documents, use_reentrant=False)
+            again: tuple[Tensor, BlockState] = _again(self._forward, x, before, documents)
             return again
         return self._forward(x, before, documents)
 
@@ -104,9 +107,9 @@ class Block(nn.Module):
     ) -> tuple[Tensor, State | None]:
         result: tuple[Tensor, State | None]
         if self.recompute == "sublayer" and torch.is_grad_enabled():
-            result = checkpoint(sublayer, x, state, documents, use_reentrant=False)
+            result = _again(sublayer, x, state, documents)
         elif self.recompute == "memory" and sublayer.mixes and torch.is_grad_enabled():
-            result = checkpoint(sublayer.body, sublayer.norm(x), state, documents, use_reentrant=False)
+            result = _again(sublayer.body, sublayer.norm(x), state, documents)
         else:
             result = sublayer(x, state, documents)
         return result

@@ -6,7 +6,8 @@ it as `self.form(function)(...)`. `Model.set_compile` exchanges the form. Produc
 so do the memory loop, collectives and all that depends on data.
 
 A host that issues a block's hundreds of operations one by one can be slower than the GPU that computes them. `block`
-therefore hands a whole block to torch.compile where nothing depends on data, see `hope.block.Block`.
+therefore hands a whole block to torch.compile where nothing depends on data, see `hope.block.Block`. Blocks of mixers
+that are slower so keep to their dense parts (`Mixer.compiles_whole`).
 """
 
 from __future__ import annotations

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import importlib.util
-from functools import cache
 
 import torch
 
 
-@cache
+class CannotCapture(RuntimeError):
+    """The message says what is missing for CUDA graphs, and what would work without."""
+
+
+def require_graphs(wanted: bool, device: str) -> None:
+    """Of `train.cuda_graphs` on a type of device. Raises CannotCapture."""
+    if wanted and device != "cuda":
+        what = f"train.cuda_graphs=true needs a GPU, and this runs on the {device.upper()}"
+        raise CannotCapture(f"{what}; train.cuda_graphs=false needs none")
+
+
+_TRITON = importlib.util.find_spec("triton") is not None  # once: torch.compile cannot look into a search
+
+
 def has_triton() -> bool:
-    """Whether it is installed. Nothing is imported, and the import path is searched once: optimizers ask for every
-    parameter in every step."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether it is installed. Nothing is imported."""
+    return _TRITON
 
 
 def device_of(name: str | None, refused: type[Exception]) -> torch.device:

@@ -17,6 +17,7 @@ from hope.documents import Documents
 from hope.flops import Flops
 from hope.layers import RMSNorm
 from hope.loss import Unscored, block_of
+from hope.mixers import Mixer
 from hope.parameters import initialise, new_parameter, normal
 
 States = dict[int, BlockState]
@@ -118,7 +119,7 @@ class Model(nn.Module):
         set_form(self, form)
         for block in self.blocks.values():
             assert isinstance(block, Block)
-            block.whole = whole(block.stateless) if what == "block" else None
+            block.whole = whole(block.stateless) if what == "block" and block.mixer.compiles_whole else None
 
     def forward(
         self,
@@ -151,6 +152,11 @@ class Model(nn.Module):
             if keep_state:
                 after[int(name)] = states
         return self.norm(x) if self.has_head else x, after
+
+    @property
+    def watched(self) -> bool:
+        """Whether its mixers collect what they report."""
+        return any(module.watched for module in self.modules() if isinstance(module, Mixer))
 
     @property
     def vocabulary(self) -> Embedding:

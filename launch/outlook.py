@@ -19,6 +19,7 @@ from configs.schema import Config
 from data_prep.texts import OpenTask, open_tasks
 from data_prep.training.feed import Foreseen
 from hope.dense import COMPILED, cannot_compile, form_for
+from hope.devices import require_graphs
 from hope.initial import open_start
 from hope.sections import Problem
 from hope.train.schedule import in_steps
@@ -46,6 +47,7 @@ def outlook(config: Config, root: Path, world_size: int, *, data: bool = True, h
 
     Raises:
         CannotCompile: this machine has none.
+        CannotCapture: nor a GPU for `train.cuda_graphs`.
         ConfigError: the folder cannot be written, or the run could not go on from what is in it.
         DataError: a set is damaged, or a task cannot be read.
     """
@@ -53,6 +55,7 @@ def outlook(config: Config, root: Path, world_size: int, *, data: bool = True, h
     train = config.train
     if here:
         form_for(train.compile, _device())
+        require_graphs(train.cuda_graphs, _device())
     foreseen = Foreseen(config.data, train, train.total_steps * train.global_batch) if data else None
     order = foreseen.order() if foreseen else None
     if data:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from configs.errors import ConfigError
 from data_prep.errors import DataError
 from hope.dense import CannotCompile
+from hope.devices import CannotCapture
 from parallel.checkpoint.errors import CheckpointError, SaveError
 from parallel.start import told
 from parallel.start.errors import LaunchError, NotNow
@@ -16,6 +17,7 @@ _BEFORE: dict[type[Exception], str] = {
     DataError: "data error: ",
     CheckpointError: "checkpoint error: ",
     CannotCompile: "config error: ",
+    CannotCapture: "config error: ",
     LaunchError: "launch error: ",
 }
 """What stands before the message."""
@@ -33,5 +35,6 @@ def refused(error: Exception, launch: Launch | None, met: bool) -> int:
     """
     text = next(word for known, word in _BEFORE.items() if isinstance(error, known)) + str(error)
     alone = not met and isinstance(error, LaunchError)  # a matter between one rank and its launcher
-    told.once(text, None if alone else launch, met, agreed=not isinstance(error, DataError | CannotCompile))
+    of_one = isinstance(error, DataError | CannotCompile | CannotCapture)
+    told.once(text, None if alone else launch, met, agreed=not of_one)
     return FAILURE if isinstance(error, SaveError | NotNow) else CONFIG_ERROR

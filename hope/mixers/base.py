@@ -118,10 +118,12 @@ class Mixer(Dense):
         first_head: of the heads that are here, its number among those of the model; a tensor-parallel layout sets it.
         watched: whether the next forward passes collect what `report` tells.
         form: what its dense parts go through, see `hope.dense`.
+        compiles_whole: whether `train.compile=block` makes one graph of a block around it, or takes its dense parts.
     """
 
     name = ""
     chunk = 1
+    compiles_whole = True
     first_head = 0
     watched = False
 

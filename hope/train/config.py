@@ -84,6 +84,9 @@ class TrainConfig:
     """dense: norms, gates, convolutions, rotations and the loss are fused by torch.compile; memory loops and products
     stay as they are. block: whole blocks in training, and the same parts elsewhere (data.documents=reset trains as
     dense). The first steps take a minute longer. Needs a C compiler on a GPU, a C++ compiler on a CPU."""
+    cuda_graphs: bool = False
+    """The passes of a micro-batch as one CUDA graph, which a host starts with one call: small models wait for it
+    otherwise. Needs a GPU, precision bf16, parallel.pipeline 1, and another data.documents than reset."""
     loss_chunk: int | None = None
     """Tokens whose scores over the vocabulary are held at once in the loss and its gradient; 0: those of the whole
     micro-batch; null: by size, the whole up to 2^27 scores."""
@@ -154,6 +157,9 @@ class TrainConfig:
             what = f"{self.loss_chunk} is no number of tokens"
             yield Problem(f"{path}.loss_chunk", what, "4096, 0 for the whole micro-batch, or null for a choice by size")
         yield from self._compile_problems(path)
+        if self.cuda_graphs and self.precision != "bf16":
+            what = "true, and train.precision fp32 leaves gradients where no graph can add to them"
+            yield Problem(f"{path}.cuda_graphs", what, "false; or train.precision=bf16")
         yield from self._profile_problems(path)
         yield from self._stage_problems(f"{path}.seq_len_stages")
 

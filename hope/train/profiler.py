@@ -1,8 +1,8 @@
-"""Some training steps under torch's profiler: a Chrome trace, and the time of every kind of module.
+"""Some training steps under torch's profiler: a Chrome trace, and the time of every kind of module and kernel.
 
 A module's time is that of the operations that began in its forward pass and in no module inside it, and of their
-backward passes, which autograd numbers alike. A block that is compiled as a whole has no modules inside. On a GPU it is
-the time of their kernels, else of the CPU.
+backward passes, which autograd numbers alike. A block that is compiled as a whole has no modules inside, and a pass
+that is a CUDA graph has none at all. On a GPU it is the time of their kernels, else of the CPU.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,10 @@ class StepProfiler:
         if self._ended < self._began:  # its first step has failed, and the reason for that is what counts
             return
         path = self._folder / f"step_{self._began}_{self._ended}.rank0.json.gz"
-        self._texts.append(time_by_module(found, self._ended - self._began + 1, self._device.type))
+        steps = self._ended - self._began + 1
+        self._texts.append(time_by_module(found, steps, self._device.type))
+        if self._device.type == "cuda":
+            self._texts.append(time_by_kernel(found.key_averages(), steps))
         try:
             _export(found, path)
             self._texts.append(f"profile of steps {self._began} to {self._ended}: {path}")
@@ -153,6 +156,20 @@ def time_by_module(found: profile, steps: int, device: str) -> str:
         lines.append(f"{name:<48}{forward:>12.3f}{backward:>13.3f}{(forward + backward) / (total or 1):>8.1%}")
     sums = [sum(column) for column in zip(*times.values(), strict=True)] or [0.0, 0.0]
     lines.append(f"{'all, per step':<48}{sums[0]:>12.3f}{sums[1]:>13.3f}{1:>8.1%}")
+    return "\n".join(lines)
+
+
+def time_by_kernel(averages: Iterable[Any], steps: int, most: int = 25) -> str:
+    """A table: ms per step and calls per step of the kernels that take most of the device's time. It holds for passes
+    that a CUDA graph launches too, of which no module is known."""
+    kernels = [event for event in averages if event.device_type == DeviceType.CUDA]
+    total = sum(event.self_device_time_total for event in kernels)
+    lines = [f"{'kernel':<72}{'calls':>8}{'ms':>10}{'share':>8}"]
+    for event in sorted(kernels, key=lambda event: -event.self_device_time_total)[:most]:
+        spent = event.self_device_time_total
+        name = re.sub(r"\s+", " ", event.key)[:70]
+        lines.append(f"{name:<72}{event.count / steps:>8.0f}{spent / 1000 / steps:>10.3f}{spent / (total or 1):>8.1%}")
+    lines.append(f"{'all kernels, per step':<72}{'':>8}{total / 1000 / steps:>10.3f}{1:>8.1%}")
     return "\n".join(lines)
 
 

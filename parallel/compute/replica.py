@@ -18,7 +18,8 @@ from hope.optim.config import OptimConfig
 from hope.optim.levels import parameter_groups
 from hope.optim.policy import MATRIX_OPTIMIZERS
 from parallel.compute import gradients
-from parallel.compute.pipeline import Report, Stage, forward_backward, stages_of
+from parallel.compute.graphs import Graphs, graphs_for
+from parallel.compute.pipeline import Report, Stage, StepFn, forward_backward, stages_of
 from parallel.compute.tensor import shard_model, sharded_loss
 from parallel.layout.stages import split
 from parallel.layout.topology import ParallelConfig
@@ -37,23 +38,17 @@ class Replica:
     optimizer: ShardedOptimizer
     ranks: groups.Ranks
     layout: ParallelConfig
-    loss_chunk: int | None = None
+    stage_step: StepFn
+    graphs: Graphs | None = None
 
     def run(
         self, batches: Sequence[Batch], forward_only: bool = False, phase: Callable[[str], object] | None = None
     ) -> list[Report]:
         """Micro-batches through the schedule; gradients are accumulated. Reports on the last stage, else []."""
-        return forward_backward(self.stages, batches, self._stage_step, forward_only, phase)
-
-    def _stage_step(self, model: Model, hidden: Tensor | None, batch: Batch) -> Tensor | tuple[Tensor, Report]:
-        inputs = batch.tokens_TB if model.has_embedding else hidden
-        assert inputs is not None
-        outputs, _ = model.trunk(inputs, starts=batch.starts_TB, keep_state=False)
-        if not model.has_head:
-            return outputs
-        scores = model.vocabulary.scores(outputs, self.loss_chunk)
-        loss = sharded_loss(scores, batch.targets_TB, self.ranks.tp_size, batch.weights_TB)
-        return loss, {"loss": loss}
+        scheduled = lambda: forward_backward(self.stages, batches, self.stage_step, forward_only, phase)
+        if self.graphs is None or forward_only:
+            return scheduled()
+        return self.graphs.run(self.models[0], batches, scheduled, phase)
 
     def reduce(self) -> None:
         """All sums of gradients: over tensor ranks and tied copies as the plan says, then over data-parallel ranks.
@@ -80,6 +75,7 @@ def build_replica(
     tokens_per_step: int | None = None,
     loss_chunk: int | None = None,
     compile: str = "none",
+    cuda_graphs: bool = False,
     start: Start | None = None,
 ) -> Replica:
     """Build this rank's slices on full shapes, fill them from (seed, name), cut them, give them to the optimizer.
@@ -87,8 +83,10 @@ def build_replica(
     start: weights of a trained model that replace those that were drawn.
 
     Raises:
-        CannotCompile: `compile` asks for what this machine has not got.
+        CannotCompile, CannotCapture: `compile` or `cuda_graphs` asks for what this machine has not got.
     """
+    stage_step = _stage_step(loss_chunk, ranks.tp_size)
+    graphs = graphs_for(cuda_graphs, stage_step, ranks.device)
     parts = split(config, seq_len, ranks.pp_size, ranks.vp_size)[ranks.pp_rank]
     models = []
     for part in parts:
@@ -100,7 +98,24 @@ def build_replica(
         models.append(shard_model(model, ranks.tp_rank, ranks.tp_size, layout.sequence).to(ranks.device))
     levels = parameter_groups(models, optim.weight_decay, optim, tokens_per_step)
     optimizer = _sharded_optimizer(models, levels, optim, layout, ranks, precision)
-    return Replica(models, stages_of(models, precision, layout, config.width), optimizer, ranks, layout, loss_chunk)
+    stages = stages_of(models, precision, layout, config.width)
+    return Replica(models, stages, optimizer, ranks, layout, stage_step, graphs)
+
+
+def _stage_step(loss_chunk: int | None, tp_size: int) -> StepFn:
+    """What a stage computes of a micro-batch, for `forward_backward`."""
+
+    def step(model: Model, hidden: Tensor | None, batch: Batch) -> Tensor | tuple[Tensor, Report]:
+        inputs = batch.tokens_TB if model.has_embedding else hidden
+        assert inputs is not None
+        outputs, _ = model.trunk(inputs, starts=batch.starts_TB, keep_state=False)
+        if not model.has_head:
+            return outputs
+        scores = model.vocabulary.scores(outputs, loss_chunk)
+        loss = sharded_loss(scores, batch.targets_TB, tp_size, batch.weights_TB)
+        return loss, {"loss": loss}
+
+    return step
 
 
 def _sharded_optimizer(

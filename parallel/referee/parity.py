@@ -136,5 +136,6 @@ def run_layout(config: Config, task: Task, ranks: groups.Ranks) -> Evidence | No
         recompute=config.train.recompute,
         loss_chunk=config.train.loss_chunk,
         compile=config.train.compile,
+        cuda_graphs=config.train.cuda_graphs,
     )
     return from_layout(task, replica, config.train.micro_batch)

@@ -17,7 +17,7 @@ from tiny import config_file
 import pretrain_hope
 from hope.model import Model, next_token_loss
 from hope.train.config import TrainConfig
-from hope.train.profiler import StepProfiler, _seen, time_by_module
+from hope.train.profiler import StepProfiler, _seen, time_by_kernel, time_by_module
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SIZES = {"steps": 8, "seq_len": 16, "global_batch": 1, "micro_batch": 1}
@@ -208,3 +208,16 @@ def test_nothing_inside_a_block_that_is_compiled_as_a_whole_is_hooked():
     assert "blocks.0" in names
     assert "blocks.1.mixer.query" in names
     assert [name for name in names if name.startswith("blocks.0.")] == []
+
+
+def test_kernels_by_their_time():
+    gpu, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    of = lambda key, device, time, count: SimpleNamespace(
+        key=key, device_type=device, self_device_time_total=time, count=count
+    )
+    averages = [of("short", gpu, 1000.0, 2), of("aten::mm", cpu, 4000.0, 8), of("a  long\none", gpu, 3000.0, 6)]
+    table = [line.split() for line in time_by_kernel(averages, steps=2).splitlines()]
+    assert table[1] == ["a", "long", "one", "3", "1.500", "75.0%"]
+    assert table[2] == ["short", "1", "0.500", "25.0%"]
+    assert table[3][-2:] == ["2.000", "100.0%"]
+    assert len(time_by_kernel(averages, 2, most=1).splitlines()) == 3

@@ -1,0 +1,175 @@
+"""`train.cuda_graphs`: a pass that a graph repeats is the pass, to the last bit. Without a GPU: when what is recorded.
+
+A stand-in for a recording runs the pass itself at every replay.
+"""
+
+import json
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from models import named
+from multirank import run_ranks
+from tiny import config_file
+
+import pretrain_hope
+from configs.errors import ConfigError
+from configs.schema import load
+from hope.batch import Batch
+from hope.config import CmsConfig
+from hope.model import Model
+from hope.optim.config import OptimConfig
+from parallel.compute import graphs
+from parallel.compute.graphs import Graphs
+from parallel.compute.replica import build_replica
+from parallel.layout.topology import ParallelConfig
+from parallel.start import groups
+
+MODEL = named("hope", vocab_size=64, width=64, layers=2, heads=2, cms=CmsConfig(periods=[1, 2]))
+
+
+class Repeated:
+    """In the place of a recording: the pass, made anew."""
+
+    log: ClassVar[list[str]] = []
+
+    def __init__(self, key, batch, pool, one_pass):
+        self.key, self.one_pass = key, one_pass
+        self.log.append("record")
+
+    def replay(self, batch):
+        self.log.append("replay")
+        return self.one_pass(batch)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """(graphs of a small model, its step): what a step did, and its losses."""
+    Repeated.log.clear()
+    monkeypatch.setattr(graphs, "_Graph", Repeated)
+    for name in ("synchronize", "empty_cache", "graph_pool_handle"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: Repeated.log.append(name))
+    model = Model(MODEL).initialise(1)
+
+    def step_fn(model, hidden, batch):
+        loss = model(batch.tokens_TB)[0].float().logsumexp(-1).mean()
+        return loss, {"loss": loss}
+
+    made = Graphs(step_fn, torch.device("cpu"))
+
+    def step(count: int = 2, length: int = 8, watched: bool = False, **extra) -> list[str]:
+        Repeated.log.clear()
+        for block in model.blocks.values():
+            block.mixer.watched = watched
+        ids = torch.arange(length * count * 2).view(count, length, 2) % 64
+        batches = [Batch(row, row, **extra) for row in ids]
+        reports = made.run(model, batches, lambda: Repeated.log.append("as it is") or [])
+        assert len(reports) == (0 if "as it is" in Repeated.log else count)
+        return list(Repeated.log)
+
+    return model, step
+
+
+def test_a_step_is_made_as_it_is_once_and_recorded_then(passes):
+    _, step = passes
+    ready = ["synchronize", "empty_cache", "graph_pool_handle", "record"]
+    assert step() == ["as it is"]
+    assert step() == [*ready, "replay", "replay"]
+    assert step() == ["replay", "replay"]
+    # a watched step is another recording, in the same memory; before a pass as it is all memory is given back
+    assert step(watched=True) == ["synchronize", "empty_cache", "as it is"]
+    assert step(watched=True) == [*ready, "replay", "replay"]
+    assert step() == ["record", "replay", "replay"]
+    assert step(watched=True) == ["replay", "replay"]
+    # so is one with other shapes, or another number of micro-batches, by which its loss is divided
+    for other in ({"length": 4}, {"count": 3}):
+        assert step(**other)[-1] == "as it is"
+        assert step(**other)[:4] == ready
+    assert step()[:4] == ready
+
+
+def test_marks_of_documents_are_never_recorded(passes):
+    _, step = passes
+    marks = {"starts_TB": torch.zeros(8, 2, dtype=torch.bool)}
+    assert [step(**marks) for _ in range(3)] == [["as it is"]] * 3
+
+
+def test_gradients_are_the_mean_over_micro_batches(passes):
+    model, step = passes
+    step()
+    model.zero_grad()
+    step()
+    once = {name: p.grad.clone() for name, p in model.named_parameters()}
+    step()
+    for name, parameter in model.named_parameters():  # two micro-batches of half the weight each, and once more
+        torch.testing.assert_close(parameter.grad, 2 * once[name])
+    ids = torch.arange(32).view(2, 8, 2) % 64
+    model.zero_grad()
+    torch.stack([model(row)[0].float().logsumexp(-1).mean() for row in ids]).mean().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, once[name])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["train.precision=fp32"], "train.precision fp32 leaves gradients where no graph can add to them"),
+        (["train.precision=bf16", "data.documents=reset"], "shapes depend on where documents begin"),
+        (["train.precision=bf16", "parallel.pipeline=2"], "the passes of parallel.pipeline 2 wait for other stages"),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused(tmp_path, flags, said):
+    with pytest.raises(ConfigError) as error:
+        load(config_file(tmp_path, "attention"), ["train.cuda_graphs=true", *flags])
+    [what] = [what for path, what, _ in error.value.problems if path == "train.cuda_graphs"]
+    assert said in what
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_machine_without_a_gpu_says_so(tmp_path: Path, capsys):
+    words = [config_file(tmp_path, "attention"), "run.name=none", "train.precision=bf16", "train.cuda_graphs=true"]
+    for more in ([], ["--dry-run"]):
+        assert pretrain_hope.main([*words, *more]) == 2
+        said = "config error: train.cuda_graphs=true needs a GPU, and this runs on the CPU; train.cuda_graphs=false"
+        assert said in capsys.readouterr().err
+    assert pretrain_hope.main([*words, "--dry-run", "--devices", "1"]) == 0
+
+
+def weights(name: str, cuda_graphs: bool, out: str) -> int:
+    """Six steps of two micro-batches, the fourth of them watched; weights and losses go to `out`."""
+    torch.use_deterministic_algorithms(True)
+    losses = []
+    with groups.start(ParallelConfig()) as ranks:
+        replica = build_replica(
+            MODEL, OptimConfig(name=name), ParallelConfig(), ranks, seq_len=128, precision="bf16", seed=1,
+            cuda_graphs=cuda_graphs,
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(0)
+        for step in range(6):
+            for block in replica.models[0].blocks.values():
+                block.mixer.watched = step == 3
+            ids = torch.randint(0, 64, (2, 128, 2), generator=generator).to(ranks.device)
+            reports = replica.run([Batch(row, row.roll(-1, 0)) for row in ids])
+            replica.reduce()
+            losses.append([report["loss"].item() for report in reports])
+            losses.append(list(replica.optimizer.grad_norms().values()))
+            replica.optimizer.set_lr(1e-2)
+            replica.optimizer.step()
+        norms = [block.mixer.report().scalars["memory_norm"].item() for block in replica.models[0].blocks.values()]
+        found = {"losses": losses, "norms": norms, "weights": [p.double().sum().item() for p in
+                 replica.models[0].parameters()]}  # fmt: skip
+    Path(out).write_text(json.dumps(found))
+    return 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ["dmgd", "muon"])
+def test_a_graph_repeats_the_pass_to_the_last_bit(tmp_path, name, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    found = []
+    for cuda_graphs in (False, True):
+        out = tmp_path / f"{cuda_graphs}.json"
+        assert run_ranks(weights, 1, name, cuda_graphs, str(out), timeout=120) == [0]
+        found.append(json.loads(out.read_text()))
+    assert found[0] == found[1]
