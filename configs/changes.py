@@ -33,6 +33,7 @@ FREE = (
     "data.cache",
     "data.index",
     "model.mixers.hope.kernel",
+    "model.mixers.linear.kernel",
     "model.init",  # the weights are the checkpoint's; where they began is in its `origin`
     "model.init_allow",
     "train.stop_after",

@@ -20,6 +20,7 @@ KINDS: dict[str, dict[str, Any]] = {
 NEWER_KEYS: dict[str, dict[str, Any]] = {
     "hope": {"forget": "zero", "alpha_spread": 0.0, "erase_max": None, "output_gate": "silu", "kernel": "auto"},
     "attention": {"positions": "rope", "window": None, "qk_norm": False},
+    "linear": {"kernel": "auto"},
 }
 """Keys of `model.mixers.NAME` that earlier records lack. Memories forgot towards zero."""
 NEWER_OF_MODEL: dict[str, Any] = {"norm_eps": 1e-6, "depth_scaled_init": False, "init": None}

@@ -1,8 +1,9 @@
 """`python tests/compile_memory_kernels.py 64,bf16 128,bf16,documents ...`: compile the memory's kernels ahead of time.
 
 For a GPU of compute capability 9.0, with triton's own ptxas: no GPU is needed. A word is a head width, a type, and
-`documents` for the form with padding, resets and unfinished chunks. One line per kernel: its name, the word, registers,
-bytes spilled, bytes of shared memory, matrix products, and products whose left operand is transposed in registers.
+`documents` for the form with padding, resets and unfinished chunks, or `given` for the kernels of the linear family.
+One line per kernel: its name, the word, registers, bytes spilled, bytes of shared memory, matrix products, and products
+whose left operand is transposed in registers.
 """
 
 from __future__ import annotations
@@ -23,20 +24,24 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from hope.memory import fused
+from hope.memory.given import fused as given
 from hope.memory.kernels import CHUNK
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {"bf16": tl.bfloat16, "fp32": tl.float32}
 SINGLE = ("ge_p", "ga_p", "ee_p", "ea_p", "s0_p", "valid_p", "rk_p", "rv_p", "eta_p", "ell_p", "end_p", "o_p")
-SINGLE += ("dend_p", "dle_p", "dla_p", "ds0_p", "trace_p")
+SINGLE += ("dend_p", "dle_p", "dla_p", "ds0_p", "trace_p", "b_p", "db_p", "dell_p")
 MARKS = ("resets_p", "last_p")
 KERNELS = (fused._sequential, fused._outputs, fused._outputs_backward, fused._sequential_backward)
+GIVEN = (given._prepare, given._sequential, fused._outputs, fused._outputs_backward, given._sequential_backward,
+         given._writes_backward)  # fmt: skip
 PASSED = {"ttg.convert_layout", "ttg.local_alloc", "ttg.local_load", "arith.truncf"}
 
 
-def source(kernel: triton.JITFunction, width: int, kind: str, documents: bool) -> ASTSource:
+def source(kernel: triton.JITFunction, width: int, kind: str, form: str) -> ASTSource:
     constants = {"K": width, "C": CHUNK, "LOG_C": CHUNK.bit_length() - 1, "TYPE": TYPES[kind], "PRECISION": "tf32"}
-    constants |= dict.fromkeys(("VALID", "RESETS", "PARTIAL"), documents) | {"TRACE": False}
+    constants |= dict.fromkeys(("VALID", "RESETS", "PARTIAL"), form == "documents") | {"TRACE": False}
+    constants |= {"GIVEN": form == "given", "ERASE": True, "V": given.COLUMNS}
     signature, attributes = {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -84,7 +89,8 @@ def assembled(ptx: str) -> tuple[int, int]:
 
 def compiled(kernel: triton.JITFunction, word: str) -> str:
     width, kind, *others = word.split(",")
-    found = triton.compile(source(kernel, int(width), kind, bool(others)), target=HOPPER, options=dict(fused._OPTIONS))
+    options = fused._OPTIONS | (given.wide(int(width)) if kernel is given._writes_backward else {})
+    found = triton.compile(source(kernel, int(width), kind, "".join(others)), target=HOPPER, options=options)
     facts = *assembled(found.asm["ptx"]), found.metadata.shared
     return " ".join(map(str, (kernel.__name__, word, *facts, *transposed_on_the_left(found.asm["ttgir"]))))
 
@@ -92,5 +98,5 @@ def compiled(kernel: triton.JITFunction, word: str) -> str:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for argument in sys.argv[1:]:
-        for one in KERNELS:
+        for one in GIVEN if argument.endswith(",given") else KERNELS:
             print(compiled(one, argument), flush=True)

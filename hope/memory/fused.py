@@ -207,10 +207,12 @@ def _outputs(
 def _outputs_backward(
     df_p, q_p, k_p, v_p, u_p, inverse_p, ell_p, states_p, dq_p, dk_p, de_p, kp_p, h_p, ds_p, o_p, chunks,
     K: tl.constexpr, C: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    GIVEN: tl.constexpr = False, ERASE: tl.constexpr = True,
 ):  # fmt: skip
     """What the outputs say, with A = tril(e^{g_t - g_s} q k^T) and X = (I + T)^-1: dq; parts of dk, of the adjoint of
     E = eta (d + h S) and of dS; o [C], the part of what log alpha gets. For the backward also h = e^{g-} k + d and
-    kp = -X^T (p k), through which dS reaches E."""
+    kp = -X^T (p k), through which dS reaches E. GIVEN: for `hope.memory.given`, where h = e^g k, and X = I unless
+    ERASE."""
     number = tl.program_id(1).to(tl.int64) * chunks + tl.program_id(0)
     rK, rC = tl.arange(0, K), tl.arange(0, C)
     row, tile = number * C, rC[:, None] * K + rK[None, :]
@@ -236,12 +238,19 @@ def _outputs_backward(
     tl.store(o_p + row + rC, o)
     tl.store(dk_p + at, _dot(dAt.to(TYPE), q, PRECISION).to(TYPE))
     du = _dot((At * decay).to(TYPE), df, PRECISION).to(TYPE)
-    Xt = tl.load(inverse_p + row * C + rC[:, None] + rC[None, :] * C)
-    tl.store(de_p + at, _dot(Xt, du, PRECISION).to(TYPE))
     pk = (-tl.exp(total - g)[:, None] * k.to(tl.float32)).to(TYPE)
-    tl.store(kp_p + at, _dot(Xt, pk, PRECISION).to(TYPE))
-    h = (1.0 + tl.exp(g - ell))[:, None] * k.to(tl.float32) - tl.load(v_p + at).to(tl.float32)
-    tl.store(h_p + at, h.to(TYPE))
+    if ERASE:
+        Xt = tl.load(inverse_p + row * C + rC[:, None] + rC[None, :] * C)
+        tl.store(de_p + at, _dot(Xt, du, PRECISION).to(TYPE))
+        tl.store(kp_p + at, _dot(Xt, pk, PRECISION).to(TYPE))
+    else:
+        tl.store(de_p + at, du)
+        tl.store(kp_p + at, pk)
+    if GIVEN:
+        tl.store(h_p + at, (eg * k.to(tl.float32)).to(TYPE))
+    else:
+        h = (1.0 + tl.exp(g - ell))[:, None] * k.to(tl.float32) - tl.load(v_p + at).to(tl.float32)
+        tl.store(h_p + at, h.to(TYPE))
 
 
 @triton.jit(do_not_specialize=["chunks", "heads"])

@@ -11,6 +11,9 @@ import torch
 from hope.devices import has_triton
 from hope.memory.config import MemoryConfig
 from hope.memory.fused_scan import fused_scan
+from hope.memory.given.ops import fused_memory
+from hope.memory.linear import linear_memory
+from hope.memory.linear_config import LinearConfig
 from hope.memory.scan import Scanned, scan
 
 HEADS = {torch.bfloat16: (64, 128), torch.float32: (64,)}
@@ -45,6 +48,39 @@ def scan_for(config: MemoryConfig, device: torch.device, dtype: torch.dtype, hea
     if device.type == "cuda" and not has_triton():
         return ScanChoice(scan, "plain", "no triton")
     return ScanChoice(partial(fused_scan, operands=dtype, precision="tf32"), "fused", operands=dtype)
+
+
+class LinearChoice(NamedTuple):
+    """A form of the linear family's loop with `linear_memory`'s signature, its name, and the reason for it if it is not
+    the fast one. Documents always take `linear_memory`."""
+
+    memory: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    name: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})" if self.reason else self.name
+
+
+def linear_for(config: LinearConfig, device: torch.device, dtype: torch.dtype, head_dim: int) -> LinearChoice:
+    """`scan_for` of the linear family."""
+    plain = lambda reason: LinearChoice(linear_memory, "plain", reason)
+    if config.kernel == "plain":
+        return plain("as configured")
+    if device.type not in ("cuda", "meta"):
+        return plain(device.type.upper())
+    rule = config.resolved()
+    reasons = {
+        "decay per channel": rule.decay == "channel",
+        "a normaliser": rule.normaliser,
+        f"chunk {config.chunk}": config.chunk != CHUNK,
+        f"heads of {head_dim}": head_dim not in HEADS[torch.bfloat16],
+    }
+    if reason := next((reason for reason, holds in reasons.items() if holds), "") or _against_type(dtype, head_dim):
+        return plain(reason)
+    if device.type == "cuda" and not has_triton():
+        return plain("no triton")
+    return LinearChoice(partial(fused_memory, operands=dtype), "fused")
 
 
 def _against_memory(config: MemoryConfig, head_dim: int) -> str:

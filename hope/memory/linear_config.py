@@ -91,6 +91,9 @@ class LinearConfig(MixerSection):
     """Inner width of the decay gate per channel; null: the width of a head."""
     chunk: int = 64
     """Tokens that are computed together. Changes speed and rounding, not the result."""
+    kernel: Literal["auto", "plain"] = "auto"
+    """Form of the loop over chunks. auto: Triton kernels on a GPU, for decays per head, heads of 64 or 128 and
+    chunk 64, where rows are one document; plain: PyTorch everywhere."""
 
     def resolved(self) -> Rule:
         """The row of the table with the keys that are given."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 from hope.documents import Documents, of_open_document
 from hope.flops import Flops
 from hope.layers import CausalConv, Linear, RMSNorm, gated, rms_norm, rotated, rotation, unit
+from hope.memory.kernels import linear_for
 from hope.memory.linear import linear_memory
 from hope.memory.linear_config import LinearConfig
 from hope.mixers.base import Mixer, Report, State, Trunk, mixer
@@ -124,10 +126,9 @@ class LinearMemory(Mixer):
         q, k, v, history = self._vectors(x_TBD, before, documents)
         log_decay, write = self._gates(x_TBD, q)
         values = F.pad(v, (0, 1), value=1.0) if self.rule.normaliser else v
-        segment = None if documents is None else documents.segment_BT
-        y, weight = linear_memory(
-            q, k, values, log_decay, write, before.weight, erase=self.rule.erase, chunk=self.chunk, segment=segment
-        )
+        choice = linear_for(self.config, x_TBD.device, x_TBD.dtype, self.head_dim)
+        memory = choice.memory if documents is None else partial(linear_memory, segment=documents.segment_BT)
+        y, weight = memory(q, k, values, log_decay, write, before.weight, erase=self.rule.erase, chunk=self.chunk)
         if self.watched:
             self._collected = summary(weight, log_decay, write)
         if self.rule.normaliser:
@@ -221,6 +222,10 @@ class LinearMemory(Mixer):
         if rule.erase:  # the system, its solution for values and keys, the product of each chunk's keys, and its use
             writes += chunk * (keys + rows + keys) + 2.0 * keys * keys + 2.0 * rows * keys * (1 + keys / chunk)
         return Flops(dense + heads * reads, heads * writes)
+
+    def kernels(self, device: torch.device, dtype: torch.dtype) -> str:
+        """The form of the loop over chunks, for rows of one document."""
+        return str(linear_for(self.config, device, dtype, self.head_dim))
 
     def report(self) -> Report:
         """memory_norm: mean over sequences and heads of the Frobenius norm of the state. Histograms of what the rule
