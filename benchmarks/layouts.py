@@ -11,23 +11,25 @@ Prints a markdown table, and with --out writes JSON.
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
 
-from configs.schema import load, validate_without_data
+from configs.schema import Config, load, validate_without_data
 from hope.batch import Batch
 from hope.train.numerics import set_numerics
 from hope.train.throughput import GIB
 from launch.estimate import worst_rank
-from parallel.compute.replica import build_replica
+from parallel.compute.replica import Replica, build_replica
 from parallel.referee.evidence import micro_batches
 from parallel.start import groups
 
@@ -41,44 +43,65 @@ LAYOUTS = {
 
 
 def worker(config_path: str, overrides: list[str], steps: int) -> dict:
-    """One rank's part of a timing; the figures are rank 0's, the peak is the largest of all ranks."""
+    """One rank's part of a timing; see `timed`."""
     config = load(config_path, overrides, check=False)
-    train, batch = config.train, config.train.global_batch
-    set_numerics(train)
     with groups.start(config.parallel) as ranks:
-        replica = build_replica(
-            config.model,
-            config.optim,
-            config.parallel,
-            ranks,
-            seq_len=train.seq_len,
-            precision=train.precision,
-            seed=config.run.seed,
-            recompute=train.recompute,
-            tokens_per_step=train.tokens_per_step,
-            loss_chunk=train.loss_chunk,
-            compile=train.compile,
-            cuda_graphs=train.cuda_graphs,
-        )
+        return timed(config, ranks, steps)
+
+
+def timed(config: Config, ranks: groups.Ranks, steps: int) -> dict:
+    """Seconds of `steps` steps of a new model and of the one before, which warms up; what rank 0 saw, the peak of the fullest rank.
+
+    Collective. It leaves nothing on the device.
+    """
+    train, batch = config.train, config.train.global_batch
+    cuda = ranks.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(ranks.device)
+    set_numerics(train)
+    replica = build_replica(
+        config.model,
+        config.optim,
+        config.parallel,
+        ranks,
+        seq_len=train.seq_len,
+        precision=train.precision,
+        seed=config.run.seed,
+        recompute=train.recompute,
+        tokens_per_step=train.tokens_per_step,
+        loss_chunk=train.loss_chunk,
+        compile=train.compile,
+        cuda_graphs=train.cuda_graphs,
+    )
+    try:
         tokens = torch.randint(0, config.model.vocab_size, (train.seq_len + 1, batch))
         mine = micro_batches(Batch(tokens[:-1], tokens[1:], None), train.micro_batch, ranks)
-        seconds = []
-        for _ in range(steps + 1):
-            groups.barrier()
-            began = time.perf_counter()
-            replica.run(mine)
-            replica.reduce()
-            norm = sum(n * n for n in replica.optimizer.grad_norms().values()) ** 0.5  # waits for the device
-            replica.optimizer.set_lr(1e-4)
-            replica.optimizer.step(min(1.0, 1 / (norm + 1e-6)))
-            groups.barrier()
-            seconds.append(time.perf_counter() - began)
-        cuda = ranks.device.type == "cuda"
-        peak = torch.cuda.max_memory_reserved(ranks.device) / GIB if cuda else 0.0
-        peaks = groups.merged({f"{ranks.rank}": peak})
-        name = torch.cuda.get_device_name(ranks.device) if cuda else "cpu"
-        tokens_per_s = batch * train.seq_len / statistics.median(seconds[1:])
-        return {"tokens_per_s": tokens_per_s, "seconds": seconds, "peak_gib": max(peaks.values()), "device": name}
+        warm = 2 if train.cuda_graphs else 1  # a graph is recorded in the second step
+        seconds = [one_step(replica, mine) for _ in range(warm + steps)][warm - 1 :]
+    finally:
+        replica.close()
+    peak = torch.cuda.max_memory_reserved(ranks.device) / GIB if cuda else 0.0
+    del replica, mine
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+    peaks = groups.merged({f"{ranks.rank}": peak})
+    name = torch.cuda.get_device_name(ranks.device) if cuda else "cpu"
+    tokens_per_s = batch * train.seq_len / statistics.median(seconds[1:])
+    return {"tokens_per_s": tokens_per_s, "seconds": seconds, "peak_gib": max(peaks.values()), "device": name}
+
+
+def one_step(replica: Replica, mine: Sequence[Batch]) -> float:
+    """Seconds of one training step, from when all ranks begin to when all have ended."""
+    groups.barrier()
+    began = time.perf_counter()
+    replica.run(mine)
+    replica.reduce()
+    norm = sum(n * n for n in replica.optimizer.grad_norms().values()) ** 0.5  # waits for the device
+    replica.optimizer.set_lr(1e-4)
+    replica.optimizer.step(min(1.0, 1 / (norm + 1e-6)))
+    groups.barrier()
+    return time.perf_counter() - began
 
 
 def predicted_gib(config_path: str, overrides: list[str], world: int) -> float:
@@ -87,12 +110,17 @@ def predicted_gib(config_path: str, overrides: list[str], world: int) -> float:
     return worst_rank(config, config.parallel, world).peak / GIB
 
 
-def launch(world: int, arguments: list[str], limit: float) -> tuple[int, str]:
-    """(exit code, output) of a program under torchrun; one that takes longer than `limit` s is ended."""
+def torchrun(world: int, arguments: list[str]) -> subprocess.Popen[str]:
+    """A program in `world` processes; its output can be read."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", *arguments]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def launch(world: int, arguments: list[str], limit: float) -> tuple[int, str]:
+    """(exit code, output) of a program under torchrun; one that takes longer than `limit` s is ended."""
+    process = torchrun(world, arguments)
     try:
         text, _ = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
@@ -140,21 +168,37 @@ def verdict(args: argparse.Namespace, more: list[str], precision: str) -> dict:
 
 
 def referee(args: argparse.Namespace, layouts: dict[str, list[str]]) -> dict:
-    cases = [(name, precision) for name in layouts for precision in ("fp32", "bf16")]
+    """Verdicts as they come, so that whoever runs out of time has those that were there."""
+    found: dict[str, dict] = {}
+    print(
+        "| layout | precision | verdict | worst gradient | loss | all weights |\n|---|---|---|---|---|---|", flush=True
+    )
     with ThreadPoolExecutor(args.jobs) as pool:
-        verdicts = list(pool.map(lambda case: verdict(args, layouts[case[0]], case[1]), cases))
-    print("| layout | precision | verdict | worst gradient | loss | all weights |\n|---|---|---|---|---|---|")
-    for (name, precision), row in zip(cases, verdicts, strict=True):
-        if "failed" in row:
-            print(f"| {name} | {precision} | failed with exit code {row['failed']} | | | |")
-            continue
-        worst = row["parameters"][0]
-        loss = max(step["error"] for step in row["losses"])
-        print(
-            f"| {name} | {precision} | {'equal' if row['equal'] else 'DIFFERENT'} | {worst['gradient']:.1e} "
-            f"{worst['name']} | {loss:.1e} | {row['weights_error']:.1e} |"
-        )
-    return {f"{name} {precision}": row for (name, precision), row in zip(cases, verdicts, strict=True)}
+        running = {
+            pool.submit(verdict, args, more, precision): (name, precision)
+            for name, more in layouts.items()
+            for precision in ("fp32", "bf16")
+        }
+        for done in as_completed(running):
+            name, precision = running[done]
+            found[f"{name} {precision}"] = row = done.result()
+            print(f"| {name} | {precision} | {judged(row)} |", flush=True)
+            save(args.out, found)
+    return found
+
+
+def judged(row: dict) -> str:
+    """A verdict as cells of the table."""
+    if "failed" in row:
+        return f"failed with exit code {row['failed']} | | |"
+    worst, loss = row["parameters"][0], max(step["error"] for step in row["losses"])
+    word = "equal" if row["equal"] else "DIFFERENT"
+    return f"{word} | {worst['gradient']:.1e} {worst['name']} | {loss:.1e} | {row['weights_error']:.1e}"
+
+
+def save(out: str, found: dict) -> None:
+    if out:
+        Path(out).write_text(json.dumps(found, indent=1) + "\n")
 
 
 def chosen_layouts(args: argparse.Namespace) -> dict[str, list[str]]:
@@ -189,8 +233,7 @@ def main() -> int:
     for more in chosen.values():  # a layout that cannot be is refused before anything starts
         validate_without_data(load(args.config, [*args.overrides, *more], check=False), args.devices, args.config)
     found = referee(args, chosen) if args.referee else speed(args, chosen)
-    if args.out:
-        Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
+    save(args.out, found)
     return int(any("failed" in row or row.get("equal") is False for row in found.values()))
 
 

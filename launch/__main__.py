@@ -6,11 +6,12 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeAlias
 
 from configs.errors import ConfigError
 from configs.schema import load
-from launch import collect, local, preflight_cli, profile, status, submit, sweep
+from launch import collect, grid, local, preflight_cli, profile, speeds, status, submit, sweep
 from launch.folder import RunFolder
 from launch.placement import Request, split_overrides
 from launch.slurm import SlurmError
@@ -23,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 refused with every problem listed, 1 SLURM failed."""
     parser = argparse.ArgumentParser(prog="python -m launch", description=__doc__)
     acts = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_submit, _local, _status, _logs, _cancel, _resume, _estimate, _preflight, _sweep, _collect):
+    for add in (_submit, _local, _status, _logs, _cancel, _resume, _estimate, _compare, _preflight, _sweep, _collect):
         add(acts)
     args, rest = parser.parse_known_args(argv)  # overrides may stand behind options, which argparse does not take
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(args, "overrides")):
@@ -123,14 +124,15 @@ def _resume(acts: Commands) -> None:
 
 def _estimate(acts: Commands) -> None:
     def act(args: argparse.Namespace) -> int:
-        from launch import estimate  # brings torch: 2 s that the other commands need not wait for
+        from launch import against, estimate, scaling  # bring torch: 2 s that the other commands need not wait for
 
         own, sites = split_overrides(args.overrides)
         site = profile.load(args.profile, sites)
         config = load(args.config, own, check=False)
         tokens = args.tokens or config.train.total_steps * config.train.tokens_per_step
         say = lambda text: print(f"estimate: {text}", file=sys.stderr, flush=True)
-        print(estimate.describe(config, args.nodes * site.ranks_per_node, site, tokens, args.mfu, say))
+        known = against.speeds_of(scaling.read(args.speeds), str(args.speeds)) if args.speeds else speeds.MEASURED
+        print(estimate.describe(config, args.nodes * site.ranks_per_node, site, tokens, args.mfu, say, known))
         return 0
 
     parser = _command(acts, "estimate", "parameters, memory per rank, days for a token budget, layouts that fit", act)
@@ -139,6 +141,19 @@ def _estimate(acts: Commands) -> None:
     parser.add_argument("--profile", required=True, help="name in launch/profiles/, or a YAML file")
     parser.add_argument("--tokens", type=float, help="token budget; default: that of the run")
     parser.add_argument("--mfu", type=float, help="model FLOPs utilisation, 0 to 1; default: the nearest measured")
+    parser.add_argument("--speeds", type=Path, help="measured ones: rows that `collect --json` wrote, of one GPU")
+
+
+def _compare(acts: Commands) -> None:
+    def act(args: argparse.Namespace) -> int:
+        from launch import against, scaling  # bring torch
+
+        found = against.compare([row for path in args.rows for row in scaling.read(path)])
+        print(against.table(found))
+        return 0
+
+    parser = _command(acts, "compare", "estimated step times against measured ones, with the error of each", act)
+    parser.add_argument("rows", type=Path, nargs="+", help="what `collect --json` or benchmarks/scale.py wrote")
 
 
 def _preflight(acts: Commands) -> None:
@@ -154,20 +169,33 @@ def _preflight(acts: Commands) -> None:
 
 def _sweep(acts: Commands) -> None:
     def act(args: argparse.Namespace) -> int:
-        return sweep.run(sweep.load(args.grid), dry_run=args.dry_run)
+        return sweep.run(grid.load(args.grid), dry_run=args.dry_run, devices=args.devices)
 
     parser = _command(acts, "sweep", "a grid of runs: throttled, restartable, finished cells skipped", act)
     parser.add_argument("grid", help="YAML file, see launch/sweeps/")
     parser.add_argument("--dry-run", action="store_true", help="check and list the cells")
+    _limited(parser)
 
 
 def _collect(acts: Commands) -> None:
     def act(args: argparse.Namespace) -> int:
-        return collect.collect(sweep.load(args.grid), args.out)
+        return collect.collect(grid.load(args.grid), args.out, args.json, args.devices)
 
     parser = _command(acts, "collect", "a sweep's results as a table (CSV) and a scaling plot (SVG)", act)
     parser.add_argument("grid", help="YAML file, see launch/sweeps/")
     parser.add_argument("--out", help="folder; default: the sweep's folder of runs")
+    parser.add_argument(
+        "--json", type=Path, help="also add a row per cell to this file; one of the same cell is replaced"
+    )
+    _limited(parser)
+
+
+def _limited(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--devices",
+        type=int,
+        help="cells that need more are left out; default: with `where: local` this machine's GPUs, if it has any",
+    )
 
 
 if __name__ == "__main__":

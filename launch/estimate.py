@@ -8,7 +8,7 @@ printed, or at the one that is given; times the pipeline's bubble.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from configs.schema import Config
@@ -75,10 +75,20 @@ def bubble(config: Config, layout: ParallelConfig, world: int) -> float:
     return (layout.pipeline - 1) / (layout.virtual_pipeline * max(micro_batches(config, layout, world), 1))
 
 
-def measured(config: Config) -> speeds.Speed:
-    """The measurement that times rest on."""
+def stretch(config: Config, layout: ParallelConfig, world: int) -> float:
+    """How many times longer a step takes than one that is perfectly divided over its devices: the bubble."""
+    return 1 + bubble(config, layout, world)
+
+
+def parameters(config: Config) -> int:
+    """Of the whole model."""
     levels, _, _ = model_facts(config.model, _whole(config))
-    return speeds.nearest(config, sum(size for _, size in levels.values()))
+    return sum(size for _, size in levels.values())
+
+
+def measured(config: Config, known: Sequence[speeds.Speed] = speeds.MEASURED) -> speeds.Speed:
+    """The measurement that times rest on, of those that are `known`."""
+    return speeds.nearest(config, parameters(config), known)
 
 
 def useful_seconds(config: Config, world: int, gpu: str, mfu: float | None = None) -> float | None:
@@ -97,7 +107,7 @@ def useful_seconds(config: Config, world: int, gpu: str, mfu: float | None = Non
 def step_seconds(config: Config, world: int, gpu: str, mfu: float | None = None) -> float | None:
     """Seconds of an optimizer step, see `useful_seconds`, with the bubble of the configuration's layout."""
     useful = useful_seconds(config, world, gpu, mfu)
-    return None if useful is None else useful * (1 + bubble(config, config.parallel, world))
+    return None if useful is None else useful * stretch(config, config.parallel, world)
 
 
 def _whole(config: Config) -> StepShape:
@@ -122,14 +132,13 @@ def layouts(
 
 def _row(config: Config, layout: ParallelConfig, world: int, site: Profile, useful: float | None) -> Row:
     memory = worst_rank(config, layout, world)
-    idle = bubble(config, layout, world)
     return Row(
         layout=layout,
         data=layout.dims(world).data,
         memory=memory,
         fits=fits(memory, site),
-        bubble=idle,
-        step_s=None if useful is None else useful * (1 + idle),
+        bubble=bubble(config, layout, world),
+        step_s=None if useful is None else useful * stretch(config, layout, world),
         across=layout.tensor > site.ranks_per_node,
     )
 
@@ -156,9 +165,15 @@ def excess(memory: RankMemory, site: Profile) -> str:
 
 
 def describe(
-    config: Config, world: int, site: Profile, tokens: float, mfu: float | None, say: Callable[[str], object] = str
+    config: Config,
+    world: int,
+    site: Profile,
+    tokens: float,
+    mfu: float | None,
+    say: Callable[[str], object] = str,
+    known: Sequence[speeds.Speed] = speeds.MEASURED,
 ) -> str:
-    """The page that `estimate` prints. `mfu`: None for the measured one; `say`: see `layouts`."""
+    """The page that `estimate` prints. `mfu`: None for the measured one, of those `known`; `say`: see `layouts`."""
     levels, flops, writes = model_facts(config.model, _whole(config))
     total = sum(size for _, size in levels.values())
     clocks = "  ".join(f"{name} {size:,} every {period}" for name, (period, size) in levels.items())
@@ -174,7 +189,9 @@ def describe(
         lines.append(f"speed       no peak is known for {site.gpu!r}: no times")
     else:
         where = f"{world} x {site.gpu}, {peak / 1e12:.0f} TFLOP/s dense bf16 each"
-        given = f"{mfu:.1%} of it, as --mfu says" if mfu is not None else f"as measured: {measured(config)}"
+        speed = measured(config, known)
+        given = f"{mfu:.1%} of it, as --mfu says" if mfu is not None else f"as measured: {speed}"
+        mfu = speed.mfu if mfu is None else mfu
         lines += [f"speed       {where}", f"            {given}"]
     lines += ["", f"GiB on the fullest rank; a device has {site.gpu_memory_gb:g}, of which {USABLE:.0%} count"]
     lines.append(TITLES)

@@ -8,6 +8,7 @@ row which was used is always printed.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from configs.schema import Config
@@ -55,15 +56,21 @@ MEASURED = (
 )
 
 
-def nearest(config: Config, parameters: int) -> Speed:
+def nearest(config: Config, parameters: int, known: Sequence[Speed] = MEASURED) -> Speed:
     """The row that an estimate rests on: of the slowest mixer of the pattern, the nearest number of parameters.
 
-    Of equally large models the one with the nearest sequence. A mixer that was never measured counts as hope's.
+    Of equally large models the one with the nearest sequence. A mixer that was never measured counts as hope's. `known`
+    may be a user's own; of a mixer that is not among them it is `MEASURED`.
     """
-    names = {_measured_as(config, name) for name in config.model.pattern}
-    slow = names - {"attention"} or names
-    rows = [row for row in MEASURED if row.mixer in slow]
+    slow = slowest(config)
+    rows = [row for row in known if row.mixer in slow] or [row for row in MEASURED if row.mixer in slow]
     return min(rows, key=lambda row: (_apart(row.parameters, parameters), _apart(row.seq_len, config.train.seq_len)))
+
+
+def slowest(config: Config) -> set[str]:
+    """Names, as in `Speed.mixer`, of the mixers that decide how fast a model is."""
+    names = {_measured_as(config, name) for name in config.model.pattern}
+    return names - {"attention"} or names
 
 
 def _measured_as(config: Config, name: str) -> str:

@@ -71,7 +71,7 @@ class Graphs:
         """
         key = _key(model, batches)
         if key is None or key not in self._seen:
-            self._release()  # else memory would be held twice
+            self.close()  # else memory would be held twice
             if key is not None:
                 self._seen.add(key)
             return as_they_are()
@@ -100,7 +100,8 @@ class Graphs:
         (loss / count).backward()
         return {name: value.detach() for name, value in report.items()}
 
-    def _release(self) -> None:
+    def close(self) -> None:
+        """Forget what was recorded, and give its memory back."""
         if self._graphs:
             torch.cuda.synchronize(self._device)
             self._graphs.clear()

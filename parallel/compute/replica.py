@@ -50,6 +50,12 @@ class Replica:
             return scheduled()
         return self.graphs.run(self.models[0], batches, scheduled, phase)
 
+    def close(self) -> None:
+        """Let go of what would outlive this: the optimizer's hooks, and graphs that use the ranks' groups."""
+        if self.graphs is not None:
+            self.graphs.close()
+        self.optimizer.close()
+
     def reduce(self) -> None:
         """All sums of gradients: over tensor ranks and tied copies as the plan says, then over data-parallel ranks.
 

@@ -86,6 +86,22 @@ def start(config: ParallelConfig, timeout_s: float = 1800.0, who: Mapping[str, s
             _destroy()
 
 
+def in_another_layout(config: ParallelConfig, ranks: Ranks, timeout_s: float = 1800.0) -> Ranks:
+    """The same processes in another layout, numbered as `start` would: for measurements, which need no new start.
+
+    Inside `start`, with whose end these groups end too. What was built on the groups of before is of no use any more.
+    Collective. `timeout_s`: as for `start`.
+    """
+    barrier()
+    library, known = parallel_state(), dist.distributed_c10d._world.pg_map
+    made = [group for group in library._global_process_group_list or () if group in known]
+    library.destroy_model_parallel()
+    for group in made:  # megatron-core only forgets them, and NCCL's buffers would stay on the device
+        dist.destroy_process_group(group)
+    launch = launcher.Launch(ranks.rank, ranks.world_size, ranks.local_rank, "", 0)
+    return _init_libraries(config, launch, ranks.device, timeout_s)
+
+
 def any_rank(flag: bool) -> bool:
     """Whether `flag` is true on at least one rank; every rank gets the same answer."""
     count = torch.tensor([int(flag)], device=_collective_device())

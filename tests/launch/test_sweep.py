@@ -18,10 +18,11 @@ import torch
 from tiny import config_file
 
 from configs.errors import ConfigError
-from configs.schema import load
+from configs.schema import load, validate_without_data
 from hope.stored.manifest import Manifest
 from hope.train.stragglers import BusyTimer
-from launch import collect, estimate, plot, preflight, profile, speeds, sweep
+from launch import against, collect, estimate, plot, preflight, profile, scaling, speeds, sweep
+from launch import grid as grids
 from launch.__main__ import main
 from launch.folder import write_json
 from launch.status import find_runs, status_table
@@ -38,8 +39,8 @@ def grid_file(folder: Path, **more) -> str:
 
 
 def test_cells_of_a_weak_scaling_over_layouts(tmp_path):
-    grid = sweep.load(grid_file(tmp_path, scaling="weak", layouts=[{}, {"tensor": 2}], grid={"optim.lr": [1e-3, 3e-3]}))
-    cells = sweep.cells(grid)
+    grid = grids.load(grid_file(tmp_path, scaling="weak", layouts=[{}, {"tensor": 2}], grid={"optim.lr": [1e-3, 3e-3]}))
+    cells = grids.cells(grid)
     fitting = ("n1_dp", "n2_dp", "n2_tp2")  # a tensor degree of 2 has no room on one process
     assert [c.name for c in cells] == [f"{name}_lr-{lr}" for name in fitting for lr in ("0.001", "0.003")]
     assert "train.global_batch=8" in cells[0].overrides
@@ -48,8 +49,46 @@ def test_cells_of_a_weak_scaling_over_layouts(tmp_path):
     assert len({str(sweep.run_folder(grid, c).root) for c in cells}) == 6
 
 
+def test_weak_and_strong_scaling_of_several_models(tmp_path):
+    """The smallest cells are of both kinds, and a variant has the layouts and nodes that it names."""
+    variants = [
+        {"name": "one"},
+        {"name": "two", "overrides": ["train.global_batch=4"], "layouts": ["dp"], "nodes": [4]},
+    ]
+    layouts = [{}, {"tensor": 2, "sequence": True, "train.micro_batch": 4}]
+    grid = grids.load(grid_file(tmp_path, nodes=[1, 4], scaling="both", layouts=layouts, variants=variants))
+    cells = {cell.name: cell for cell in grids.cells(grid)}
+    assert list(cells) == ["n1_dp_one", "n4_dp_one", "n4_dp_one_strong", "n4_tp2-sp_one", "n4_tp2-sp_one_strong",
+                           "n4_dp_two", "n4_dp_two_strong"]  # fmt: skip
+    assert [cell.scaling for cell in cells.values()] == ["weak", *3 * ["weak", "strong"]]
+    batches = {name: grids.cell_config(grid, cell).train.global_batch for name, cell in cells.items()}
+    assert list(batches.values()) == [8, 32, 8, 32, 8, 16, 4]
+    divided = grids.cell_config(grid, cells["n4_tp2-sp_one"])
+    assert (divided.parallel.tensor, divided.parallel.sequence, divided.train.micro_batch) == (2, True, 4)
+    assert [cell.name for cell in grids.cells(grid, devices=2)] == ["n1_dp_one"]
+
+
+def test_cells_that_need_more_devices_are_left_out_with_a_word(tmp_path, capsys):
+    path = grid_file(tmp_path, nodes=[1, 2, 4], layouts=[{}, {"tensor": 2}])
+    assert main(["sweep", path, "--dry-run", "--devices", "2"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "sweep grid: left out, too few devices for the layout: n1_tp2" in said
+    assert "sweep grid: left out, more than the 2 devices here: n4_dp, n4_tp2" in said
+    assert [line.split()[0] for line in said if "to do" in line] == ["n1_dp", "n2_dp", "n2_tp2"]
+
+
+@pytest.mark.parametrize("nodes", [1, 8])
+def test_the_cells_of_the_scale_out_grid_can_run(nodes, monkeypatch):
+    monkeypatch.chdir(Path(sweep.__file__).parent.parent)
+    grid = grids.load("launch/sweeps/eight.yaml")
+    chosen = [cell for cell in grids.cells(grid) if cell.devices == nodes]
+    assert len(chosen) >= 5
+    for cell in chosen:
+        validate_without_data(grids.cell_config(grid, cell), nodes, cell.name)
+
+
 def test_cells_that_cannot_run_are_refused_together(tmp_path):
-    grid = sweep.load(
+    grid = grids.load(
         grid_file(tmp_path, layouts=[{"tensor": 2}, {}], overrides=["train.global_batch=2"], nodes=[1, 2])
     )
     with pytest.raises(ConfigError) as caught:
@@ -64,6 +103,11 @@ def test_cells_that_cannot_run_are_refused_together(tmp_path):
         ({"nodes": []}, "nodes"),
         ({"nodes": [2, 3], "scaling": "weak"}, "nodes"),
         ({"layouts": [{"tensr": 2}]}, "layouts[0].tensr"),
+        ({"layouts": [{"tensor": "2"}]}, "layouts[0].tensor"),
+        ({"layouts": [{"tensor": 2}, {"tensor": 2, "train.micro_batch": 4}]}, "layouts"),
+        ({"variants": [{"name": "a", "layouts": ["tp2"]}]}, "variants[0].layouts"),
+        ({"variants": [{"name": "a", "nodes": [8]}]}, "variants[0].nodes"),
+        ({"variants": [{"name": "a"}, {"name": "a"}]}, "variants[1].name"),
         ({"grid": {"optim.lr": 1e-3}}, "grid.optim.lr"),
         ({"throttle": 0}, "throttle"),
         ({"name": "a/b"}, "name"),
@@ -72,14 +116,14 @@ def test_cells_that_cannot_run_are_refused_together(tmp_path):
 )
 def test_bad_grids(tmp_path, more, path):
     with pytest.raises(ConfigError) as caught:
-        sweep.load(grid_file(tmp_path, **more))
+        grids.load(grid_file(tmp_path, **more))
     assert path in [p for p, _, _ in caught.value.problems]
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
 def test_the_committed_sweeps_list_their_cells(path, monkeypatch):
     monkeypatch.chdir(Path(sweep.__file__).parent.parent)
-    cells = sweep.cells(sweep.load(str(path)))
+    cells = grids.cells(grids.load(str(path)))
     assert len(cells) >= 4
     assert len({c.name for c in cells}) == len(cells)
 
@@ -99,7 +143,7 @@ def measured(folder: Path, name: str, speed: float, devices: int) -> None:
 
 
 def test_collect_makes_a_table_and_a_picture(tmp_path, capsys):
-    grid = sweep.load(grid_file(tmp_path, nodes=[1, 2, 4]))
+    grid = grids.load(grid_file(tmp_path, nodes=[1, 2, 4]))
     for nodes, speed in ((1, 999.0), (2, 1799.0)):
         measured(tmp_path, f"n{nodes}_dp", speed, nodes)
     assert collect.collect(grid, str(tmp_path / "out")) == 1  # one cell never ran
@@ -112,6 +156,51 @@ def test_collect_makes_a_table_and_a_picture(tmp_path, capsys):
     assert ">90%<" in picture
     assert "dp (dashed: ideal)" in picture
     assert "results.csv" in capsys.readouterr().out
+
+
+def test_rows_of_json_are_added_and_compared_with_one_gpu(tmp_path, capsys):
+    grid_path, file = grid_file(tmp_path, nodes=[1, 2, 4], layouts=[{}, {"pipeline": 2}]), tmp_path / "scale.json"
+    for name, speed, nodes in (("n1_dp", 999.0, 1), ("n2_dp", 1799.0, 2), ("n2_pp2", 1199.0, 2)):
+        measured(tmp_path, name, speed, nodes)
+        (tmp_path / "runs" / "grid" / name / "env.txt").write_text("torch 2\ndevice Abacus\n")
+    for _ in range(2):  # the second time replaces what is there
+        collect.collect(grids.load(grid_path), str(tmp_path / "out"), file)
+    rows = scaling.read(file)
+    assert [(r["layout"], r["gpus"], r["scaling"], r["tokens_per_s_per_gpu"], r["efficiency"]) for r in rows] == [
+        ("dp", 1, "strong", 1000, 1), ("dp", 2, "strong", 900, 0.9), ("pp2", 2, "strong", 600, 0.6)]  # fmt: skip
+    one = estimate.parameters(load(config_file(tmp_path), []))
+    assert {(r["model"], r["gpu"], r["parameters"], r["global_batch"]) for r in rows} == {("hope", "Abacus", one, 8)}
+    capsys.readouterr()
+    assert main(["compare", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    # 8 x 16 tokens; ideal 0.064 s. Measured 0.0711, and in the pipeline with a bubble of (2 - 1) / 4: 0.080 and 0.1067
+    assert "| dp | 2 | strong | 0.064 | 0.071 | -10.0% | one GPU |" in lines[2]
+    assert "| pp2 | 2 | strong | 0.080 | 0.107 | -25.0% | one GPU |" in lines[3]
+    assert lines[-1] == "2 steps, 1 of them more than 15% off"
+
+
+def test_an_estimate_may_rest_on_rows_of_ones_own(tmp_path):
+    path = config_file(tmp_path)
+    row = {"model": "hope", "parameters": 20_000, "layout": "dp", "gpus": 1, "tokens_per_s": 5e5, "seq": 16,
+           "gpu": "NVIDIA H200", "config": path, "overrides": [], "efficiency": 1.0}  # fmt: skip
+    [speed] = against.speeds_of([row, {**row, "gpus": 2}, {**row, "gpu": "Abacus"}], "mine.json")
+    config = load(path, [])
+    assert estimate.measured(config, [speed]) is speed
+    seconds = estimate.useful_seconds(config, 1, "NVIDIA H200", speed.mfu)
+    assert config.train.tokens_per_step / seconds == pytest.approx(5e5)
+    page = estimate.describe(config, 1, profile.load("h100", []), 1e6, None, known=[speed])
+    assert "500,000 tokens/s" in page
+    attention = load("configs/hope_340m.yaml", ["model.pattern=[attention]"], check=False)
+    assert estimate.measured(attention, [speed]).mixer == "attention"  # of which the file says nothing
+
+
+@pytest.mark.parametrize("text", [None, "[{"])
+def test_rows_that_cannot_be_read_are_an_error_in_words(tmp_path, capsys, text):
+    file = tmp_path / "scale.json"
+    if text is not None:
+        file.write_text(text)
+    assert main(["compare", str(file)]) == 2
+    assert str(file) in capsys.readouterr().err
 
 
 def test_every_ideal_line_stays_in_the_picture():

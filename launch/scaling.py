@@ -1,0 +1,96 @@
+"""Rows of a scale-out measurement as JSON: what `collect --json` and benchmarks/scale.py write, and `compare` reads.
+
+A row has model, parameters, layout, gpus, scaling, global_batch (sequences), tokens_per_s, tokens_per_s_per_gpu,
+efficiency, peak_gib (the fullest rank, reserved) and gpu; seq and micro_batch; and cell, config and overrides, from
+which its configuration can be loaded again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from configs.errors import ConfigError
+from hope.sections import Problem
+from launch.grid import Cell, Grid, cell_config
+from launch.placement import split_overrides
+
+Row = dict[str, Any]
+SAME = ("model", "overrides", "gpus", "gpu")
+"""Two rows that agree in these are of one measurement."""
+PLACE = ("run.dir=", "run.name=")
+"""Overrides that say nothing of what was measured."""
+
+
+def row(grid: Grid, cell: Cell, *, tokens_per_s: float, peak_gib: float | None, gpu: str) -> Row:
+    """The row of one cell. `efficiency` is None until `with_efficiency`. Raises ConfigError."""
+    from launch.estimate import parameters  # brings torch: 2 s that the other commands need not wait for
+    from parallel.layout.report import pattern_of
+
+    config = cell_config(grid, cell)
+    own, _ = split_overrides(cell.overrides)
+    return {
+        "model": cell.variant or pattern_of(config.model),
+        "parameters": parameters(config),
+        "layout": cell.layout,
+        "gpus": cell.devices,
+        "scaling": cell.scaling,
+        "global_batch": config.train.global_batch,
+        "micro_batch": config.train.micro_batch,
+        "seq": config.train.seq_len,
+        "tokens_per_s": tokens_per_s,
+        "tokens_per_s_per_gpu": tokens_per_s / cell.devices,
+        "efficiency": None,
+        "peak_gib": peak_gib,
+        "gpu": gpu,
+        "cell": cell.name,
+        "config": grid.config,
+        "overrides": [word for word in own if not word.startswith(PLACE)],
+    }
+
+
+def one_gpu(row: Row, rows: Iterable[Row]) -> Row | None:
+    """Of `rows` the one of a single GPU that `row` is compared with: same model and length on the same kind of GPU."""
+    alike = ("model", "parameters", "seq", "gpu")
+    return next((r for r in rows if r["gpus"] == 1 and all(r[key] == row[key] for key in alike)), None)
+
+
+def with_efficiency(rows: Sequence[Row]) -> list[Row]:
+    """The rows with `efficiency`: tokens/s per GPU over that of the same model on one GPU, None where that is not."""
+    found = []
+    for row in rows:
+        base = one_gpu(row, rows)
+        speed = row["tokens_per_s_per_gpu"]
+        found.append({**row, "efficiency": base and speed / base["tokens_per_s_per_gpu"]})
+    return found
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """Add rows to the list in a file; of one measurement the newest stays. Efficiencies are of what is there then."""
+    key = lambda row: json.dumps([row[name] for name in SAME])
+    old = read(path) if path.exists() else []
+    new = {key(row) for row in rows}
+    kept = [row for row in old if key(row) not in new]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.new")
+    unfinished.write_text(json.dumps(with_efficiency([*kept, *rows]), indent=1) + "\n")
+    unfinished.replace(path)
+
+
+def read(path: Path) -> list[Row]:
+    """All rows of a file. Raises ConfigError: there are none."""
+    try:
+        rows: list[Row] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        what = error.strerror if isinstance(error, OSError) else f"is no JSON: {error}"
+        raise ConfigError(str(path), [Problem("(file)", str(what), "a file that `collect --json` wrote")]) from error
+    return rows
+
+
+def device_of(run: Path) -> str:
+    """The kind of device that a run says it had; `cpu`, or the name that CUDA reports. Empty if it does not say."""
+    text = run / "env.txt"
+    lines = text.read_text().splitlines() if text.exists() else []
+    return next((line.removeprefix("device ") for line in lines if line.startswith("device ")), "")
