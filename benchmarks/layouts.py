@@ -50,7 +50,7 @@ def worker(config_path: str, overrides: list[str], steps: int) -> dict:
 
 
 def timed(config: Config, ranks: groups.Ranks, steps: int) -> dict:
-    """Seconds of `steps` steps of a new model and of the one before, which warms up; what rank 0 saw, the peak of the fullest rank.
+    """Seconds of `steps` steps of a new model and, in front, of the one before; what rank 0 saw, the fullest rank's peak.
 
     Collective. It leaves nothing on the device.
     """
