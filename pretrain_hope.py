@@ -33,6 +33,7 @@ from hope.train.sink import Background
 from hope.train.skips import SkipPolicy
 from launch.outlook import facts, outlook, tasks_of
 from launch.tracker import wandb_sink
+from parallel.checkpoint.carried import Stream
 from parallel.checkpoint.resume import check_data, check_end, new_start, start_from
 from parallel.checkpoint.saving import Saver
 from parallel.compute.evaluation import heldout_losses, task_scores, without_levels
@@ -111,8 +112,11 @@ class Run:
             config.model, config.optim, config.parallel, ranks, seq_len=train.seq_len, precision=train.precision,
             seed=config.run.seed, recompute=train.recompute, tokens_per_step=train.tokens_per_step,
             loss_chunk=train.loss_chunk, compile=train.compile, cuda_graphs=train.cuda_graphs, start=start,
+            carry=config.data.documents == "stream",
         )  # fmt: skip
         self.optimizer = self.replica.optimizer
+        carried, sizes = self.replica.carried, (train.global_batch, train.micro_batch, train.seq_len)
+        stream = Stream(carried, *sizes, config.parallel.sequence) if carried else None
         self.flops = report.model_flops(config.model)
         models = self.replica.models
         rank, world_size, device = ranks.rank, ranks.world_size, ranks.device
@@ -125,10 +129,12 @@ class Run:
         self.skips = SkipPolicy(train.max_skips, train.spike_sigma, train.spike_window)
         if self.resumed:
             check_data(self.resumed, self.feed.order(), self.feed.next_batch)
-            self.notes += checkpointer.load(self.resumed, models, self.optimizer)
+            self.notes += checkpointer.load(self.resumed, models, self.optimizer, stream)
             self.step = self.resumed.manifest.step
             self.skips.restore(self.resumed.manifest.extra["skips"])
-        self.saver = Saver(self.folder, config.checkpoint, checkpointer, ranks, models, self.optimizer, self._contents)
+        self.saver = Saver(
+            self.folder, config.checkpoint, checkpointer, ranks, models, self.optimizer, self._contents, stream
+        )
 
     def train(self, check_owner: Callable[[], None] = lambda: None) -> int:
         """Run to the last step, `train.stop_after`, or a signal. `check_owner` raises if the folder is lost."""
@@ -193,10 +199,12 @@ class Run:
                 within = lambda group: self.instruments.logged_within(step, group["period"], last)
                 self.optimizer.watch(within)  # a slow level's last update before each line
                 self.optimizer.step(min(1.0, train.grad_clip / (total + 1e-6)) if train.grad_clip else 1.0)
-            else:  # no weight, moment or level clock moves; the data position does
+            else:  # no weight, moment, level clock or carried state moves; the data position does
                 param = {} if math.isfinite(total) else {"param": self.optimizer.first_nonfinite()}
                 log.event("SKIP", step=step, **skip, **param)
                 self.optimizer.discard()
+            if self.replica.carried:
+                self.replica.carried.keep(skip is None)
         self.step = step
         self.norms |= {name: norm for name, norm in norms.items() if norm}  # a level that is not due has 0
         self._log(log, taken, {"loss": loss, "grad_norm": total, "lr": rate})

@@ -11,7 +11,7 @@ from hope.config import ModelConfig
 from hope.dense import SHAPES
 from hope.optim.config import OptimConfig
 from hope.optim.policy import group_problems
-from hope.sections import Problem
+from hope.sections import MixerSection, Problem
 from hope.train.config import TrainConfig
 from hope.train.schedule import in_steps
 from parallel.layout.topology import ParallelConfig
@@ -43,6 +43,8 @@ def section_problems(sections: Mapping[str, Any], world_size: int | None, paths:
         yield from _whole_blocks(model, train, sections["parallel"])
     if train and train.cuda_graphs and data and sections.get("parallel"):
         yield from _recorded_passes(data.documents, sections["parallel"])
+    if model and train and data and data.documents == "stream":
+        yield from _stream(model, train)
     if "checkpoint" in sections:
         yield from _unknown_changes(sections["checkpoint"].on_change, paths)
     parallel = sections.get("parallel")
@@ -81,6 +83,24 @@ def _recorded_passes(documents: str, parallel: ParallelConfig) -> Iterator[Probl
     if parallel.pipeline > 1:
         what = f"true, and the passes of parallel.pipeline {parallel.pipeline} wait for other stages"
         yield Problem("train.cuda_graphs", what, "false; or parallel.pipeline=1")
+
+
+def _stream(model: ModelConfig, train: TrainConfig) -> Iterator[Problem]:
+    """What cannot go on from the state of the step before."""
+    begin = "makes passes that begin every sequence anew, and data.documents is stream"
+    if train.compile == "block":
+        yield Problem("train.compile", f"block {begin}", "dense; or data.documents=carry")
+    if train.cuda_graphs:
+        yield Problem("train.cuda_graphs", f"true {begin}", "false; or data.documents=carry")
+    if train.seq_len_stages:
+        what = "cut windows into rows that begin anew, and data.documents is stream"
+        yield Problem("train.seq_len_stages", what, "[]; or data.documents=carry")
+    for name in dict.fromkeys(model.mixer_of_layer if model.layers >= 1 and model.pattern else []):
+        found = model.mixers[name].endless() if isinstance(model.mixers.get(name), MixerSection) else None
+        if found:
+            key, works = found
+            what = f"{getattr(model.mixers[name], key)}: its state grows with every token of data.documents=stream"
+            yield Problem(f"model.mixers.{name}.{key}", what, f"{works}; or data.documents=carry")
 
 
 def _tasks_and_layout(parallel: ParallelConfig) -> Iterator[Problem]:

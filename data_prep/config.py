@@ -12,7 +12,7 @@ from data_prep.training.index_store import TokenStore, open_store
 from hope.sections import Problem
 
 MAKE_QUICKSTART = "`python -m data_prep quickstart --out data/quickstart` makes data/quickstart/train and .../heldout"
-DOCUMENTS = ("carry", "reset", "doc")
+DOCUMENTS = ("carry", "reset", "doc", "stream")
 
 
 @dataclass
@@ -43,11 +43,12 @@ class DataConfig:
     """The same for the held-out set."""
     sources: list[SourceConfig] = field(default_factory=list)
     """A blend: [{name, train, heldout, weight}, ...] instead of `train` and `heldout`."""
-    documents: Literal["carry", "reset", "doc"] = "carry"
+    documents: Literal["carry", "reset", "doc", "stream"] = "carry"
     """carry: memories run on over document boundaries inside a window; reset: they start anew at every document's
-    first token; doc: one document, or a piece of one, per row, padded."""
+    first token; doc: one document, or a piece of one, per row, padded; stream: rows follow one another in the text, and
+    each goes on with the state that the row before it left, from step to step (docs/data_training.md)."""
     seed: int = 1234
-    """Order of the training windows."""
+    """Order of the training windows; with documents=stream, where in the text the first row begins."""
     cache: str = ""
     """Folder for index files, on a file system that all nodes share; empty: PREFIX.cache/ beside the data."""
     index: Literal["auto", "require"] = "auto"
@@ -72,6 +73,9 @@ class DataConfig:
             yield Problem("data.seed", f"{self.seed} is negative", "0 or more")
         if self.sources:
             yield from self._blend_problems()
+        if self.documents == "stream" and len(self.sources) > 1:
+            what = f"stream follows one text, and data.sources names {len(self.sources)}"
+            yield Problem("data.documents", what, "carry; or one source, of all texts put together")
         found: dict[str, TokenStore] = {}
         for path, source in self.entries():
             for key, prefix in (("train", source.train), ("heldout", source.heldout)):

@@ -32,6 +32,10 @@ class MixerSection:
         """Where the layer is from, in a few words; by default the first sentence of the section's docstring."""
         return " ".join((self.__doc__ or "").split("\n\n")[0].split())
 
+    def endless(self) -> tuple[str, str] | None:
+        """(key, value that would end that) if the state grows with every token, so that no stream can be followed."""
+        return None
+
     def hazards(self) -> list[str]:
         """Settings that were seen to diverge, as sentences for a warning."""
         return []

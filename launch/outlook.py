@@ -32,8 +32,8 @@ def facts(config: Config, world_size: int) -> str:
     """The table that a start begins with: model, layout, and bytes per rank of `world_size`."""
     dims = config.parallel.dims(world_size)
     shape = StepShape.of(config.train, config.parallel, dims)
-    batch, compile = config.train.global_batch, config.train.compile
-    return report.describe(config.model, dims, shape, batch, config.optim, _device(), compile)
+    batch, compile, stream = config.train.global_batch, config.train.compile, config.data.documents == "stream"
+    return report.describe(config.model, dims, shape, batch, config.optim, _device(), compile, stream)
 
 
 def outlook(config: Config, root: Path, world_size: int, *, data: bool = True, here: bool = False) -> list[str]:

@@ -11,10 +11,13 @@ def show_sample(data: DataConfig, seq_len: int, number: int, model: str = "") ->
     """Sample `number` (from 0, over all epochs) of a run: its source, epoch and window, and its text.
 
     Raises:
-        DataError: a source that training would refuse, a negative number, another tokenizer than the set's.
+        DataError: a source that training would refuse, a negative number, another tokenizer than the set's, a stream.
     """
     if number < 0:
         raise DataError(f"inspect: sample {number} is negative; 0 or more works")
+    if data.documents == "stream":
+        what = "which window it is depends on train.global_batch with data.documents=stream"
+        raise DataError(f"inspect: sample {number}: {what}; a token set with --window works")
     blend = open_blend(data, seq_len)
     which, own = blend.shares.locate(number)
     source, (_, entry) = blend.sources[which], data.entries()[which]

@@ -43,8 +43,8 @@ def batch_of_windows(
 ) -> Batch:
     """Stack windows (each int64 [T + 1]).
 
-    `documents` is "carry" (no starts), "reset" (starts) or "doc" (weights: `real_weight` at targets, 0 at PAD;
-    PAD itself becomes `eos_id`, an id that every model has a row for). With `counted`, only the targets of so many
+    `documents` is "carry" or "stream" (no starts), "reset" (starts) or "doc" (weights: `real_weight` at targets, 0 at
+    PAD; PAD itself becomes `eos_id`, an id that every model has a row for). With `counted`, only the targets of so many
     leading windows count, `real_weight` each.
     """
     windows_TB = torch.from_numpy(np.stack(windows, axis=1))

@@ -97,8 +97,10 @@ class Heldout:
         return f"{' + '.join(listed)} held-out windows per evaluation"
 
 
-def open_blend(data: DataConfig, seq_len: int) -> Blend:
+def open_blend(data: DataConfig, seq_len: int, lanes: int = 1) -> Blend:
     """Open (and with data.index auto, index) every training source; with torch.distributed, all ranks call this.
+
+    `lanes`: sequences of a step, over all ranks.
 
     Raises DataError on every rank; see TrainingSet.
     """
@@ -114,6 +116,7 @@ def open_blend(data: DataConfig, seq_len: int) -> Blend:
             eos_id=source.eos_id,
             vocab_size=source.vocab_size,
             build=data.index == "auto",
+            lanes=lanes,
         )
         for source in sources
     ]

@@ -67,6 +67,10 @@ def preview(data: DataConfig, seq_len: int, tokens: int) -> Iterator[str]:
     if len(parts) > 1:
         first = [order.locate(number)[0] for number in range(min(FIRST, samples))]
         yield f"first {len(first)} samples come from: {' '.join(parts[source].name for source in first)}"
+    if data.documents == "stream":
+        begins = EpochOrder(len(parts[0].windows), data.seed, 0, parts[0].source.name)[0]
+        yield f"windows in file order, in a lane for each of train.global_batch; the first begins at window {begins}"
+        return
     for part in parts:
         permutation = EpochOrder(len(part.windows), data.seed, 0, part.source.name)
         numbers = " ".join(str(permutation[i]) for i in range(min(8, len(part.windows))))

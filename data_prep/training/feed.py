@@ -8,6 +8,7 @@ from data_prep.training.batches import Batch, BatchLoader
 from data_prep.training.blend import identity_of, open_blend, open_heldout
 from data_prep.training.blend_order import BlendOrder
 from data_prep.training.blend_preview import readings
+from data_prep.training.order import LaneOrder
 from data_prep.training.reading import fingerprint_of_set
 
 
@@ -40,7 +41,7 @@ class Feed:
     def __init__(self, data: DataConfig, sizes: Sizes, dp_rank: int, dp_size: int) -> None:
         """Open every source; with torch.distributed, all ranks call this. Raises DataError on every rank."""
         self._data, self._sizes, self._dp = data, sizes, (dp_rank, dp_size)
-        self._training = open_blend(data, sizes.seq_len)
+        self._training = open_blend(data, sizes.seq_len, sizes.global_batch)
         self._heldout = open_heldout(data, sizes.seq_len, sizes.eval_windows)
         batch = (sizes.global_batch, sizes.micro_batch)
         self._loader = BatchLoader(self._training, *batch, dp_rank, dp_size, documents=data.documents)
@@ -97,6 +98,8 @@ class Foreseen:
         """Open every source and check the held-out sets. Raises DataError; not collective."""
         self._data, self._sizes = data, sizes
         self.sources = readings(data, sizes.seq_len, samples)
+        if data.documents == "stream":
+            LaneOrder(len(self.sources[0].windows), sizes.global_batch, data.seed)  # are there enough?
         self.heldout = open_heldout(data, sizes.seq_len, sizes.eval_windows).describe()
 
     def order(self) -> dict[str, Any]:

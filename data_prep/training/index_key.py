@@ -23,6 +23,8 @@ class IndexKey:
         name = f"{store.fingerprint[:16]}-len{self.seq_len}"
         if self.documents == "doc":
             name += "-doc"
+        elif isinstance(store, MegatronStore) and self.documents == "stream":
+            name += "-stream"  # in file order: it holds no index, but the note that the bytes were checked
         elif isinstance(store, MegatronStore):
             name += f"-seed{self.seed}-megatron{version('megatron-core')}"
         else:

@@ -3,6 +3,8 @@
 import hashlib
 import struct
 
+from data_prep.errors import DataError
+
 _ROUNDS = 6
 _MASK = (1 << 64) - 1
 
@@ -37,6 +39,31 @@ class EpochOrder:
         for key in self._keys:
             left, right = right, left ^ (_mix(right ^ key) & mask)
         return left << self._half | right
+
+
+class LaneOrder:
+    """Sample number -> window, where the rows of a step go on from those of the step before (`documents: stream`).
+
+    The n windows in file order are a ring, and lane r of `lanes` begins n r / lanes windows (rounded down) behind lane
+    0, whose place the seed decides. Step s reads the s-th window of every lane. So a lane that has come to where the
+    next one began reads on, and n / lanes steps read every window once.
+    """
+
+    def __init__(self, n: int, lanes: int, seed: int, source: str = "") -> None:
+        """Raises DataError if there are fewer windows than lanes: two lanes would read the same."""
+        if n < lanes:
+            raise DataError(
+                f"{n} windows are fewer than the {lanes} lanes of data.documents=stream (train.global_batch); "
+                f"train.global_batch at most {n}, a smaller train.seq_len, or data.documents=carry works"
+            )
+        self.n, self.lanes = n, lanes
+        self.first = EpochOrder(n, seed, 0, source)[0]
+
+    def __getitem__(self, number: int) -> int:
+        if number < 0:
+            raise IndexError(f"sample {number} is before the first one")
+        step, lane = divmod(number, self.lanes)
+        return (self.first + lane * self.n // self.lanes + step) % self.n
 
 
 def _mix(x: int) -> int:

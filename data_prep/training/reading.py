@@ -10,7 +10,7 @@ from data_prep.training.batches import BatchLoader, global_batch_slice, heldout_
 from data_prep.training.index_key import IndexKey, too_short_for
 from data_prep.training.index_rows import DocumentRows, StreamWindows, Windows
 from data_prep.training.index_store import MegatronStore, TokenStore, open_store
-from data_prep.training.order import EpochOrder
+from data_prep.training.order import EpochOrder, LaneOrder
 from data_prep.training.window_index import agree, open_windows
 
 __all__ = ["BatchLoader", "HeldoutSet", "TrainingSet", "global_batch_slice", "heldout_batches"]
@@ -45,15 +45,18 @@ class TrainingSet:
         eos_id: int = -1,
         vocab_size: int = 0,
         build: bool = True,
+        lanes: int = 1,
     ) -> None:
         """Check the files and build or load the index; with torch.distributed, every rank must call this.
 
         Args:
             prefix: of .bin/.idx, or a folder of raw files.
-            documents: "doc" gives one document per row, anything else windows across documents.
+            documents: "doc" gives one document per row, anything else windows across documents; "stream" those that
+                follow one another in `lanes` lanes.
             name: of the source in a blend; gives it an order of its own.
             eos_id: of a raw folder without raw.json, as is `vocab_size`.
             build: build a missing index, instead of refusing.
+            lanes: sequences of a step, over all ranks; of no account but for "stream".
 
         Raises:
             DataError: on every rank, if the set is missing, truncated, changed, empty or shorter than one window.
@@ -74,6 +77,7 @@ class TrainingSet:
         self._windows: Windows = open_windows(store, IndexKey(seq_len, seed, documents), cache_dir, build=build)
         agree("" if len(self._windows) else f"{prefix}: no document has two tokens, which a row needs")
         self._order = EpochOrder(len(self), seed, 0, name)
+        self._lanes = LaneOrder(len(self), lanes, seed, name) if documents == "stream" else None
 
     def __len__(self) -> int:
         """Windows per epoch."""
@@ -91,6 +95,8 @@ class TrainingSet:
 
     def window_of(self, number: int) -> int:
         """The number of the window that sample `number` is."""
+        if self._lanes is not None:
+            return self._lanes[number]
         epoch, position = divmod(number, len(self))
         order = self._order
         if epoch != order.epoch:
@@ -108,7 +114,7 @@ class TrainingSet:
 
 def fingerprint_of_set(store: TokenStore, documents: str) -> str:
     """What a checkpoint records of a training set: its tokens, and how rows are cut."""
-    return store.fingerprint + (" in rows of one document" if documents == "doc" else "")
+    return store.fingerprint + {"doc": " in rows of one document", "stream": " in lanes"}.get(documents, "")
 
 
 def fingerprint_of(samples: Samples, consumed: int, global_batch: int) -> str:

@@ -134,7 +134,7 @@ def _write(store: TokenStore, key: IndexKey, folder: Path) -> None:
                 np.save(stream, getattr(rows, name))
                 stream.flush()
                 os.fsync(stream.fileno())
-    else:
+    elif key.documents != "stream":
         _gpt_dataset(store, key, folder)
 
 
@@ -142,6 +142,8 @@ def _read(store: TokenStore, key: IndexKey, folder: Path) -> Windows:
     if key.documents == "doc":
         bounds, first_row = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("bounds", "first_row"))
         return DocumentRows(store, key.seq_len, bounds, first_row)
+    if key.documents == "stream":
+        return StreamWindows(store, key.seq_len)
     return _MegatronWindows(_gpt_dataset(store, key, folder), key.seq_len)
 
 

@@ -42,6 +42,10 @@ class AttentionConfig(MixerSection):
         if not self.rope_base > 0:
             yield Problem(f"{path}.rope_base", f"{self.rope_base} is not positive", "10000.0")
 
+    def endless(self) -> tuple[str, str] | None:
+        """Without a window, keys and values of all tokens are kept."""
+        return ("window", "1024") if self.window is None else None
+
 
 @dataclass(frozen=True)
 class KeysAndValues(MixerState):

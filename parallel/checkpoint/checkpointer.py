@@ -19,6 +19,7 @@ from hope.sections import Problem
 from hope.stored import folders, manifest
 from hope.stored.manifest import FileEntry, Manifest, TensorEntry
 from parallel.checkpoint import rng
+from parallel.checkpoint.carried import SAVED, Stream
 from parallel.checkpoint.errors import CheckpointError
 from parallel.checkpoint.find import Found, find_newest
 from parallel.checkpoint.format.planner import Part, PartsLoadPlanner, PartsSavePlanner
@@ -40,6 +41,7 @@ class Staged:
     rng: dict[str, Tensor]
     shards: dict[str, Shard]
     extra: Mapping[str, Any]
+    carried: list[Part] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,12 @@ class Checkpointer:
         self._memory.reserve(optimizer.pieces())
 
     def stage(
-        self, step: int, models: nn.Module | Sequence[nn.Module], optimizer: ShardedState, extra: Mapping[str, Any]
+        self,
+        step: int,
+        models: nn.Module | Sequence[nn.Module],
+        optimizer: ShardedState,
+        extra: Mapping[str, Any],
+        stream: Stream | None = None,
     ) -> Staged:
         """Copy this rank's states to host memory; valid until the next call, so write them before.
 
@@ -92,9 +99,9 @@ class Checkpointer:
         it says why this is not to be gone on from.
         """
         pieces = self._memory.copy(optimizer.pieces())
-        return Staged(
-            step, pieces, optimizer.counters(), rng.states(self._ranks), shards_of(models, self._ranks), extra
-        )
+        ranks = self._ranks
+        carried = None if stream is None else stream.parts(ranks)
+        return Staged(step, pieces, optimizer.counters(), rng.states(ranks), shards_of(models, ranks), extra, carried)
 
     def write(self, staged: Staged) -> SavedCheckpoint:
         """Write the checkpoint; durable, and named in `latest` unless there is a doubt, when this returns.
@@ -122,7 +129,8 @@ class Checkpointer:
         doubt = first_said(staged.extra.get("doubt") or nonfinite(staged.pieces), groups.world)
         finish = _Finish(path, staged, ranks, doubt)
         together(lambda: folders.prepare(path) if ranks.rank == 0 else None, path, groups.world)
-        parts = together(lambda: self._parts(staged), path, groups.world) + rng.parts(staged.rng)
+        parts = together(lambda: self._parts(staged), path, groups.world)
+        parts += [*rng.parts(staged.rng), *(staged.carried or [])]
         writer = RawWriter(folders.unfinished(path), ranks.rank, finish)
         planner = PartsSavePlanner(parts, staged.counters)
         dcp.save({}, storage_writer=writer, planner=planner, process_group=groups.world)
@@ -130,7 +138,13 @@ class Checkpointer:
         notes = folders.prune(self._folder, self._keep, self._keep_every) if ranks.rank == 0 else []
         return SavedCheckpoint(finish.place, seconds, finish.bytes, notes, doubt)
 
-    def load(self, found: Found, models: nn.Module | Sequence[nn.Module], optimizer: ShardedState) -> list[str]:
+    def load(
+        self,
+        found: Found,
+        models: nn.Module | Sequence[nn.Module],
+        optimizer: ShardedState,
+        stream: Stream | None = None,
+    ) -> list[str]:
         """Read the checkpoint into model and optimizer, whatever layout it was saved in; notes, one line each.
 
         Raises:
@@ -144,6 +158,9 @@ class Checkpointer:
         owned = {unit.name: torch.empty(_size(unit), dtype=unit.dtype) for unit in units if unit.owner == ranks.dp_rank}
         generators = rng.places(content.tensors, ranks) if content.layout == _layout(ranks) else {}
         parts = [unit.part(owned[unit.name]) for unit in units if unit.name in owned] + rng.parts(generators)
+        if stream is not None:
+            carried = together(lambda: stream.empty(content, ranks), found.path, groups.world)
+            parts += carried
         try:
             reader, planner = RawReader(found.path, content), PartsLoadPlanner(parts)
             dcp.load({}, storage_reader=reader, planner=planner, process_group=groups.world)
@@ -152,6 +169,8 @@ class Checkpointer:
         with torch.no_grad():
             distribute(owned, units, pieces, ranks, groups.data)
         optimizer.restored(content.counters)
+        if stream is not None:
+            stream.restore(content.step, carried, ranks)
         together(lambda: rng.restore(generators), found.path, groups.world)
         if generators:
             return []
@@ -187,6 +206,7 @@ class _Finish:
             {**self._staged.extra, **({"doubt": self._doubt} if self._doubt else {})},
             tensors,
             dict(sorted(files.items())),
+            **({} if self._staged.carried is None else {"carried_memory_state": SAVED}),
         )
         unfinished = folders.unfinished(self._path)
         # A node that writes to a disk of its own would be noticed only on resume.

@@ -86,7 +86,7 @@ def _held(name: str, blocks: set[int], ends: tuple[bool, bool], tied: bool) -> b
     """Whether a pipeline stage with these blocks, and the model's first or last end, holds a state."""
     kind, _, parameter = name.partition("/")
     first, last = ends
-    if kind == "rng":
+    if kind in ("rng", "stream"):
         return False
     if parameter.startswith("blocks."):
         return int(parameter.split(".")[1]) in blocks

@@ -22,6 +22,7 @@ from torch import nn
 from hope.stored import folders
 from hope.train.config import CheckpointConfig
 from hope.train.metrics import NoLog
+from parallel.checkpoint.carried import Stream
 from parallel.checkpoint.checkpointer import Checkpointer, SavedCheckpoint, Staged
 from parallel.checkpoint.errors import SaveError
 from parallel.checkpoint.together import reason
@@ -62,6 +63,7 @@ class Saver:
             are wishes of whoever touched them.
         config: the checkpoint section.
         contents: `contents(step)`: what else a checkpoint records, plain JSON.
+        stream: states that are carried from step to step.
     """
 
     def __init__(
@@ -73,7 +75,9 @@ class Saver:
         models: nn.Module | Sequence[nn.Module],
         optimizer: ShardedState,
         contents: Callable[[int], dict[str, Any]],
+        stream: Stream | None = None,
     ) -> None:
+        self._stream = stream
         self._folder, self._config, self._ranks = folder, config, ranks
         self._checkpointer, self._models, self._optimizer, self._contents = checkpointer, models, optimizer, contents
         self._in_flight: _InFlight | None = None
@@ -117,7 +121,7 @@ class Saver:
             return
         began = time.perf_counter()
         contents = self._contents(step) if self._ranks.rank == 0 else {}
-        staged = self._checkpointer.stage(step, self._models, self._optimizer, contents)
+        staged = self._checkpointer.stage(step, self._models, self._optimizer, contents, self._stream)
         save = self._in_flight = _InFlight(step, time.perf_counter() - began, waited, self._answering)
         if wait:
             self._write(save, staged)

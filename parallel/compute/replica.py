@@ -20,6 +20,7 @@ from hope.optim.policy import MATRIX_OPTIMIZERS
 from parallel.compute import gradients
 from parallel.compute.graphs import Graphs, graphs_for
 from parallel.compute.pipeline import Report, Stage, StepFn, forward_backward, stages_of
+from parallel.compute.stream import CarriedStates
 from parallel.compute.tensor import shard_model, sharded_loss
 from parallel.layout.stages import split
 from parallel.layout.topology import ParallelConfig
@@ -39,13 +40,23 @@ class Replica:
     ranks: groups.Ranks
     layout: ParallelConfig
     stage_step: StepFn
+    carried_step: StepFn
     graphs: Graphs | None = None
+    carried: CarriedStates | None = None
 
     def run(
         self, batches: Sequence[Batch], forward_only: bool = False, phase: Callable[[str], object] | None = None
     ) -> list[Report]:
-        """Micro-batches through the schedule; gradients are accumulated. Reports on the last stage, else []."""
-        scheduled = lambda: forward_backward(self.stages, batches, self.stage_step, forward_only, phase)
+        """Micro-batches through the schedule; gradients are accumulated. Reports on the last stage, else [].
+
+        With `carried` they go on from its states, and whoever runs a step says whether to `keep` those after it. Passes
+        that are `forward_only` begin anew, and leave them alone.
+        """
+        step_fn = self.stage_step
+        if self.carried is not None and not forward_only:
+            self.carried.begin()
+            step_fn = self.carried_step
+        scheduled = lambda: forward_backward(self.stages, batches, step_fn, forward_only, phase)
         if self.graphs is None or forward_only:
             return scheduled()
         return self.graphs.run(self.models[0], batches, scheduled, phase)
@@ -83,15 +94,18 @@ def build_replica(
     compile: str = "none",
     cuda_graphs: bool = False,
     start: Start | None = None,
+    carry: bool = False,
 ) -> Replica:
     """Build this rank's slices on full shapes, fill them from (seed, name), cut them, give them to the optimizer.
 
     start: weights of a trained model that replace those that were drawn.
+    carry: every micro-batch goes on from the states of the step before.
 
     Raises:
         CannotCompile, CannotCapture: `compile` or `cuda_graphs` asks for what this machine has not got.
     """
-    stage_step = _stage_step(loss_chunk, ranks.tp_size)
+    begin_anew = lambda model, inputs, starts: model.trunk(inputs, starts=starts, keep_state=False)[0]
+    stage_step = _stage_step(loss_chunk, ranks.tp_size, begin_anew)
     graphs = graphs_for(cuda_graphs, stage_step, ranks.device)
     parts = split(config, seq_len, ranks.pp_size, ranks.vp_size)[ranks.pp_rank]
     models = []
@@ -105,16 +119,20 @@ def build_replica(
     levels = parameter_groups(models, optim.weight_decay, optim, tokens_per_step)
     optimizer = _sharded_optimizer(models, levels, optim, layout, ranks, precision)
     stages = stages_of(models, precision, layout, config.width)
-    return Replica(models, stages, optimizer, ranks, layout, stage_step, graphs)
+    carried = CarriedStates(models) if carry else None
+    carried_step = _stage_step(loss_chunk, ranks.tp_size, carried.trunk) if carried else stage_step
+    return Replica(models, stages, optimizer, ranks, layout, stage_step, carried_step, graphs, carried)
 
 
-def _stage_step(loss_chunk: int | None, tp_size: int) -> StepFn:
-    """What a stage computes of a micro-batch, for `forward_backward`."""
+def _stage_step(
+    loss_chunk: int | None, tp_size: int, trunk: Callable[[Model, Tensor, Tensor | None], Tensor]
+) -> StepFn:
+    """What a stage computes of a micro-batch, for `forward_backward`. `trunk`: of (model, inputs, starts)."""
 
     def step(model: Model, hidden: Tensor | None, batch: Batch) -> Tensor | tuple[Tensor, Report]:
         inputs = batch.tokens_TB if model.has_embedding else hidden
         assert inputs is not None
-        outputs, _ = model.trunk(inputs, starts=batch.starts_TB, keep_state=False)
+        outputs = trunk(model, inputs, batch.starts_TB)
         if not model.has_head:
             return outputs
         scores = model.vocabulary.scores(outputs, loss_chunk)

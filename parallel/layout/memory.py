@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from hope.config import ModelConfig
 from hope.loss import Unscored, block_of, blockwise_loss, working_bytes
+from hope.mixers import Mixer
 from hope.model import Model, Slice, next_token_loss
 from hope.optim.build import build_optimizer
 from hope.optim.config import OptimConfig
@@ -193,6 +194,34 @@ def state_bytes(model: Model, micro_batch: int) -> int:
     """What all mixers on this rank carry for one micro-batch at the start of its sequences: fast weights, mostly."""
     states = [block.mixer.start(micro_batch) for block in model.blocks.values()]  # type: ignore[union-attr, operator]
     return sum(state.nbytes() for state in states if state is not None)
+
+
+def carried_bytes(config: ModelConfig, parts: Sequence[Slice], shape: StepShape, micro_batches: int) -> int:
+    """States that a rank with `parts` carries from step to step (`data.documents: stream`), of all its micro-batches.
+
+    Of every kind of mixer the state is measured on the meta device, window after window, until it grows no more.
+    """
+    layers = [config.mixer_of_layer[layer] for part in parts for layer in range(part.first, part.last)]
+    sizes = {name: _carried_by(config, config.mixer_of_layer.index(name), shape) for name in dict.fromkeys(layers)}
+    return micro_batches * sum(sizes[name] for name in layers)
+
+
+@torch.no_grad()
+def _carried_by(config: ModelConfig, layer: int, shape: StepShape) -> int:
+    model = build_part(config, Slice(layer, layer + 1), replace(shape, sequence=False))
+    [block] = model.blocks.values()
+    mixer = block.mixer
+    assert isinstance(mixer, Mixer)
+    # whole chunks leave nothing behind in a state but their writes: one of them is as good as all
+    length = shape.seq_len if mixer.chunk == 1 else mixer.chunk + shape.seq_len % mixer.chunk
+    x = torch.empty(length, shape.micro_batch, config.width, dtype=next(model.parameters()).dtype, device="meta")
+    state, largest, grows = None, -1, True
+    with _FusedAttention():
+        while grows:
+            _, state = mixer(x, state)
+            size = 0 if state is None else state.nbytes()
+            largest, grows = max(size, largest), size > largest
+    return largest
 
 
 def optimizer_bytes(models: Sequence[Model], optim: OptimConfig, shape: StepShape) -> int:

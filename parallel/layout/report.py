@@ -17,7 +17,7 @@ from hope.optim.config import OptimConfig
 from hope.optim.kernels import kernels_of_run
 from hope.optim.levels import parameter_groups
 from hope.optim.policy import MATRIX_OPTIMIZERS
-from parallel.layout.memory import GIB, RankMemory, StepShape, build_part, rank_memory
+from parallel.layout.memory import GIB, RankMemory, StepShape, build_part, carried_bytes, rank_memory
 from parallel.layout.stages import describe_split, split
 from parallel.layout.topology import ParallelDims
 from parallel.layout.traffic import reduced_bytes_per_step
@@ -110,11 +110,13 @@ def describe(
     optim: OptimConfig,
     device: str,
     compile: str = "none",
+    stream: bool = False,
 ) -> str:
     """The table that a start or `--dry-run` prints: the model, the layout, the split, and bytes per rank.
 
     `device`: this process's type of device, such as "cuda", which says what kernels it can take. A dry run without a
-    GPU of a run that will have some says so too. `compile`: as in the train section.
+    GPU of a run that will have some says so too. `compile`: as in the train section. `stream`: whether states are
+    carried from step to step.
     """
     levels, flops, writes = model_facts(config, shape)
     total = sum(count for _, count in levels.values())
@@ -136,6 +138,11 @@ def describe(
                                   *([(COMPILED[compile], "compiled")] if compile in COMPILED else [])])),
     ]  # fmt: skip
     text = [f"{name:<11} {fact}" for name, fact in rows]
+    if stream:
+        parts = split(config, shape.seq_len, dims.pipeline, dims.virtual_pipeline)
+        carried = max(carried_bytes(config, slices, shape, count) for slices in parts) / GIB
+        what = f"{carried:.3f} GiB of states per rank go on from step to step, twice that during a step"
+        text.append(f"{'stream':<11} {what}, beside the peak below")
     if dims.pipeline > 1:
         text += describe_split(config, shape.seq_len, dims.pipeline, dims.virtual_pipeline)
     return "\n".join([*text, *stage_lines(config, dims, shape, count, optim)])
