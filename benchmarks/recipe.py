@@ -89,7 +89,8 @@ def words(plan: Plan, cell: Cell, data: list[str], folder: Path) -> list[str]:
         f"optim.lr={cell.lr}", f"optim.lr_elementwise={cell.lr_elementwise}",
         f"run.name={cell.name}", f"run.dir={folder}", f"run.seed={cell.seed}", f"data.seed={cell.seed}",
         f"data.train={data[0]}", f"data.heldout={data[1]}",
-        "checkpoint.every=0", "train.eval_every=0", "log.tensorboard=false", "log.histograms=0",
+        f"train.eval_every={plan.get('eval_every', 0)}", "checkpoint.every=0", "log.tensorboard=false",
+        "log.histograms=0",
     ]  # fmt: skip
 
 
