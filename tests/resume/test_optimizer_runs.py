@@ -20,10 +20,9 @@ SETTINGS = {
     "muon-mlp": ["optim.name=muon", "optim.muon.memory=mlp"],
     "muon-scalar": ["optim.name=muon", "optim.muon.memory=scalar"],
     "scalar": ["optim.dmgd.memory=scalar"],
-    "mlp-only": ["optim.dmgd.memory=mlp_only", "optim.dmgd.mlp.key=gradient", "optim.dmgd.output=rms_match"],
-}
-
-
+    "mlp-only": ["optim.dmgd.memory=mlp_only", "optim.dmgd.mlp.key=gradient", "optim.dmgd.output=rms_match",
+                 "optim.dmgd.mlp.decay=0"],  # it is all of this write, and can raise the loss at the key
+}  # fmt: skip
 ALWAYS = ("mlp-local", "m3", "muon-mlp", "mlp-only")
 
 
