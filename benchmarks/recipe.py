@@ -5,7 +5,9 @@
 
 benchmarks/recipe.yaml says which. A cell is one run of `pretrain_hope.py`. Its row is written when it ends, and cells
 that have a row are not run again, so that one may stop at any time (`--seconds`) and go on later. Grids are run in the
-order of the file. As soon as one is complete, its best rates are run with the other seeds.
+order of the file. As soon as one is complete, its best rates are run with the other seeds. Other plans (`--plan`):
+recipe_dmgd.yaml, recipe_ablation.yaml, recipe_position.yaml. A plan may have `eval_every` and `checkpoint_every`, in
+steps, 0 by default.
 """
 
 from __future__ import annotations
