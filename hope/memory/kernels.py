@@ -100,6 +100,7 @@ def _against_memory(config: MemoryConfig, head_dim: int) -> str:
         f"read {config.read}": config.read != "causal",
         "momentum": config.momentum > 0,
         "adaptive query": config.adaptive_query,
+        f"self_made {config.self_made}": config.self_made != "all",
         f"erase {config.erase}": config.erase not in ("layerwise", "input"),  # one rule for a matrix
         "an erase rate of its own": config.erase_max is not None,
         "values not normalised": not config.normalise_values,

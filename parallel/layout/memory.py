@@ -198,8 +198,8 @@ def state_bytes(model: Model, micro_batch: int) -> int:
 def optimizer_bytes(models: Sequence[Model], optim: OptimConfig, shape: StepShape) -> int:
     """fp32 masters and states of this rank: what the optimizer itself says it keeps, divided over data ranks.
 
-    Not divided: a deep momentum's networks, and what a level that communicates only when due keeps on its rank. Whole
-    matrices on owners come to the same on average.
+    Not divided: a deep momentum's networks where partitions cut across tensors, and what a level that communicates only
+    when due keeps on its rank. Whole matrices on owners come to the same on average.
     """
     levels = parameter_groups(models, 0.0, optim, shape.tokens_per_step)
     optimizer = build_optimizer(levels, optim)
@@ -208,7 +208,9 @@ def optimizer_bytes(models: Sequence[Model], optim: OptimConfig, shape: StepShap
         size, waits = sum(p.numel() for p in group["params"]), group["period"] > 1
         local = waits and optim.accumulate == "local" and shape.data > 1
         divided += 4 * size * (1 + len(optimizer.state_keys(group)) + int(waits and not local))
-        kept += 4 * size * int(local) + 4 * len(group["params"]) * optimizer.numbers_per_tensor(group)
+        networks = 4 * len(group["params"]) * optimizer.numbers_per_tensor(group)
+        divided += networks * group["matrices"]  # they are with the matrix, on its owner
+        kept += 4 * size * int(local) + networks * (not group["matrices"])
     return divided // shape.data + kept
 
 

@@ -26,6 +26,7 @@ MEMORIES = {
     "matrix-long-projections": MemoryConfig(projection_chunk=8, main_chunk=4, momentum=0.5),
     "matrix-boundary": MemoryConfig(projection_chunk=4, main_chunk=4, read="boundary", adaptive_query=True),
     "matrix-no-conv": MemoryConfig(projection_chunk=4, main_chunk=4, conv_width=1),
+    "matrix-gates": MemoryConfig(self_made="gates", static="projected", projection_chunk=2, main_chunk=4),
     "matrix-erase": MemoryConfig(erase_max=1.9, projection_chunk=2, main_chunk=4, eta_max=0.5),
     "matrix-projected": MemoryConfig(static="projected", projection_chunk=2, main_chunk=8, eta_max=0.5),
     "mlp-projected": MemoryConfig(memory="mlp", static="projected", projection_chunk=4, main_chunk=4),

@@ -45,6 +45,7 @@ def test_a_bf16_model_on_a_gpu_takes_the_kernels(head_dim, static):
         ("read boundary", {"read": "boundary"}),
         ("momentum", {"momentum": 0.5}),
         ("adaptive query", {"adaptive_query": True}),
+        ("self_made not_k", {"self_made": "not_k"}),
         ("erase objective", {"erase": "objective"}),
         ("erase none", {"erase": "none"}),
         ("an erase rate of its own", {"erase_max": 1.9}),

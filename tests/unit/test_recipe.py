@@ -80,6 +80,26 @@ def test_cells_are_run_once_and_a_diverged_one_has_no_loss(recipe, tmp_path, cap
     assert rows.read_text() == before
 
 
+@pytest.mark.parametrize("file", sorted(BENCHMARKS.glob("recipe*.yaml")), ids=lambda file: file.stem)
+def test_every_cell_of_the_plans_is_a_configuration(recipe, file):
+    """No key is unknown or unused, and every optimizer of a plan is given a grid of the same size."""
+    plan = yaml.safe_load(file.read_text())
+    path = str(recipe.ROOT / plan["config"])
+    sizes = set()
+    for optimizer, model in plan["order"]:
+        cell, *others = recipe.grid(plan, optimizer, model)
+        sizes.add(1 + len(others))
+        config = recipe.load(path, recipe.words(plan, cell, ["a", "b"], Path("runs")), check=False)
+        assert list(config.model.problems()) == list(config.optim.problems()) == []
+        assert config.train.eval_every == plan.get("eval_every", 0)
+        assert config.checkpoint.every == plan.get("checkpoint_every", 0)
+    assert len(sizes) == 1
+
+
+def test_lists_within_lists_are_words(recipe):
+    assert recipe.flat(["a=1", ["b=2", ["c=3"]], "d=4"]) == ["a=1", "b=2", "c=3", "d=4"]
+
+
 def test_a_run_that_fails_is_no_result(recipe, tmp_path, capfd):
     plan = {
         "config": config_file(tmp_path, "attention"),
