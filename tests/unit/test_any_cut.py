@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hope.config import CmsConfig, ModelConfig
 from hope.memory.config import MemoryConfig
 from hope.memory.linear_config import RULES, LinearConfig
+from hope.memory.titans_config import TITANS_RULES, TitansConfig
 from hope.mixers import MIXERS
 from hope.mixers.attention import AttentionConfig
 from hope.model import Model
@@ -39,6 +40,8 @@ PATTERNS = {name: (["hope"], {"hope": memory}) for name, memory in MEMORIES.item
     "attention-nope": (["attention"], {"attention": AttentionConfig(positions="none", qk_norm=True, window=16)}),
     "hybrid": (["hope", "attention"], {"hope": MEMORIES["matrix-two-clocks"]}),
     **{rule: (["linear"], {"linear": LinearConfig(rule=rule, chunk=8)}) for rule in RULES},
+    **{rule: (["titans"], {"titans": TitansConfig(rule=rule, chunk=4, theta_max=0.2)}) for rule in TITANS_RULES},
+    "lmm-online": (["titans"], {"titans": TitansConfig(depth=1, chunk=1, conv_width=0)}),
 }
 
 
@@ -113,7 +116,9 @@ def test_calls_with_and_without_documents_may_be_mixed(name):
     assert (torch.cat(out) - whole).abs().max() <= BOUND * whole.abs().max()
 
 
-@pytest.mark.parametrize("name", ["matrix-two-clocks", "matrix-projected", "mlp", "attention", "hybrid", *RULES])
+@pytest.mark.parametrize(
+    "name", ["matrix-two-clocks", "matrix-projected", "mlp", "attention", "hybrid", *RULES, *TITANS_RULES]
+)
 def test_gradients_pass_through_a_cut(name):
     model = MODELS[name]
     weights = torch.linspace(-1, 1, LENGTH * BATCH * VOCAB, dtype=torch.float64).view(LENGTH, BATCH, VOCAB)

@@ -15,6 +15,7 @@ from hope.generate.session import Session, identity_of, read_session, write_sess
 from hope.generate.text import Stream, Writer
 from hope.memory.config import MemoryConfig
 from hope.memory.linear_config import LinearConfig
+from hope.memory.titans_config import TitansConfig
 from hope.mixers import MIXERS
 from hope.model import Model
 from hope.stored.safetensors import read_with_metadata
@@ -34,6 +35,7 @@ PATTERNS = {
     "hybrid": (["hope", "attention"], {"hope": TWO_CLOCKS}),
     "retnet": (["linear"], {"linear": LinearConfig(rule="retnet", chunk=4)}),
     "kda": (["linear"], {"linear": LinearConfig(rule="kda", chunk=4)}),
+    "titans": (["titans"], {"titans": TitansConfig(chunk=4)}),
 }
 
 
