@@ -1,5 +1,6 @@
-"""Titans' memory and TTT token by token, as the papers print them: the inner gradient is autograd's, of 1/2 |M(k) - v|^2
-by the weights, and both recurrences are taken one token after the other. No chunk algebra, no closed forms.
+"""Titans' memory and TTT token by token, as the papers print them: the inner gradient is autograd's, of the loss
+1/2 |M(k) - v|^2 by the weights, and both recurrences are taken one token after the other. No chunk algebra, no closed
+forms.
 
 Slow on purpose. Runs in the dtype of its inputs (float64 in the tests) and is differentiable.
 """
@@ -8,7 +9,7 @@ import itertools
 import math
 
 import torch
-from linear_reference import convolution, silu
+from linear_reference import convolution, rotate, silu
 from torch import Tensor
 
 
@@ -86,6 +87,43 @@ def layer_of_a_document(layer, x: Tensor) -> Tensor:
         gate = x @ layer.gate.weight.T
         y = y * (silu(gate) if layer.rule.gate == "silu" else torch.sigmoid(gate))
     return y @ layer.output.weight.T
+
+
+def attention_of_a_document(attention, x: Tensor) -> Tensor:
+    """Windowed attention and persistent keys on one document [T, D], query by query, before the output map."""
+    width, window, columns = attention.head_dim, attention.config.window, []
+    for h in range(x.shape[1] // width):
+        rows = slice(h * width, (h + 1) * width)
+        q, k, v = (x @ getattr(attention, name).weight[rows].T for name in ("query", "key", "value"))
+        turned, k = rotate(q, attention.config.rope_base), rotate(k, attention.config.rope_base)
+        out = []
+        for t in range(x.shape[0]):
+            near = slice(max(0, t - window + 1), t + 1)
+            scores, values = k[near] @ turned[t], v[near]
+            if attention.persistent_keys is not None:  # they have no position
+                scores = torch.cat([attention.persistent_keys[h] @ q[t], scores])
+                values = torch.cat([attention.persistent_values[h], values])
+            out.append(torch.softmax(scores / width**0.5, 0) @ values)
+        columns.append(torch.stack(out))
+    return torch.cat(columns, -1)
+
+
+def gated_of_a_document(layer, x: Tensor) -> Tensor:
+    """The mixer `titans_mag` on one document [T, D]."""
+    width, columns = layer.memory.head_dim, []
+    seen = attention_of_a_document(layer.attention, x)
+    for h, read in enumerate(reads_of_a_document(layer.memory, x)):
+        gate = head_norm(read, layer.norm_memory.weight)
+        gate = torch.sigmoid(gate) if layer.kind == "sigmoid" else silu(gate)
+        columns.append(gate * head_norm(seen[:, h * width : (h + 1) * width], layer.norm_attention.weight))
+    return torch.cat(columns, -1) @ layer.attention.output.weight.T
+
+
+def layered_of_a_document(layer, x: Tensor) -> Tensor:
+    """The mixer `titans_mal` on one document [T, D]."""
+    remembered = layer_of_a_document(layer.memory, x)
+    normed = head_norm(x + remembered, layer.norm.weight)
+    return remembered + attention_of_a_document(layer.attention, normed) @ layer.attention.output.weight.T
 
 
 def by_documents(function, x_TBD: Tensor, starts_TB: Tensor | None = None) -> Tensor:

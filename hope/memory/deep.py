@@ -104,8 +104,9 @@ class DeepMemory:
         scale, shift = self._per_head()
         normal, spread = standardised(product)
         error = (scale * normal + shift - target) * scale
-        mean = lambda t: t.mean(-1, keepdim=True)
-        return (error - mean(error) - normal * mean(error * normal)) / spread
+        along = (error * normal).mean(-1, keepdim=True)
+        by_product: Tensor = (error - error.mean(-1, keepdim=True) - normal * along) / spread
+        return by_product
 
     def _per_head(self) -> tuple[Tensor, Tensor]:
         assert self.norm is not None

@@ -16,6 +16,7 @@ from hope.memory.linear_config import RULES, LinearConfig
 from hope.memory.titans_config import TITANS_RULES, TitansConfig
 from hope.mixers import MIXERS
 from hope.mixers.attention import AttentionConfig
+from hope.mixers.titans_attention import GateConfig, LayerConfig
 from hope.model import Model
 
 LENGTH, BATCH, VOCAB = 23, 3, 32
@@ -41,6 +42,8 @@ PATTERNS = {name: (["hope"], {"hope": memory}) for name, memory in MEMORIES.item
     "hybrid": (["hope", "attention"], {"hope": MEMORIES["matrix-two-clocks"]}),
     **{rule: (["linear"], {"linear": LinearConfig(rule=rule, chunk=8)}) for rule in RULES},
     **{rule: (["titans"], {"titans": TitansConfig(rule=rule, chunk=4, theta_max=0.2)}) for rule in TITANS_RULES},
+    "mag": (["titans_mag"], {"titans_mag": GateConfig(chunk=4, window=5, persistent=3)}),
+    "mal": (["titans_mal"], {"titans_mal": LayerConfig(chunk=4, window=6, persistent=2)}),
     "lmm-online": (["titans"], {"titans": TitansConfig(depth=1, chunk=1, conv_width=0)}),
 }
 

@@ -17,6 +17,7 @@ from hope.memory.config import MemoryConfig
 from hope.memory.linear_config import LinearConfig
 from hope.memory.titans_config import TitansConfig
 from hope.mixers import MIXERS
+from hope.mixers.titans_attention import GateConfig, LayerConfig
 from hope.model import Model
 from hope.stored.safetensors import read_with_metadata
 
@@ -36,6 +37,8 @@ PATTERNS = {
     "retnet": (["linear"], {"linear": LinearConfig(rule="retnet", chunk=4)}),
     "kda": (["linear"], {"linear": LinearConfig(rule="kda", chunk=4)}),
     "titans": (["titans"], {"titans": TitansConfig(chunk=4)}),
+    "mag": (["titans_mag"], {"titans_mag": GateConfig(chunk=4, window=5, persistent=3)}),
+    "mal": (["titans_mal"], {"titans_mal": LayerConfig(chunk=4, window=6, persistent=2)}),
 }
 
 

@@ -1,5 +1,5 @@
-"""The mixer `titans`: every rule of its table, every depth and every key, against a token loop whose inner gradients are
-autograd's."""
+"""The mixer `titans`: every rule of its table, every depth and every key, against a token loop whose inner gradients
+are autograd's."""
 
 import dataclasses
 from pathlib import Path
@@ -8,18 +8,11 @@ import pytest
 import torch
 from titans_reference import by_documents, layer_of_a_document
 
-from configs.errors import ConfigError
-from configs.schema import load
-from hope.config import CmsConfig, ModelConfig
+from hope.config import ModelConfig
 from hope.documents import Documents
 from hope.memory.titans_config import TITANS_RULES, TitansConfig, TitansRule
 from hope.mixers.titans import Titans
-from hope.model import Model, Slice
-from hope.optim.config import OptimConfig
-from hope.parameters import declarations
-from hope.train.diagnostics import MixerProbe
-from parallel.layout.memory import StepShape, rank_memory
-from parallel.layout.plan import plan_of_config
+from hope.model import Model
 
 QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
 BOUND = 1e-11
