@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from test_titans import activations, assert_same, shaken
+from test_titans import QUICKSTART, activations, assert_same, shaken
 from titans_reference import gated_of_a_document, layered_of_a_document
 
+from configs.errors import ConfigError
+from configs.schema import load
 from hope.mixers import Mixer, Trunk
 from hope.mixers.titans_attention import GateConfig, LayerConfig, MemoryAsGate, MemoryAsLayer
 from hope.parameters import initialise
@@ -37,3 +39,32 @@ def test_persistent_keys_are_seen_by_every_token():
         before = layer(x)[0]
         layer.attention.persistent_values.add_(1.0)
         assert ((layer(x)[0] - before).abs().amax(-1) > 1e-3).all()
+
+
+BAD = {
+    "mag": [("window=0", "window", "0 is less than 1"), ("persistent=-1", "persistent", "-1 is negative")],
+    "mal": [("rope_base=0", "rope_base", "0.0 is not positive"), ("depth=9", "depth", "9 is not in 1 to 4")],
+}
+
+
+@pytest.mark.parametrize("name", list(BAD))
+def test_what_cannot_work_is_a_problem_with_its_path(name):
+    for word, key, what in BAD[name]:
+        with pytest.raises(ConfigError) as caught:
+            load(str(QUICKSTART), [f"model.pattern=[titans_{name}]", f"model.mixers.titans_{name}.{word}"])
+        [problem] = [p for p in caught.value.problems if not p.path.startswith("data.")]
+        assert problem.path == f"model.mixers.titans_{name}.{key}"
+        assert problem.what.startswith(what)
+        assert problem.fix
+
+
+@pytest.mark.parametrize("name", ["mag", "mal"])
+def test_what_the_log_shows_and_the_referee_compares(name):
+    layer = layer_of(name)
+    layer.watched = True
+    _, state = layer(activations())
+    assert set(layer.report().scalars) == {"memory_norm"}
+    assert set(layer.report().histograms) == {"theta", "alpha", "eta"}
+    assert set(state.compared()) == {"memory.0", "memory.1", "keys", "values"}
+    assert layer.chunk == 20  # whole chunks of 4 and windows of 5
+    assert layer.flops(64).dense > layer.flops(8).dense  # more tokens have a whole window
