@@ -20,6 +20,7 @@ from hope.memory.linear_config import RULES, LinearConfig
 from hope.memory.titans_config import TitansConfig
 from hope.mixers.attention import AttentionConfig
 from hope.mixers.titans_attention import GateConfig, LayerConfig
+from hope.mixers.titans_context import ContextConfig
 from hope.model import Model
 from hope.optim.build import build_optimizer
 from hope.optim.config import OptimConfig
@@ -55,6 +56,7 @@ FAMILY: dict[str, dict[str, Any]] = {
     "titans_lmm": {"titans": TitansConfig()},
     "titans_mag": {"titans_mag": GateConfig()},
     "titans_mal": {"titans_mal": LayerConfig()},
+    "titans_mac": {"titans_mac": ContextConfig(chunk=64)},
     "samba": {"linear": LinearConfig(rule="mamba2"), "attention": AttentionConfig(window=512)},
 }
 GPT = "megatron_gpt"

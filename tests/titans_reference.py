@@ -38,7 +38,8 @@ def one_head(
     momenta, rows = momenta or [torch.zeros_like(w) for w in weights], []
     for t in range(q.shape[0]):
         if t % rule.chunk == 0:
-            start = [w if w.requires_grad else w.detach().requires_grad_() for w in weights]
+            # copies: keys and values may come from these weights, and are constants of the inner gradient
+            start = [w.clone() if w.requires_grad else w.clone().requires_grad_() for w in weights]
         with torch.enable_grad():
             loss = 0.5 * (network(start, k[t], rule, norm) - v[t]).square().sum()
             gradients = torch.autograd.grad(loss, start, create_graph=True)
@@ -124,6 +125,51 @@ def layered_of_a_document(layer, x: Tensor) -> Tensor:
     remembered = layer_of_a_document(layer.memory, x)
     normed = head_norm(x + remembered, layer.norm.weight)
     return remembered + attention_of_a_document(layer.attention, normed) @ layer.attention.output.weight.T
+
+
+def context_of_a_document(layer, x: Tensor) -> Tensor:
+    """The mixer `titans_mac` on one document [T, D], head by head and segment by segment."""
+    rule, width, columns = layer.rule, layer.head_dim, []
+    for h in range(x.shape[1] // width):
+        z = {
+            n: x @ getattr(layer, n).weight[h * width : (h + 1) * width].T for n in ("query", "key", "value", "recall")
+        }
+        norm = (layer.network.scale[h], layer.network.shift[h]) if rule.inner_norm else None
+        weights, momenta, out = [w[h] for w in layer.network.layers], None, []
+        for first in range(0, x.shape[0], rule.chunk):
+            q, k, v, r = (t[first : first + rule.chunk] for t in z.values())
+            recalled = torch.stack([network(weights, unit(each), rule, norm) for each in r])
+            y = segment_attention(layer, h, q, k, v, recalled)
+            gate = lambda name, y=y, h=h: torch.sigmoid(
+                y @ getattr(layer.rates, f"{name}_weight")[h] + getattr(layer.rates, f"{name}_bias")[h]
+            )
+            theta = layer.config.theta_bound(width) * gate("theta")
+            keep = 1 - gate("decay") if rule.decay else None
+            eta = layer.config.momentum_max * gate("momentum") if rule.momentum else None
+            asked, key, value = (y @ getattr(layer, f"memory_{n}")[h].T for n in ("query", "key", "value"))
+            read, weights, momenta = one_head(
+                unit(asked), unit(key), value, theta, keep, eta, weights, rule, norm, momenta
+            )
+            opened = head_norm(read, layer.norm_memory.weight)
+            opened = torch.sigmoid(opened) if layer.config.gate == "sigmoid" else silu(opened)
+            out.append(head_norm(y, layer.norm_attention.weight) * opened)
+        columns.append(torch.cat(out))
+    return torch.cat(columns, -1) @ layer.output.weight.T
+
+
+def segment_attention(layer, h: int, q: Tensor, k: Tensor, v: Tensor, recalled: Tensor) -> Tensor:
+    """Of one head and segment [C, K], query by query."""
+    base, rows = layer.config.rope_base, []
+    turned, keys, recalled_keys = (rotate(t, base) for t in (q, k, recalled @ layer.recalled_key[h].T))
+    recalled_values = recalled @ layer.recalled_value[h].T
+    for t in range(q.shape[0]):
+        scores = [recalled_keys[: t + 1] @ turned[t], keys[: t + 1] @ turned[t]]
+        values = [recalled_values[: t + 1], v[: t + 1]]
+        if layer.persistent:
+            scores.append(layer.persistent_keys[h] @ q[t])
+            values.append(layer.persistent_values[h])
+        rows.append(torch.softmax(torch.cat(scores) / q.shape[1] ** 0.5, 0) @ torch.cat(values))
+    return torch.stack(rows)
 
 
 def by_documents(function, x_TBD: Tensor, starts_TB: Tensor | None = None) -> Tensor:

@@ -140,17 +140,44 @@ def deep_memory(
         chunk: tokens between gradients at a new state, the layout's window.
         state: at the first token of the layout; None: the initial weights.
     """
-    initial = memory.start(queries.shape[0])
-    state, outputs = initial if state is None else state, []
+
+    def step(now: State, tensors: Sequence[Tensor | None], real: Tensor | None) -> tuple[Tensor, State]:
+        q, *written = tensors
+        assert q is not None
+        after, reads = memory.write(now, Writes(*written), real)  # type: ignore[arg-type]
+        return memory.causal(reads, q), after
+
+    return over_chunks(step, (queries, *writes), memory.start(queries.shape[0]), layout, chunk, state)
+
+
+Step = Callable[[State, Sequence[Tensor | None], Tensor | None], tuple[Tensor, State]]
+"""(state at the chunk's start, its tensors, its valid tokens [B, 1, C]) -> (reads [B, H, C, K], state at its end)."""
+
+
+def over_chunks(
+    step: Step,
+    tensors: Sequence[Tensor | None],
+    initial: State,
+    layout: ChunkLayout,
+    chunk: int,
+    state: State | None,
+) -> tuple[Tensor, State]:
+    """`step` for one chunk after the other: reads [B, H, L, K], and the state at every row's last chunk border.
+
+    Args:
+        tensors: [B, H, L, ...], or None.
+        initial: the state that documents begin with.
+        state: at the first token of the layout; None: the initial one.
+    """
+    outputs, state = [], initial if state is None else state
     # cut by unbind: slices inside the loop would make the backward quadratic in the number of chunks
     cut = lambda t: [None] * (layout.padded // chunk) if t is None else t.unflatten(2, (-1, chunk)).unbind(2)
-    valid = None if layout.valid is None else layout.valid.to(queries.dtype).unsqueeze(1)
-    pieces = zip(cut(queries), cut(valid), *map(cut, writes), strict=True)
-    for index, (q, real, *written) in enumerate(pieces):
+    valid = None if layout.valid is None else layout.valid.to(initial[0].weight.dtype).unsqueeze(1)
+    for index, (real, *pieces) in enumerate(zip(cut(valid), *map(cut, tensors), strict=True)):
         if layout.resets is not None:
             state = reset_rows(state, initial, layout.resets[:, index])
-        after, reads = memory.write(state, Writes(*written), real)
-        outputs.append(memory.causal(reads, q))
+        read, after = step(state, pieces, real)
+        outputs.append(read)
         unfinished = layout.partial[index]
         if unfinished is None:
             state = after

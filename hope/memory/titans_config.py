@@ -15,8 +15,7 @@ MAX_DEPTH = 4
 
 @dataclass(frozen=True)
 class TitansRule:
-    """One row of the table. The fields but the paper and the last two are keys of `TitansConfig`, which documents
-    them."""
+    """One row of the table. The fields but the paper and the last are keys of `TitansConfig`, which documents them."""
 
     paper: str
     depth: int = 2
@@ -30,9 +29,8 @@ class TitansRule:
     unit_keys: bool = True
     gate: Literal["none", "silu", "sigmoid"] = "silu"
     chunk: int = 64
-    theta: float = 1.0
-    """theta_max if it is not given, over the width of a head if `theta_per_channel`."""
-    theta_per_channel: bool = False
+    theta: float | None = None
+    """theta_max times the width of a head, if it is not given; None: theta_max is 4^-(depth + 2)."""
 
 
 _TTT = TitansRule(
@@ -44,10 +42,10 @@ _TTT = TitansRule(
     decay=False,
     unit_keys=False,
     chunk=16,
-    theta_per_channel=True,
+    theta=1.0,
 )
 TITANS_RULES: dict[str, TitansRule] = {
-    "lmm": TitansRule("Behrouz et al., 2024, Titans, the long-term memory module alone", theta=1 / 16),
+    "lmm": TitansRule("Behrouz et al., 2024, Titans, the long-term memory module alone"),
     "ttt_linear": _TTT,
     "ttt_mlp": dataclasses.replace(
         _TTT,
@@ -81,7 +79,8 @@ class TitansConfig(MixerSection):
     decay: bool | None = None
     """Whether the memory forgets a share alpha_t of its weights at each token."""
     theta_max: float | None = None
-    """Bound of the inner rate theta; null: the rule's (1/16; 1 or 0.1 over the head width for TTT)."""
+    """Bound of the inner rate theta; null: 1 (TTT-Linear) or 0.1 (TTT-MLP) over the head width, else 4^-(depth + 2). Of
+    two layers 1/64 overflowed and 1/128 trained, of four 1/256 overflowed (docs/family.md)."""
     momentum_max: float = 0.9
     """Bound of eta."""
     decay_bias: float | None = None
@@ -106,8 +105,8 @@ class TitansConfig(MixerSection):
         """The largest theta."""
         if self.theta_max is not None:
             return self.theta_max
-        rule = TITANS_RULES[self.rule]
-        return rule.theta / head_dim if rule.theta_per_channel else rule.theta
+        rule = self.resolved()
+        return 4.0 ** -(rule.depth + 2) if rule.theta is None else rule.theta / head_dim
 
     @property
     def decay_start(self) -> float:

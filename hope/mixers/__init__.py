@@ -1,6 +1,6 @@
 """Mixers, one file per family. Importing this package registers those that come with it."""
 
-from hope.mixers import attention, linear, self_modifying, titans, titans_attention
+from hope.mixers import attention, linear, self_modifying, titans, titans_attention, titans_context
 from hope.mixers.base import MIXERS, Mixer, MixerKind, Report, State, Trunk, mixer
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "self_modifying",
     "titans",
     "titans_attention",
+    "titans_context",
 ]

@@ -160,8 +160,10 @@ class Attention(Mixer):
         dense = self.query.flops() + self.key.flops() + self.value.flops() + self.output.flops()
         window = min(self.config.window or length, length)
         seen = window - window**2 / (2 * length)  # mean over the tokens
-        seen += 0 if self.persistent_keys is None else self.persistent_keys.shape[1]
-        return dense + Flops(4.0 * seen * torch.numel(self.query.weight[0]))
+        width = torch.numel(self.query.weight[0])
+        if self.persistent_keys is None:
+            return dense + Flops(4.0 * seen * width)
+        return dense + Flops(6.0 * (seen + self.persistent_keys.shape[1]) * width)  # scores of doubled width
 
 
 def apart_from_persistent(q: Tensor, k: Tensor, unturned: Tensor) -> tuple[Tensor, Tensor]:

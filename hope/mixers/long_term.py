@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -136,7 +138,7 @@ class LongTermMemory(Dense):
 
 
 class Rates(Dense):
-    """theta and, if the rule has them, log(1 - alpha) and log eta, side by side: x [T, B, D] -> [B, H, T, R]."""
+    """theta and, if the rule has them, log(1 - alpha) and log eta, side by side: x [T, B, width] -> [B, H, T, R]."""
 
     def __init__(self, heads: int, width: int, config: TitansConfig, head_dim: int) -> None:
         super().__init__()
@@ -157,14 +159,26 @@ class Rates(Dense):
         return 1 + self.decays + self.moves
 
     def forward(self, x_TBD: Tensor, dtype: torch.dtype) -> Tensor:
-        logit = lambda weight, bias: F.linear(x_TBD, weight).to(dtype) + bias.to(dtype)
+        return self._bounded(lambda weight: F.linear(x_TBD, weight).to(dtype).permute(1, 2, 0))
+
+    def of_heads(self, y: Tensor) -> Tensor:
+        """From what each head has, [B, H, T, K], where `width` is that of a head."""
+        return self._bounded(lambda weight: (y @ weight.to(y.dtype).unsqueeze(-1)).squeeze(-1))
+
+    def _bounded(self, project: Callable[[Tensor], Tensor]) -> Tensor:
+        """project: a weight [H, width] -> products [B, H, T]."""
+
+        def logit(weight: Tensor, bias: Tensor) -> Tensor:
+            product = project(weight)
+            return product + bias.to(product.dtype).unsqueeze(-1)
+
         found = [self.theta_max * torch.sigmoid(logit(self.theta_weight, self.theta_bias))]
         if self.decays:
             found.append(F.logsigmoid(-logit(self.decay_weight, self.decay_bias)))
         if self.moves:
-            bound = torch.tensor(self.momentum_max, dtype=dtype).log()
-            found.append(F.logsigmoid(logit(self.momentum_weight, self.momentum_bias)) + bound.to(x_TBD.device))
-        return torch.stack(found, -1).permute(1, 2, 0, 3)
+            log_eta = F.logsigmoid(logit(self.momentum_weight, self.momentum_bias))
+            found.append(log_eta + math.log(self.momentum_max))
+        return torch.stack(found, -1)
 
     def named(self, rates: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """theta, log(1 - alpha) and log eta [B, H, L] of what `forward` gave."""
@@ -195,10 +209,10 @@ class Network(Dense):
 
 
 @torch.no_grad()
-def summary(state: MemoryState, writes: Writes) -> Report:
+def summary(weights: FastWeights, writes: Writes) -> Report:
     """What the log shows of a pass. memory_norm: mean over sequences and heads of the norm of all weights.
     Histograms theta, alpha and eta [B, H, L], of those that there are."""
-    norm = torch.stack([layer.weight.float().square().sum((-1, -2)) for layer in state.weights]).sum(0).sqrt()
+    norm = torch.stack([layer.weight.float().square().sum((-1, -2)) for layer in weights]).sum(0).sqrt()
     histograms = {"theta": writes.theta.detach()}
     if writes.log_keep is not None:
         histograms["alpha"] = -torch.expm1(writes.log_keep.detach())

@@ -38,7 +38,7 @@ class Titans(Mixer):
         x_TBD = self.enter(x_TBD)
         y, after, writes = self.memory(x_TBD, state, documents)
         if self.watched:
-            self._collected = summary(after, writes)
+            self._collected = summary(after.weights, writes)
         y_TBD = self.form(normed_and_joined)(y, self.norm.weight, x_TBD.dtype)
         if self.rule.gate != "none":
             y_TBD = self.form(gated)(self.gate(x_TBD), y_TBD, self.rule.gate)

@@ -118,7 +118,7 @@ class MemoryAsGate(Mixer):
         read, memory, writes = self.memory(x_TBD, before[0], documents)
         seen, keys_and_values = self.attention.mix(x_TBD, before[1], documents)
         if self.watched:
-            self._collected = summary(memory, writes)
+            self._collected = summary(memory.weights, writes)
         gate = self.form(normed_and_joined)(read, self.norm_memory.weight, x_TBD.dtype)
         seen = self.norm_attention(seen.unflatten(-1, (-1, self.memory.head_dim))).flatten(-2)
         out = self.leave(self.attention.output(self.form(gated)(gate, seen, self.kind)))

@@ -44,6 +44,7 @@ KINDS = {
         name: [f"model.pattern=[{name}]", f"model.mixers.{name}.window=6", f"model.mixers.{name}.chunk=4"]
         for name in ("titans_mag", "titans_mal")
     },
+    "titans_mac": ["model.pattern=[titans_mac]", "model.mixers.titans_mac.chunk=4"],
 }
 LAYOUTS = {
     "tp2": (2, ["parallel.tensor=2"]),
@@ -69,6 +70,7 @@ QUICK = [
     ("pp2", "lmm"),
     ("tp2+sp", "titans_mag"),
     ("tp2-pp2+sp", "titans_mal"),
+    ("tp2+sp", "titans_mac"),
     ("tp2+sp", "mlp"),
     ("tp4", "hope_attention"),
     ("pp2-vpp2", "matrix"),

@@ -17,6 +17,7 @@ from hope.memory.titans_config import TITANS_RULES, TitansConfig
 from hope.mixers import MIXERS
 from hope.mixers.attention import AttentionConfig
 from hope.mixers.titans_attention import GateConfig, LayerConfig
+from hope.mixers.titans_context import ContextConfig
 from hope.model import Model
 
 LENGTH, BATCH, VOCAB = 23, 3, 32
@@ -42,9 +43,10 @@ PATTERNS = {name: (["hope"], {"hope": memory}) for name, memory in MEMORIES.item
     "hybrid": (["hope", "attention"], {"hope": MEMORIES["matrix-two-clocks"]}),
     **{rule: (["linear"], {"linear": LinearConfig(rule=rule, chunk=8)}) for rule in RULES},
     **{rule: (["titans"], {"titans": TitansConfig(rule=rule, chunk=4, theta_max=0.2)}) for rule in TITANS_RULES},
-    "mag": (["titans_mag"], {"titans_mag": GateConfig(chunk=4, window=5, persistent=3)}),
-    "mal": (["titans_mal"], {"titans_mal": LayerConfig(chunk=4, window=6, persistent=2)}),
-    "lmm-online": (["titans"], {"titans": TitansConfig(depth=1, chunk=1, conv_width=0)}),
+    "mag": (["titans_mag"], {"titans_mag": GateConfig(chunk=4, window=5, persistent=3, theta_max=0.2)}),
+    "mal": (["titans_mal"], {"titans_mal": LayerConfig(chunk=4, window=6, persistent=2, theta_max=0.2)}),
+    "mac": (["titans_mac"], {"titans_mac": ContextConfig(chunk=4, persistent=2, theta_max=0.2)}),
+    "lmm-online": (["titans"], {"titans": TitansConfig(depth=1, chunk=1, conv_width=0, theta_max=0.1)}),
 }
 
 
@@ -120,7 +122,8 @@ def test_calls_with_and_without_documents_may_be_mixed(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["matrix-two-clocks", "matrix-projected", "mlp", "attention", "hybrid", *RULES, *TITANS_RULES]
+    "name",
+    ["matrix-two-clocks", "matrix-projected", "mlp", "attention", "hybrid", *RULES, *TITANS_RULES, "mag", "mal", "mac"],
 )
 def test_gradients_pass_through_a_cut(name):
     model = MODELS[name]

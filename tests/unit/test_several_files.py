@@ -18,6 +18,7 @@ from hope.memory.linear_config import RULES, LinearConfig
 from hope.memory.titans_config import TitansConfig
 from hope.mixers.attention import AttentionConfig
 from hope.mixers.titans_attention import GateConfig, LayerConfig
+from hope.mixers.titans_context import ContextConfig
 from hope.model import Model
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +27,7 @@ FAMILY = {
     **{rule: {"linear": LinearConfig(rule=rule)} for rule in RULES},
     "titans_lmm": {"titans": TitansConfig()},
     "titans_mag": {"titans_mag": GateConfig()},
+    "titans_mac": {"titans_mac": ContextConfig(chunk=64)},
     "titans_mal": {"titans_mal": LayerConfig()},
     "ttt_linear": {"titans": TitansConfig(rule="ttt_linear")},
     "ttt_mlp": {"titans": TitansConfig(rule="ttt_mlp")},

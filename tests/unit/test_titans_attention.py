@@ -1,14 +1,15 @@
-"""Titans with attention, MAG and MAL: against a token loop, in float64, with all gradients."""
+"""Titans with attention, MAG, MAL and MAC: against a token loop, in float64, with all gradients."""
 
 import pytest
 import torch
 from test_titans import QUICKSTART, activations, assert_same, shaken
-from titans_reference import gated_of_a_document, layered_of_a_document
+from titans_reference import context_of_a_document, gated_of_a_document, layered_of_a_document
 
 from configs.errors import ConfigError
 from configs.schema import load
 from hope.mixers import Mixer, Trunk
 from hope.mixers.titans_attention import GateConfig, LayerConfig, MemoryAsGate, MemoryAsLayer
+from hope.mixers.titans_context import ContextConfig, MemoryAsContext
 from hope.parameters import initialise
 
 CASES = {
@@ -17,6 +18,14 @@ CASES = {
     "mag alone": (MemoryAsGate, GateConfig(chunk=1, theta_max=0.1, window=2, persistent=0), gated_of_a_document),
     "mal": (MemoryAsLayer, LayerConfig(chunk=4, theta_max=0.3, window=5, persistent=3), layered_of_a_document),
     "mal ttt": (MemoryAsLayer, LayerConfig(rule="ttt_linear", chunk=3, window=64, persistent=0), layered_of_a_document),
+    "mac": (MemoryAsContext, ContextConfig(chunk=4, theta_max=0.3, persistent=3), context_of_a_document),
+    "mac matrix": (
+        MemoryAsContext,
+        ContextConfig(depth=1, chunk=5, theta_max=0.5, persistent=0, gate="silu", decay_bias=-1.0),
+        context_of_a_document,
+    ),
+    "mac ttt": (MemoryAsContext, ContextConfig(rule="ttt_mlp", chunk=3, persistent=1), context_of_a_document),
+    "mac by token": (MemoryAsContext, ContextConfig(chunk=1, theta_max=0.1), context_of_a_document),
 }
 
 
@@ -42,6 +51,7 @@ def test_persistent_keys_are_seen_by_every_token():
 
 
 BAD = {
+    "mac": [("conv_width=4", "conv_width", "is not used"), ("persistent=-1", "persistent", "-1 is negative")],
     "mag": [("window=0", "window", "0 is less than 1"), ("persistent=-1", "persistent", "-1 is negative")],
     "mal": [("rope_base=0", "rope_base", "0.0 is not positive"), ("depth=9", "depth", "9 is not in 1 to 4")],
 }
@@ -58,13 +68,14 @@ def test_what_cannot_work_is_a_problem_with_its_path(name):
         assert problem.fix
 
 
-@pytest.mark.parametrize("name", ["mag", "mal"])
+@pytest.mark.parametrize("name", ["mag", "mal", "mac"])
 def test_what_the_log_shows_and_the_referee_compares(name):
     layer = layer_of(name)
     layer.watched = True
     _, state = layer(activations())
     assert set(layer.report().scalars) == {"memory_norm"}
     assert set(layer.report().histograms) == {"theta", "alpha", "eta"}
-    assert set(state.compared()) == {"memory.0", "memory.1", "keys", "values"}
-    assert layer.chunk == 20  # whole chunks of 4 and windows of 5
-    assert layer.flops(64).dense > layer.flops(8).dense  # more tokens have a whole window
+    attention = set() if name == "mac" else {"keys", "values"}
+    assert set(state.compared()) == {"memory.0", "memory.1"} | attention
+    assert layer.chunk == (4 if name == "mac" else 20)  # whole chunks of 4 and windows of 5
+    assert layer.flops(64).dense > layer.flops(3).dense  # more tokens see a whole window
