@@ -1,9 +1,10 @@
-"""The gated-delta chunk: the one primitive under every self-modifying memory, and under the linear family.
+"""The gated-delta chunk: the one primitive under every self-modifying memory, under the linear family, and
+under the networks of Titans and TTT (`hope.memory.deep`, without erasing).
 
 Over a chunk of C tokens with keys x_t, write rates eta_t, erase rates zeta_t, retention alpha_t and errors e_t all
 known at its start,
 
-    S_t = beta S_{t-1} - eta_t e_t x_t^T
+    S_t = beta_t S_{t-1} - eta_t e_t x_t^T
     W_t = W_{t-1} (alpha_t I - zeta_t x_t x_t^T) + S_t                       (Eq. 88/90: zeta = eta, beta = 0)
 
 is solved without a loop. Published layers are rows of one table, with v_t = -e_t the value (`hope.memory.linear`

@@ -99,7 +99,7 @@ def by_tokens(rule: TitansRule, given, length: int | None = None) -> list[torch.
 
 def with_gradients(function, rule: TitansRule, given) -> list[torch.Tensor]:
     results = function(rule, given)
-    total = sum((t * torch.linspace(-1, 1, t.numel(), dtype=D).view_as(t)).sum() for t in results)
+    total = sum((t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view_as(t)).sum() for t in results)
     return [*results, *torch.autograd.grad(total, tensors(given), materialize_grads=True)]
 
 
@@ -227,6 +227,27 @@ def test_hope_with_given_keys_and_values_is_titans(memory):
             k, v, q = (given[name][b, h, t] for name in ("k", "v", "q"))
             head.write("main", start, k, v, given["theta"][b, h, t], given["keep"][b, h, t], torch.tensor(0.0))
             assert_equal([y[b, h, t]], [q + head.contribution(head.now["main"], q)])
+
+
+@pytest.mark.parametrize("rate", [-60.0, -4.0, 60.0])
+@pytest.mark.parametrize("name", ["matrix", "mlp"])
+def test_weak_and_strong_gates_stay_finite_in_fp32(name, rate):
+    """Shares of nothing and of everything that are forgotten and carried on: values and gradients are those of float64
+    within fp32's rounding."""
+    rule = dataclasses.replace(RULES[name], chunk=8)
+    given = inputs(rule)
+    logits = rate + torch.linspace(-1, 1, B * H * T, dtype=D).view(B, H, T)
+    given |= {"keep": logits.sigmoid().requires_grad_(), "eta": (-logits).sigmoid().requires_grad_()}
+    expected = with_gradients(by_chunks, rule, given)
+    single = {n: t if t is None else _single(t) for n, t in given.items()}
+    found = with_gradients(by_chunks, rule, single)
+    for one, other in zip(found, expected, strict=True):
+        assert one.isfinite().all()
+        assert (one.double() - other).norm() <= 2e-4 * max(other.norm(), 1e-3 * expected[0].norm())
+
+
+def _single(value):
+    return tuple(map(_single, value)) if isinstance(value, tuple) else value.detach().float().requires_grad_()
 
 
 def test_no_token_sees_a_later_one():
