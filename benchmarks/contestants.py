@@ -54,9 +54,9 @@ FAMILY: dict[str, dict[str, Any]] = {
     "ttt_linear": {"titans": TitansConfig(rule="ttt_linear")},
     "ttt_mlp": {"titans": TitansConfig(rule="ttt_mlp")},
     "titans_lmm": {"titans": TitansConfig()},
-    "titans_mag": {"titans_mag": GateConfig()},
-    "titans_mal": {"titans_mal": LayerConfig()},
-    "titans_mac": {"titans_mac": ContextConfig(chunk=64)},
+    "titans_mag": {"titans_mag": GateConfig(window=512)},
+    "titans_mal": {"titans_mal": LayerConfig(window=512)},
+    "titans_mac": {"titans_mac": ContextConfig(segment=128)},
     "samba": {"linear": LinearConfig(rule="mamba2"), "attention": AttentionConfig(window=512)},
 }
 GPT = "megatron_gpt"

@@ -136,8 +136,8 @@ def context_of_a_document(layer, x: Tensor) -> Tensor:
         }
         norm = (layer.network.scale[h], layer.network.shift[h]) if rule.inner_norm else None
         weights, momenta, out = [w[h] for w in layer.network.layers], None, []
-        for first in range(0, x.shape[0], rule.chunk):
-            q, k, v, r = (t[first : first + rule.chunk] for t in z.values())
+        for first in range(0, x.shape[0], layer.config.segment):
+            q, k, v, r = (t[first : first + layer.config.segment] for t in z.values())
             recalled = torch.stack([network(weights, unit(each), rule, norm) for each in r])
             y = segment_attention(layer, h, q, k, v, recalled)
             gate = lambda name, y=y, h=h: torch.sigmoid(

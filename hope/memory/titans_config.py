@@ -10,7 +10,7 @@ from typing import Literal
 from hope.sections import MixerSection, Problem
 
 MAX_DEPTH = 4
-"""Of the deepest memory in Titans, Figure 7."""
+"""Of the deepest memory that Titans compares (Appendix G.3)."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class TitansRule:
     conv_width: int = 4
     unit_keys: bool = True
     gate: Literal["none", "silu", "sigmoid"] = "silu"
-    chunk: int = 64
+    chunk: int = 16
     theta: float | None = None
-    """theta_max times the width of a head, if it is not given; None: theta_max is 4^-(depth + 2)."""
+    """theta_max times the width of a head, if it is not given; None: theta_max is 4^-(depth + 1)."""
 
 
 _TTT = TitansRule(
@@ -41,11 +41,16 @@ _TTT = TitansRule(
     momentum=False,
     decay=False,
     unit_keys=False,
-    chunk=16,
     theta=1.0,
 )
 TITANS_RULES: dict[str, TitansRule] = {
-    "lmm": TitansRule("Behrouz et al., 2024, Titans, the long-term memory module alone"),
+    "lmm": TitansRule(
+        "Behrouz et al., 2024, Titans, the long-term memory module alone",
+        expansion=4,
+        activation="gelu",
+        residual=True,
+        inner_norm=True,
+    ),
     "ttt_linear": _TTT,
     "ttt_mlp": dataclasses.replace(
         _TTT,
@@ -79,8 +84,8 @@ class TitansConfig(MixerSection):
     decay: bool | None = None
     """Whether the memory forgets a share alpha_t of its weights at each token."""
     theta_max: float | None = None
-    """Bound of the inner rate theta; null: 1 (TTT-Linear) or 0.1 (TTT-MLP) over the head width, else 4^-(depth + 2). Of
-    two layers 1/64 overflowed and 1/128 trained, of four 1/256 overflowed (docs/family.md)."""
+    """Bound of the inner rate theta; null: 1 (TTT-Linear) or 0.1 (TTT-MLP) over the head width, else 4^-(depth + 1).
+    Four times that overflowed or came close, and without inner_norm the same did (docs/family.md)."""
     momentum_max: float = 0.9
     """Bound of eta."""
     decay_bias: float | None = None
@@ -106,7 +111,7 @@ class TitansConfig(MixerSection):
         if self.theta_max is not None:
             return self.theta_max
         rule = self.resolved()
-        return 4.0 ** -(rule.depth + 2) if rule.theta is None else rule.theta / head_dim
+        return 4.0 ** -(rule.depth + 1) if rule.theta is None else rule.theta / head_dim
 
     @property
     def decay_start(self) -> float:
@@ -134,7 +139,7 @@ class TitansConfig(MixerSection):
             if getattr(self, key) is not None and rule.depth == 1:
                 yield Problem(f"{path}.{key}", f"is not used: depth is 1 {told}", "leave it out, or depth 2")
         if rule.chunk < 1:
-            yield Problem(f"{path}.chunk", f"{rule.chunk} is less than 1", "64, or 16")
+            yield Problem(f"{path}.chunk", f"{rule.chunk} is less than 1", "16")
         if rule.conv_width < 0:
             yield Problem(f"{path}.conv_width", f"{rule.conv_width} is negative", "4, or 0 for none")
         if self.theta_max is not None and not self.theta_max > 0:

@@ -33,9 +33,9 @@ from hope.sections import Problem
 class WithAttentionConfig(TitansConfig):
     """Titans' long-term memory and sliding-window attention."""
 
-    window: int = 256
+    window: int = 2048
     """Tokens that a token's attention sees, itself and those before it."""
-    persistent: int = 16
+    persistent: int = 128
     """Learned keys and values per head that every token's attention sees."""
     rope_base: float = 10000.0
     """Base of the attention's rotary positions."""
@@ -53,9 +53,9 @@ class WithAttentionConfig(TitansConfig):
         if head_dim % 2:
             yield Problem("model.heads", f"head width {head_dim} is odd; rotary embedding needs pairs", "an even width")
         if self.window < 1:
-            yield Problem(f"{path}.window", f"{self.window} is less than 1", "256")
+            yield Problem(f"{path}.window", f"{self.window} is less than 1", "2048")
         if self.persistent < 0:
-            yield Problem(f"{path}.persistent", f"{self.persistent} is negative", "16, or 0 for none")
+            yield Problem(f"{path}.persistent", f"{self.persistent} is negative", "128, or 0 for none")
         if not self.rope_base > 0:
             yield Problem(f"{path}.rope_base", f"{self.rope_base} is not positive", "10000.0")
 

@@ -6,11 +6,12 @@ Per head, M' being the memory before the segment and z the input,
 
     h_t = M'(unit(W_r z_t))                                               what is remembered
     y_t = softmax attention of W_q z_t to P, (K_h h_s, V_h h_s) and (W_k z_s, W_v z_s) for s <= t in the segment
-    M_t : written with unit(K_m y_s), V_m y_s for s <= t, gradients at M'  (`hope.memory.deep`)
+    M_t : written with unit(K_m y_s), V_m y_s for s <= t  (`hope.memory.deep`)
     o_t = norm(y_t) * sigmoid(norm(M_t(unit(Q_m y_t))))
 
 Every token sees what is remembered for itself and for those before it: of a later one, h would tell what it is. Maps of
-h and y are per head, so that the loop over segments stays with the heads of its rank. The segment is the chunk.
+h and y are per head, so that the loop over segments stays with the heads of its rank. Gradients are taken once per
+chunk, of which a segment has several.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class ContextConfig(TitansConfig):
 
     gate: Literal["silu", "sigmoid"] = "sigmoid"
     """What the memory's normed reads go through before they multiply the attention's."""
-    persistent: int = 16
+    segment: int = 512
+    """Tokens that attend to each other; a multiple of chunk."""
+    persistent: int = 128
     """Learned keys and values per head that every token's attention sees."""
     rope_base: float = 10000.0
     """Base of the attention's rotary positions, counted inside the segment."""
@@ -65,9 +68,13 @@ class ContextConfig(TitansConfig):
         if head_dim % 2:
             yield Problem("model.heads", f"head width {head_dim} is odd; rotary embedding needs pairs", "an even width")
         if self.persistent < 0:
-            yield Problem(f"{path}.persistent", f"{self.persistent} is negative", "16, or 0 for none")
+            yield Problem(f"{path}.persistent", f"{self.persistent} is negative", "128, or 0 for none")
         if not self.rope_base > 0:
             yield Problem(f"{path}.rope_base", f"{self.rope_base} is not positive", "10000.0")
+        chunk = self.resolved().chunk
+        if chunk > 0 and (self.segment < 1 or self.segment % chunk):
+            what = f"{self.segment} is not a multiple of chunk {chunk}"
+            yield Problem(f"{path}.segment", what, f"{max(1, self.segment // chunk) * chunk}")
         for key in ("conv_width", "unit_keys"):
             if getattr(self, key) is not None:
                 what = "is not used: the memory's keys are made of attention's output, of unit length"
@@ -105,7 +112,7 @@ class MemoryAsContext(Mixer):
         super().__init__()
         width, heads, head_dim = trunk.width, trunk.heads, trunk.head_dim
         self.config, self.rule, self.head_dim = config, config.resolved(), head_dim
-        self.chunk, self.persistent = self.rule.chunk, config.persistent
+        self.chunk, self.persistent = config.segment, config.persistent
         projection = lambda: Linear(width, width, "column", head_dim)
         self.query, self.key, self.value, self.recall = (projection() for _ in range(4))
         square = lambda: new_parameter(
@@ -169,7 +176,7 @@ class MemoryAsContext(Mixer):
         """Per token, forward: the memory is read twice."""
         rule, head_dim, heads = self.rule, self.head_dim, self.query.weight.shape[0] // self.head_dim
         dense = 5 * self.query.flops().dense + heads * (5 * 2.0 * head_dim**2 + 2.0 * head_dim * self.rates.count)
-        seen = min(rule.chunk, length) + self.persistent  # two of each token, half of the square
+        seen = min(self.chunk, length) + self.persistent  # two of each token, half of the square
         dense += heads * (6.0 if self.persistent else 4.0) * seen * head_dim
         hidden = rule.expansion * head_dim
         reads, writes = deep.flops(rule.depth, head_dim, hidden, rule.chunk, rule.momentum)
@@ -200,16 +207,17 @@ class Segments:
         assert tokens is not None
         q, k, v, recall = tokens.chunk(4, -1)
         y = self.attend(q, k, v, self.memory.read(now, recall))
-        theta, log_keep, log_momentum = self.layer.rates.named(self._real(self.layer.rates.of_heads(y), real))
-        keys = unit(y @ self.maps["memory_key"])
-        self.writes = Writes(keys, y @ self.maps["memory_value"], theta, log_keep, log_momentum)
-        after, reads = self.memory.write(now, self.writes, real)
-        return torch.cat([y, self.memory.causal(reads, unit(y @ self.maps["memory_query"]))], -1), after
-
-    @staticmethod
-    def _real(rates: Tensor, real: Tensor | None) -> Tensor:
-        """Zeros at padding."""
-        return rates if real is None else rates * real.unsqueeze(-1)
+        rates = self.layer.rates.of_heads(y)
+        if real is not None:  # padding neither writes nor forgets
+            rates = rates * real.unsqueeze(-1)
+        keys, queries = unit(y @ self.maps["memory_key"]), unit(y @ self.maps["memory_query"])
+        self.writes = Writes(keys, y @ self.maps["memory_value"], *self.layer.rates.named(rates))
+        size, read = self.layer.rule.chunk, []
+        cut = lambda t: [None] * (y.shape[2] // size) if t is None else t.split(size, 2)
+        for q, valid, *written in zip(cut(queries), cut(real), *map(cut, self.writes), strict=True):
+            now, reads = self.memory.write(now, Writes(*written), valid)
+            read.append(self.memory.causal(reads, q))
+        return torch.cat([y, torch.cat(read, 2)], -1), now
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, recalled: Tensor) -> Tensor:
         """Of every token to persistent keys, what is recalled up to it, and the segment up to it. [B, H, C, K]."""

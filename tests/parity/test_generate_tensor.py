@@ -49,7 +49,7 @@ def test_text_of_two_tensor_ranks_is_that_of_one_device(tmp_path):
         "hope": MemoryConfig(projection_chunk=2, main_chunk=4),
         "linear": LinearConfig(rule="retnet"),
         "titans_mag": GateConfig(chunk=4, window=5, persistent=2, theta_max=0.1),
-        "titans_mac": ContextConfig(chunk=4, persistent=2, theta_max=0.1),
+        "titans_mac": ContextConfig(chunk=2, segment=4, persistent=2, theta_max=0.1),
     }
     cms = CmsConfig(periods=[1, 2], hidden=16)
     pattern = ["hope", "attention", "linear", "titans_mag", "titans_mac"]

@@ -44,7 +44,11 @@ KINDS = {
         name: [f"model.pattern=[{name}]", f"model.mixers.{name}.window=6", f"model.mixers.{name}.chunk=4"]
         for name in ("titans_mag", "titans_mal")
     },
-    "titans_mac": ["model.pattern=[titans_mac]", "model.mixers.titans_mac.chunk=4"],
+    "titans_mac": [
+        "model.pattern=[titans_mac]",
+        "model.mixers.titans_mac.chunk=2",
+        "model.mixers.titans_mac.segment=8",
+    ],
 }
 LAYOUTS = {
     "tp2": (2, ["parallel.tensor=2"]),

@@ -45,7 +45,7 @@ PATTERNS = {name: (["hope"], {"hope": memory}) for name, memory in MEMORIES.item
     **{rule: (["titans"], {"titans": TitansConfig(rule=rule, chunk=4, theta_max=0.2)}) for rule in TITANS_RULES},
     "mag": (["titans_mag"], {"titans_mag": GateConfig(chunk=4, window=5, persistent=3, theta_max=0.2)}),
     "mal": (["titans_mal"], {"titans_mal": LayerConfig(chunk=4, window=6, persistent=2, theta_max=0.2)}),
-    "mac": (["titans_mac"], {"titans_mac": ContextConfig(chunk=4, persistent=2, theta_max=0.2)}),
+    "mac": (["titans_mac"], {"titans_mac": ContextConfig(chunk=2, segment=6, persistent=2, theta_max=0.2)}),
     "lmm-online": (["titans"], {"titans": TitansConfig(depth=1, chunk=1, conv_width=0, theta_max=0.1)}),
 }
 

@@ -70,7 +70,7 @@ PARTS = {
 }
 TITANS = {
     "titans_mal": LayerConfig(chunk=8, window=6, persistent=2, theta_max=0.1),
-    "titans_mac": ContextConfig(chunk=8, persistent=2, theta_max=0.1),
+    "titans_mac": ContextConfig(chunk=4, segment=8, persistent=2, theta_max=0.1),
 }
 
 

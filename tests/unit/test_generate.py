@@ -39,7 +39,7 @@ PATTERNS = {
     "kda": (["linear"], {"linear": LinearConfig(rule="kda", chunk=4)}),
     "titans": (["titans"], {"titans": TitansConfig(chunk=4, theta_max=0.2)}),
     "mag": (["titans_mag"], {"titans_mag": GateConfig(chunk=4, window=5, persistent=3, theta_max=0.2)}),
-    "mac": (["titans_mac"], {"titans_mac": ContextConfig(chunk=4, persistent=2, theta_max=0.2)}),
+    "mac": (["titans_mac"], {"titans_mac": ContextConfig(chunk=2, segment=6, persistent=2, theta_max=0.2)}),
     "mal": (["titans_mal"], {"titans_mal": LayerConfig(chunk=4, window=6, persistent=2, theta_max=0.2)}),
 }
 

@@ -26,9 +26,9 @@ PRESETS = sorted((ROOT / "configs/models").glob("*.yaml"))
 FAMILY = {
     **{rule: {"linear": LinearConfig(rule=rule)} for rule in RULES},
     "titans_lmm": {"titans": TitansConfig()},
-    "titans_mag": {"titans_mag": GateConfig()},
-    "titans_mac": {"titans_mac": ContextConfig(chunk=64)},
-    "titans_mal": {"titans_mal": LayerConfig()},
+    "titans_mag": {"titans_mag": GateConfig(window=512)},
+    "titans_mac": {"titans_mac": ContextConfig(segment=128)},
+    "titans_mal": {"titans_mal": LayerConfig(window=512)},
     "ttt_linear": {"titans": TitansConfig(rule="ttt_linear")},
     "ttt_mlp": {"titans": TitansConfig(rule="ttt_mlp")},
     "samba": {"linear": LinearConfig(rule="mamba2"), "attention": AttentionConfig(window=512)},

@@ -25,12 +25,12 @@ QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
 BOUND = 1e-11
 LENGTH, BATCH = 13, 2
 CONFIGS = {name: TitansConfig(rule=name, chunk=4, theta_max=0.3) for name in TITANS_RULES} | {
-    "matrix": TitansConfig(depth=1, chunk=5, theta_max=0.5, decay_bias=-1.0),
-    "deep": TitansConfig(depth=3, expansion=2, chunk=4, theta_max=0.2, decay_bias=-2.0),
-    "deepest": TitansConfig(depth=4, chunk=8, theta_max=0.2, residual=True, gate="sigmoid"),
+    "matrix": TitansConfig(depth=1, chunk=5, theta_max=0.5, decay_bias=-1.0, residual=False, inner_norm=False),
+    "deep": TitansConfig(depth=3, expansion=2, chunk=4, theta_max=0.2, decay_bias=-2.0, activation="silu"),
+    "deepest": TitansConfig(depth=4, expansion=1, chunk=8, theta_max=0.2, inner_norm=False, gate="sigmoid"),
     "online": TitansConfig(chunk=1, theta_max=0.05, momentum_max=0.5, conv_width=0, unit_keys=False, gate="none"),
-    "no momentum": TitansConfig(chunk=4, theta_max=0.3, momentum=False, activation="gelu"),
-    "no decay": TitansConfig(chunk=4, theta_max=0.3, decay=False, inner_norm=True, conv_width=1),
+    "no momentum": TitansConfig(chunk=4, theta_max=0.3, momentum=False, residual=False),
+    "no decay": TitansConfig(chunk=4, theta_max=0.3, decay=False, expansion=2, conv_width=1),
     "one chunk": TitansConfig(chunk=64, theta_max=0.05),
 }
 
@@ -122,8 +122,8 @@ def test_what_is_declared(name):
 def test_memory_prediction_and_flops():
     config = ModelConfig(["titans"], 32, 16, 4, 2, mixers={"titans": TitansConfig()}, cms=CmsConfig(periods=[1]))
     predicted = rank_memory(config, [Slice(0, 4)], 1, StepShape(256, 2, False), OptimConfig())
-    # layers x sequences x (two layers with momentum of heads x K x K, three inputs of three convolutions) x bytes
-    assert predicted.fast_weights == 4 * 2 * (2 * 2 * 2 * 8 * 8 + 3 * 3 * 16) * 4
+    # layers x sequences x (two layers with momentum of heads x 4 K x K, three inputs of three convolutions) x bytes
+    assert predicted.fast_weights == 4 * 2 * (2 * 2 * 2 * 4 * 8 * 8 + 3 * 3 * 16) * 4
     layer = model(TitansConfig(depth=1, chunk=4)).blocks["0"].mixer
     projections, convolutions, rates = 5 * 2 * 8 * 8, 3 * 2 * 8 * 4, 3 * 2 * 8 * 2
     weights = 2 * 4 * 4

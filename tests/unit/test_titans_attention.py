@@ -18,14 +18,18 @@ CASES = {
     "mag alone": (MemoryAsGate, GateConfig(chunk=1, theta_max=0.1, window=2, persistent=0), gated_of_a_document),
     "mal": (MemoryAsLayer, LayerConfig(chunk=4, theta_max=0.3, window=5, persistent=3), layered_of_a_document),
     "mal ttt": (MemoryAsLayer, LayerConfig(rule="ttt_linear", chunk=3, window=64, persistent=0), layered_of_a_document),
-    "mac": (MemoryAsContext, ContextConfig(chunk=4, theta_max=0.3, persistent=3), context_of_a_document),
+    "mac": (MemoryAsContext, ContextConfig(chunk=2, segment=6, theta_max=0.3, persistent=3), context_of_a_document),
     "mac matrix": (
         MemoryAsContext,
-        ContextConfig(depth=1, chunk=5, theta_max=0.5, persistent=0, gate="silu", decay_bias=-1.0),
+        ContextConfig(depth=1, chunk=5, segment=5, theta_max=0.5, persistent=0, gate="silu", decay_bias=-1.0),
         context_of_a_document,
     ),
-    "mac ttt": (MemoryAsContext, ContextConfig(rule="ttt_mlp", chunk=3, persistent=1), context_of_a_document),
-    "mac by token": (MemoryAsContext, ContextConfig(chunk=1, theta_max=0.1), context_of_a_document),
+    "mac ttt": (
+        MemoryAsContext,
+        ContextConfig(rule="ttt_mlp", chunk=3, segment=9, persistent=1),
+        context_of_a_document,
+    ),
+    "mac by token": (MemoryAsContext, ContextConfig(chunk=1, segment=1, theta_max=0.1), context_of_a_document),
 }
 
 
@@ -51,7 +55,10 @@ def test_persistent_keys_are_seen_by_every_token():
 
 
 BAD = {
-    "mac": [("conv_width=4", "conv_width", "is not used"), ("persistent=-1", "persistent", "-1 is negative")],
+    "mac": [
+        ("conv_width=4", "conv_width", "is not used"),
+        ("segment=20", "segment", "20 is not a multiple of chunk 16"),
+    ],
     "mag": [("window=0", "window", "0 is less than 1"), ("persistent=-1", "persistent", "-1 is negative")],
     "mal": [("rope_base=0", "rope_base", "0.0 is not positive"), ("depth=9", "depth", "9 is not in 1 to 4")],
 }
@@ -77,5 +84,5 @@ def test_what_the_log_shows_and_the_referee_compares(name):
     assert set(layer.report().histograms) == {"theta", "alpha", "eta"}
     attention = set() if name == "mac" else {"keys", "values"}
     assert set(state.compared()) == {"memory.0", "memory.1"} | attention
-    assert layer.chunk == (4 if name == "mac" else 20)  # whole chunks of 4 and windows of 5
+    assert layer.chunk == (6 if name == "mac" else 20)  # whole chunks of 4 and windows of 5
     assert layer.flops(64).dense > layer.flops(3).dense  # more tokens see a whole window
