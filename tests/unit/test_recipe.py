@@ -115,3 +115,16 @@ def test_a_run_that_fails_is_no_result(recipe, tmp_path, capfd):
     assert recipe.main([*flags, "--out", str(tmp_path / "runs")]) == 1
     assert "exit code 2, see " in capfd.readouterr().out
     assert not rows.exists()
+
+
+def test_the_picture_has_a_line_per_model_the_best_above(recipe):
+    picture = importlib.import_module("recipe_picture")
+    rows = [row(recipe, "b", 1.0, 1, 3.0), row(recipe, "b", 2.0, 1, 3.2), row(recipe, "b", 1.0, 2, 3.1)]
+    rows += [row(recipe, "a", 1.0, 1, 3.5), row(recipe, "a", 2.0, 1, None)]
+    found = picture.lines(PLAN, rows, "muon")
+    assert list(found.items()) == [("b", ([3.0, 3.2], [3.0, 3.1])), ("a", ([3.5], [3.5]))]
+    svg = picture.draw(found).svg()
+    assert svg.index("3.050  2 seeds") < svg.index("3.500  1 seed")
+    assert svg.count("<circle") == 3 + 3
+    with pytest.raises(ValueError, match="no cell"):
+        picture.draw(picture.lines(PLAN, rows, "adamw"))
