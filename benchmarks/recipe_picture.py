@@ -1,4 +1,4 @@
-"""The rows of benchmarks/recipe.py as a picture: `python benchmarks/recipe_picture.py ROWS.json OUT.svg [--optimizer muon]`.
+"""Rows of benchmarks/recipe.py as a picture: `python benchmarks/recipe_picture.py ROWS OUT.svg [--optimizer muon]`.
 
 A line per model, the best above. Pale dots: every cell of the grid, first seed. Dots: all seeds at the best rates, with
 their mean. What is far to the right is pushed to the edge.
