@@ -22,7 +22,7 @@ CHUNK = 64
 """The one chunk that was checked on a GPU. At 128 the inverse alone would fill the registers."""
 GIVEN_HEADS = 64
 """Of the linear family's kernels what was right on an H100: without erasing, bf16, heads of 64. With the delta rule
-their outputs were wrong there (docs/LOG.md), though not in the interpreter. The rest was not checked."""
+they and the plain form disagreed there (docs/LOG.md), though not in the interpreter. The rest was not checked."""
 SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16"}
 
 
