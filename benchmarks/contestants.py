@@ -17,6 +17,10 @@ from hope.batch import Batch
 from hope.config import CmsConfig, ModelConfig
 from hope.memory.config import MemoryConfig
 from hope.memory.linear_config import RULES, LinearConfig
+from hope.memory.titans_config import TitansConfig
+from hope.mixers.attention import AttentionConfig
+from hope.mixers.titans_attention import GateConfig, LayerConfig
+from hope.mixers.titans_context import ContextConfig
 from hope.model import Model
 from hope.optim.build import build_optimizer
 from hope.optim.config import OptimConfig
@@ -43,11 +47,21 @@ PATTERNS = {
     "hope_hybrid": ["hope", "hope", "hope", "attention"],
     "hope_mlp": ["hope"],
     "hope_attention": ["attention"],
-    **{rule: ["linear"] for rule in RULES},
+}
+# Models after papers, as their presets in configs/models say: sections of the mixers that the pattern names.
+FAMILY: dict[str, dict[str, Any]] = {
+    **{rule: {"linear": LinearConfig(rule=rule)} for rule in RULES},  # type: ignore[arg-type]
+    "ttt_linear": {"titans": TitansConfig(rule="ttt_linear")},
+    "ttt_mlp": {"titans": TitansConfig(rule="ttt_mlp")},
+    "titans_lmm": {"titans": TitansConfig()},
+    "titans_mag": {"titans_mag": GateConfig(window=512)},
+    "titans_mal": {"titans_mal": LayerConfig(window=512)},
+    "titans_mac": {"titans_mac": ContextConfig(segment=128)},
+    "samba": {"linear": LinearConfig(rule="mamba2"), "attention": AttentionConfig(window=512)},
 }
 GPT = "megatron_gpt"
-MODELS = (*PATTERNS, GPT)
-USUAL = tuple(name for name in MODELS if name not in RULES)  # those that are compared unless others are named
+MODELS = (*PATTERNS, *FAMILY, GPT)
+USUAL = tuple(name for name in MODELS if name not in FAMILY)  # those that are compared unless others are named
 WITHIN = 0.02  # of the Transformer's parameters
 
 
@@ -73,13 +87,13 @@ def model_config(name: str, size: str, choices: Choices = Choices()) -> ModelCon
         ValueError: no width comes within 2 % of its parameters.
     """
     width, layers, heads, vocabulary = SIZES[size]
-    pattern = [*PATTERNS[name] * layers][:layers]
+    pattern = [*(list(FAMILY[name]) if name in FAMILY else PATTERNS[name]) * layers][:layers]
     memory = MemoryConfig(**{"memory": "mlp" if name == "hope_mlp" else "matrix", **dict(choices.hope)})
     sections: dict[str, Any] = {"mixers": {"hope": memory}} if "hope" in pattern else {}
-    if name in RULES:
-        sections = {"mixers": {"linear": LinearConfig(rule=name)}}  # type: ignore[arg-type]
+    if name in FAMILY:
+        sections = {"mixers": FAMILY[name]}
     heads = choices.heads or heads if "hope" in pattern else heads
-    levels = [1] if name in RULES else [1, 4]
+    levels = [1] if name in FAMILY else [1, 4]
     make = lambda periods, hidden: ModelConfig(
         pattern=pattern, vocab_size=vocabulary, width=width, layers=layers, heads=heads,
         cms=CmsConfig(periods=periods, hidden=hidden), **sections,

@@ -2,7 +2,9 @@
 
     python benchmarks/given_kernels.py --json docs/measurements/given_kernels.json
 
-Outputs, end state and all gradients against the plain form in float64, relative in norm, and two runs with each other.
+Outputs, end state and all gradients against the plain form in float64 on the CPU, relative in norm, two runs with each
+other, and every stage of the forward pass with formulas on what the stages before it have stored. The plain form in
+float64 on the GPU itself is compared too: its triangular solution comes from another library there.
 Times are of forward and backward of the loop alone, bf16, against the plain form in fp32 with TF32 products, medians of
 `--steps`. Width 1536 in heads of K, 8 x 4096 tokens.
 """
@@ -65,21 +67,56 @@ def results(loop: Callable[..., tuple[Tensor, Tensor]], given: dict[str, Tensor 
     return found
 
 
+def stages(case: dict[str, Any], operands: torch.dtype, device: str) -> dict[str, float]:
+    """Errors of every stage of the forward pass against float64, from what the stages before it have stored."""
+    from hope.memory.given import fused
+
+    C, given = 64, inputs(2, 3, case["L"], case["K"], case["decay"], torch.float32, device)
+    q, k, v = (given[name].detach().to(operands).contiguous() for name in ("q", "k", "v"))  # type: ignore[union-attr]
+    b, start = (given[name].detach().contiguous() for name in ("write", "state"))  # type: ignore[union-attr]
+    ell = torch.zeros_like(b) if given["log_decay"] is None else given["log_decay"].detach().squeeze(-1).contiguous()
+    made = fused.forward(q, k, v, ell, b, start, case["erase"], C, "tf32")
+    made = {name: t.cpu() for name, t in made.items()}
+    cut = lambda t: t.cpu().double().unflatten(2, (-1, C))
+    Q, K, V, G, rate, u = (cut(t) for t in (q, k, v, ell, b, made["u"]))
+    G, rate, S = G.cumsum(-1), rate.unsqueeze(-1), made["states"].double()
+    ratio = (G.unsqueeze(-1) - G.unsqueeze(-2)).tril().exp().tril()
+    expected = {}
+    if case["erase"]:
+        T = (rate * (K @ K.mT) * ratio).tril(-1)
+        X = cut(made["inverse"])
+        eye = torch.eye(C, dtype=torch.float64)
+        expected["inverse"] = torch.linalg.solve_triangular(T, eye.expand_as(T), upper=False, unitriangular=True)
+        expected["u0"], expected["w"] = -X @ (rate * V), X @ (rate * G.exp().unsqueeze(-1) * K)
+        expected["u"] = cut(made["w"]) @ S + cut(made["u0"])
+    end = (G[..., -1:] - G).exp().unsqueeze(-1)
+    after = G[..., -1, None, None].exp() * S - K.mT @ (end * u)
+    expected["y"] = G.exp().unsqueeze(-1) * (Q @ S) - (Q @ K.mT * ratio) @ u
+    found = {name: cut(made[name]) for name in expected}
+    expected["states"], found["states"] = after[:, :, :-1], S[:, :, 1:]
+    expected["end"], found["end"] = after[:, :, -1], made["end"].double()
+    return {name: relative(found[name], expected[name]) for name in expected}
+
+
 def check(case: dict[str, Any], device: str) -> dict[str, Any]:
     """A row: the worst errors, and what is beyond its bound."""
     torch.backends.cuda.matmul.allow_tf32 = False
     operands = torch.bfloat16 if case["kind"] == "bf16" else torch.float32
     sizes = 2, 3, case["L"], case["K"], case["decay"]
     common = {"erase": case["erase"], "chunk": 64}
-    expected = results(partial(linear_memory, **common), inputs(*sizes, torch.float64, device))
+    plain = partial(linear_memory, **common)
+    expected, there = (results(plain, inputs(*sizes, torch.float64, where)) for where in ("cpu", device))
     fused = partial(fused_memory, operands=operands, **common)
     found, again = (results(fused, inputs(*sizes, torch.float32, device)) for _ in range(2))
-    errors = {name: relative(found[name], expected[name]) for name in expected}
+    against = lambda other: {name: relative(other[name].cpu(), expected[name]) for name in expected}
+    errors, of_plain = against(found), against(there)
     of_outputs, of_gradients = BOUNDS[case["kind"]]
     limit = lambda name: of_outputs if name in ("y", "end") else of_gradients
     bad = [name for name, error in errors.items() if not error <= limit(name)]
     bad += [f"two runs differ: {name}" for name in found if not torch.equal(found[name], again[name])]
-    return {**case, "gpu": _gpu(device), "errors": errors, "bad": bad}
+    bad += [f"plain in float64: {name}" for name, error in of_plain.items() if not error <= 1e-9]
+    found_by = {"errors": errors, "plain": of_plain, "stages": stages(case, operands, device)}
+    return {**case, "gpu": _gpu(device), **found_by, "bad": bad}
 
 
 def time(case: dict[str, Any], device: str, steps: int) -> dict[str, Any]:
@@ -125,6 +162,7 @@ def main(argv: list[str] | None = None) -> int:
         checks.append(check(case, args.device))
         worst = {name: f"{error:.1e}" for name, error in checks[-1]["errors"].items()}
         print(case, worst, "BAD: " + ", ".join(checks[-1]["bad"]) if checks[-1]["bad"] else "ok", flush=True)
+        print("  stages", {name: f"{error:.1e}" for name, error in checks[-1]["stages"].items()}, flush=True)
     times = [time(case, args.device, args.steps) for case in TIMES] if args.device == "cuda" else []
     for row in times:
         print(row, flush=True)

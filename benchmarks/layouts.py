@@ -50,7 +50,7 @@ def worker(config_path: str, overrides: list[str], steps: int) -> dict:
 
 
 def timed(config: Config, ranks: groups.Ranks, steps: int) -> dict:
-    """Seconds of `steps` steps of a new model and, in front, of the one before; what rank 0 saw, the fullest rank's peak.
+    """Seconds of `steps` steps of a new model and, in front, of the one before, by rank 0; and the largest peak.
 
     Collective. It leaves nothing on the device.
     """

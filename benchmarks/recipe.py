@@ -5,7 +5,9 @@
 
 benchmarks/recipe.yaml says which. A cell is one run of `pretrain_hope.py`. Its row is written when it ends, and cells
 that have a row are not run again, so that one may stop at any time (`--seconds`) and go on later. Grids are run in the
-order of the file. As soon as one is complete, its best rates are run with the other seeds.
+order of the file. As soon as one is complete, its best rates are run with the other seeds. Other plans (`--plan`):
+recipe_dmgd.yaml, recipe_ablation.yaml, recipe_position.yaml. A plan may have `eval_every` and `checkpoint_every`, in
+steps, 0 by default.
 """
 
 from __future__ import annotations
@@ -82,14 +84,20 @@ def cells(plan: Plan, rows: list[Row]) -> Iterator[Cell]:
                 yield Cell.of(chosen)._replace(seed=seed)
 
 
+def flat(items: list[Any]) -> list[str]:
+    """Words of a model, which a plan may have put together from anchors: lists within lists."""
+    return [word for item in items for word in (flat(item) if isinstance(item, list) else [item])]
+
+
 def words(plan: Plan, cell: Cell, data: list[str], folder: Path) -> list[str]:
     """What `pretrain_hope.py` is given after the configuration's file."""
     return [
-        *plan["common"], *plan["optimizers"][cell.optimizer]["set"], *plan["models"][cell.model],
+        *plan["common"], *plan["optimizers"][cell.optimizer]["set"], *flat(plan["models"][cell.model]),
         f"optim.lr={cell.lr}", f"optim.lr_elementwise={cell.lr_elementwise}",
         f"run.name={cell.name}", f"run.dir={folder}", f"run.seed={cell.seed}", f"data.seed={cell.seed}",
         f"data.train={data[0]}", f"data.heldout={data[1]}",
-        "checkpoint.every=0", "train.eval_every=0", "log.tensorboard=false", "log.histograms=0",
+        f"train.eval_every={plan.get('eval_every', 0)}", f"checkpoint.every={plan.get('checkpoint_every', 0)}",
+        "log.tensorboard=false", "log.histograms=0",
     ]  # fmt: skip
 
 

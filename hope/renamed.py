@@ -18,7 +18,14 @@ KINDS: dict[str, dict[str, Any]] = {
 """What a `model.kind` set."""
 
 NEWER_KEYS: dict[str, dict[str, Any]] = {
-    "hope": {"forget": "zero", "alpha_spread": 0.0, "erase_max": None, "output_gate": "silu", "kernel": "auto"},
+    "hope": {
+        "forget": "zero",
+        "alpha_spread": 0.0,
+        "erase_max": None,
+        "output_gate": "silu",
+        "kernel": "auto",
+        "self_made": "all",
+    },
     "attention": {"positions": "rope", "window": None, "qk_norm": False},
     "linear": {"kernel": "auto"},
 }

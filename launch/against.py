@@ -58,6 +58,7 @@ def speeds_of(rows: Sequence[scaling.Row], source: str) -> list[Speed]:
                         row["tokens_per_s"],
                         mfu,
                         f"{source}: {row['model']}",
+                        config.train.cuda_graphs,
                     )
                 )
     return found

@@ -159,7 +159,9 @@ def _changes(config: Config, run: RunFolder, world_size: int) -> list[str]:
 
 def _optimizer(config: Config) -> str:
     optim, clip = config.optim, config.train.grad_clip
-    kind = optim.name + (f" with memory {optim.dmgd.memory}" if optim.name == "dmgd" else "")
+    memory = {"dmgd": optim.dmgd.memory, "muon": optim.muon.memory}.get(optim.name)
+    shown = memory if optim.name == "dmgd" or memory != "linear" else None
+    kind = optim.name + (f" with memory {shown}" if shown else "")
     return f"{kind}  lr {optim.lr:g}  weight decay {optim.weight_decay:g}  gradient norm at most {clip or 'any'}"
 
 

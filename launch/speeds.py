@@ -25,6 +25,8 @@ class Speed:
     tokens_per_s: float
     mfu: float
     source: str
+    cuda_graphs: bool = False
+    """Whether passes were CUDA graphs; without them a host that issues operations may be what is slow."""
 
     def __str__(self) -> str:
         return (f"{self.mixer}, {self.parameters / 1e6:.0f}M parameters, sequence {self.seq_len}, one {self.device}: "
@@ -53,17 +55,22 @@ MEASURED = (
     Speed("hope mlp", 19.7e6, 1024, "H200", 62_000, 0.0111, "an experiment under one CUDA graph, not this program"),
     Speed("attention", 334.0e6, 4096, "H100", 90_700, 0.2391, "eager, micro-batch 4: docs/performance.md"),
     Speed("attention", 17.3e6, 1024, "H200", 380_000, 0.0471, "docs/results.md, 350-410k beside other runs"),
+    Speed("hope matrix", 345.3e6, 4096, "H100", 93_700, 0.2038, "CUDA graphs: docs/performance.md", True),
+    Speed("hope matrix", 1293.0e6, 4096, "H100", 36_130, 0.2893, "CUDA graphs: docs/performance.md", True),
+    Speed("attention", 334.0e6, 4096, "H100", 105_690, 0.2787, "CUDA graphs: docs/performance.md", True),
 )
 
 
 def nearest(config: Config, parameters: int, known: Sequence[Speed] = MEASURED) -> Speed:
     """The row that an estimate rests on: of the slowest mixer of the pattern, the nearest number of parameters.
 
-    Of equally large models the one with the nearest sequence. A mixer that was never measured counts as hope's. `known`
-    may be a user's own; of a mixer that is not among them it is `MEASURED`.
+    Of equally large models the one with the nearest sequence. A mixer that was never measured counts as hope's. Rows
+    with CUDA graphs count for a run with them, if there are some, and others for others. `known` may be a user's own;
+    of a mixer that is not among them it is `MEASURED`.
     """
     slow = slowest(config)
     rows = [row for row in known if row.mixer in slow] or [row for row in MEASURED if row.mixer in slow]
+    rows = [row for row in rows if row.cuda_graphs == config.train.cuda_graphs] or rows
     return min(rows, key=lambda row: (_apart(row.parameters, parameters), _apart(row.seq_len, config.train.seq_len)))
 
 

@@ -101,7 +101,7 @@ def one_head(
         for box in memories.boxes:
             if t % (config.main_chunk if box == "main" else config.projection_chunk) == 0:
                 start[box] = list(memories.now[box])
-        read = lambda box, z: c * memories.contribution(start[box], z)
+        read = lambda box, z: c * memories.contribution(start[box], z) if box in memories.boxes else 0 * z
         if config.static == "learned":
             static_k, static_v = mixer.static_k[head] @ x[t], mixer.static_v[head] @ x[t]
         elif config.static == "projected":

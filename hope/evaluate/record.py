@@ -12,7 +12,7 @@ from hope.evaluate.errors import EvaluationError
 from hope.evaluate.rows import Values
 from hope.train.written import replace_text
 
-FORMAT = 1
+FORMAT = 2  # 1 had no sums of repeated bigrams
 EVERY_S = 5.0  # between two writes of partial results
 
 

@@ -112,29 +112,46 @@ def bucket_of(position: np.ndarray) -> np.ndarray:
     return found
 
 
+def repeats(ids: np.ndarray) -> np.ndarray:
+    """Of tokens [n + 1] the targets [n], from the second token on, that a look back could have copied: bool, whether
+    the same token has followed the same token before in this row. (The AR hits of Zoology, Arora et al., 2023.)"""
+    pairs = np.stack([ids[:-1], ids[1:]], 1)
+    _, first, inverse = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
+    found: np.ndarray = first[inverse.reshape(-1)] < np.arange(len(pairs))
+    return found
+
+
 class TextSums:
-    """What is kept of a row: nats per block of `block` targets that count, then nats per bucket of positions."""
+    """What is kept of a row: nats per block of `block` targets that count, then nats per bucket of positions, then
+    those of them whose target repeats a bigram of its row, and how many these are."""
 
     def __init__(self, windows: Windows, block: int) -> None:
         self._windows, self._block = windows, block
 
     def reduce(self, index: int, nats: np.ndarray, best: np.ndarray) -> Values:
-        """[blocks, then buckets] of a row; as `hope.evaluate.rows.score_rows` wants it."""
+        """[blocks, then three times buckets] of a row; as `hope.evaluate.rows.score_rows` wants it."""
+        row, buckets = self._windows[index], bucket_of(self._windows.positions(index))
+        again = repeats(row.ids)[row.first :]
         blocks = np.add.reduceat(nats, np.arange(0, len(nats), self._block))
-        buckets = np.bincount(bucket_of(self._windows.positions(index)), weights=nats)
-        return [*blocks.tolist(), *buckets.tolist()]
+        sums = [np.bincount(buckets, weights=of) for of in (nats, nats * again, again.astype(np.float64))]
+        return [*blocks.tolist(), *np.concatenate(sums).tolist()]
 
     def result(self, values: Mapping[int, Values], text_bytes: int | None, words: int | None) -> dict[str, Any]:
         """Measures of these rows; `text_bytes` and `words` are theirs, None if unknown."""
         nats: list[float] = []
         tokens: list[int] = []
-        sums, counts = np.zeros(64), np.zeros(64, np.int64)
+        sums, counts = np.zeros((3, 64)), np.zeros(64, np.int64)
+        repeated: list[tuple[float, int]] = []
+        new: list[tuple[float, int]] = []
         for index, kept in sorted(values.items()):
             count = self._windows.counted(index)
             blocks = -(-count // self._block)
             nats += kept[:blocks]
             tokens += [min(self._block, count - begin) for begin in range(0, count, self._block)]
-            sums[: len(kept) - blocks] += kept[blocks:]
+            own = np.reshape(kept[blocks:], (3, -1))
+            sums[:, : own.shape[1]] += own
+            repeated.append((float(own[1].sum()), round(own[2].sum())))
+            new.append((math.fsum(kept[:blocks]) - repeated[-1][0], count - repeated[-1][1]))
             counts += np.bincount(bucket_of(self._windows.positions(index)), minlength=64)
         per_token = ratio(nats, tokens)
         total, scored = math.fsum(nats), sum(tokens)
@@ -146,9 +163,15 @@ class TextSums:
             found["bytes_per_token"] = text_bytes / scored
         if words:
             found["perplexity_per_word"] = per_token.times(scored / words).exp().json()
+        found["repeated_bigrams"] = sum(count for _, count in repeated)
+        for name, rows in (("nats_per_repeated_bigram", repeated), ("nats_per_new_bigram", new)):
+            if sum(count for _, count in rows):
+                found[name] = ratio([of for of, _ in rows], [count for _, count in rows]).json()
         found["by_position"] = [
-            {"from": 2**k - 1, "to": 2 ** (k + 1) - 2, "tokens": int(n), "nats_per_token": sums[k] / int(n)}
+            {"from": 2**k - 1, "to": 2 ** (k + 1) - 2, "tokens": int(n), "nats_per_token": sums[0, k] / int(n),
+             "repeated": {"tokens": round(sums[2, k]),
+                          "nats_per_token": sums[1, k] / sums[2, k] if sums[2, k] else None}}
             for k, n in enumerate(counts)
             if n
-        ]
+        ]  # fmt: skip
         return found

@@ -56,6 +56,9 @@ class MemoryConfig(MixerSection):
     2024); below 2 none leaves (-1, 1). null: the write rate erases, Eq. 88."""
     momentum: float = 0.0
     """beta of S_t = beta S_{t-1} - eta_t G_t, M_t = M_{t-1}(...) + S_t; 0 is Eq. 88, Table 6 ablates it."""
+    self_made: Literal["all", "not_k", "not_v", "gates"] = "all"
+    """What memories take part in making. all: k, v, eta and alpha; not_k, not_v: that one comes from its static path
+    alone; gates: both do (Table 6 ablates each)."""
     adaptive_query: bool = False
     """A memory for q too (Table 6: no gain); Section 8's text keeps q static."""
     expansion: int = only_if("memory", "mlp", default=1)
@@ -67,6 +70,13 @@ class MemoryConfig(MixerSection):
     kernel: Literal["auto", "plain"] = "auto"
     """auto: the fastest forms that fit, of the loop and of what cuts its input into heads and merges its output; plain:
     PyTorch's, to compare with."""
+
+    @property
+    def boxes(self) -> tuple[str, ...]:
+        """The memories beside main, in the order of their reads."""
+        left_out = {"all": "", "not_k": "k", "not_v": "v", "gates": "kv"}[self.self_made]
+        own = ("k", "v", "eta", "alpha", *(("q",) if self.adaptive_query else ()))
+        return tuple(box for box in own if box not in left_out)
 
     @property
     def eta_bound(self) -> float:
@@ -100,6 +110,9 @@ class MemoryConfig(MixerSection):
         if self.alpha_spread < 0:
             yield Problem(f"{path}.alpha_spread", f"{self.alpha_spread} is negative", "0.0, or 2.0")
         yield from self._erase_problems(f"{path}.erase_max")
+        if self.self_made != "all" and self.static == "none":
+            what = f"{self.self_made} leaves nothing that makes k or v: there is no static path"
+            yield Problem(f"{path}.self_made", what, f"all, or {path}.static=projected")
         if not 0 <= self.momentum < 1:
             yield Problem(f"{path}.momentum", f"{self.momentum} is not in [0, 1)", "0.0 or 0.9")
         if self.expansion < 1:

@@ -1,9 +1,10 @@
-"""The gated-delta chunk: the one primitive under every self-modifying memory, and under the linear family.
+"""The gated-delta chunk: the one primitive under every self-modifying memory, under the linear family, and
+under the networks of Titans and TTT (`hope.memory.deep`, without erasing).
 
 Over a chunk of C tokens with keys x_t, write rates eta_t, erase rates zeta_t, retention alpha_t and errors e_t all
 known at its start,
 
-    S_t = beta S_{t-1} - eta_t e_t x_t^T
+    S_t = beta_t S_{t-1} - eta_t e_t x_t^T
     W_t = W_{t-1} (alpha_t I - zeta_t x_t x_t^T) + S_t                       (Eq. 88/90: zeta = eta, beta = 0)
 
 is solved without a loop. Published layers are rows of one table, with v_t = -e_t the value (`hope.memory.linear`
@@ -71,10 +72,10 @@ class DeltaChunk:
         keys: [..., C, K].
         gates: eta and log_alpha [..., C].
         erase: whether the term -zeta x x^T is present.
-        momentum: beta in [0, 1).
+        momentum: beta in [0, 1), or the logarithm of one per token [..., C], 0 at padding.
     """
 
-    def __init__(self, keys: Tensor, gates: Gates, erase: bool = True, momentum: float = 0.0) -> None:
+    def __init__(self, keys: Tensor, gates: Gates, erase: bool = True, momentum: float | Tensor = 0.0) -> None:
         self.keys, self.gates, self.erase = keys, gates, erase
         self.log_gamma = gates.log_alpha.cumsum(-1)
         before = self.log_gamma - gates.log_alpha
@@ -85,7 +86,8 @@ class DeltaChunk:
             # the solve reads the strict lower triangle only, so what exp(0) leaves above it does no harm
             decay = (before.unsqueeze(-1) - self.log_gamma.unsqueeze(-2)).tril(-1).exp()
             self.system = (keys * gates.erase_rate.unsqueeze(-1)) @ keys.mT * decay
-        self.momentum = MomentumChunk(self.log_gamma, gates, momentum) if momentum else None
+        moves = isinstance(momentum, Tensor) or momentum > 0
+        self.momentum = MomentumChunk(self.log_gamma, gates, momentum) if moves else None
 
     def write(self, state: "DeltaState", read_keys: Tensor, errors: Tensor) -> "Written":
         """Apply all writes of the chunk.
@@ -107,6 +109,13 @@ class DeltaChunk:
             end = gamma * state.weight - content.mT @ (self.to_end * self.keys)
             return Written(DeltaState(end), self, state, content, None)
         return self.momentum.write(self, state, read_keys, eta * errors)
+
+    def with_keys(self, keys: Tensor) -> "DeltaChunk":
+        """The same tokens and gates with other keys; for what does not erase."""
+        assert not self.erase
+        other = copy.copy(self)
+        other.keys = keys
+        return other
 
     def select(self, index: int) -> "DeltaChunk":
         """The chunk of memory `index` where keys are [B, H, N, C, K] and gates [B, H, 1, C]: what reads need."""
@@ -155,9 +164,9 @@ class Written:
         """
         chunk = self.chunk
         scores = queries @ chunk.keys.mT
-        decay = decay_ratios(chunk.log_gamma, chunk.log_gamma, 0)
-        base = chunk.log_gamma.exp().unsqueeze(-1) * read_queries
-        out = base - (scores * decay) @ self.content
+        out = chunk.log_gamma.exp().unsqueeze(-1) * read_queries
+        if chunk.erase or self.written is None:
+            out = out - (scores * decay_ratios(chunk.log_gamma, chunk.log_gamma, 0)) @ self.content
         if self.written is None or chunk.momentum is None:
             return out
         assert self.start.momentum is not None
@@ -168,9 +177,12 @@ class Written:
 class MomentumChunk:
     """Decay weights of momentum over a chunk: how much of eta_r e_r x_r^T, and of S_0, has reached W_t."""
 
-    def __init__(self, log_gamma: Tensor, gates: Gates, beta: float) -> None:
+    def __init__(self, log_gamma: Tensor, gates: Gates, beta: float | Tensor) -> None:
         valid = torch.ones_like(gates.eta) if gates.valid is None else gates.valid.to(gates.eta.dtype)
-        log_beta = valid.cumsum(-1) * torch.log(torch.as_tensor(beta, dtype=valid.dtype, device=valid.device))
+        if isinstance(beta, Tensor):
+            log_beta = beta.cumsum(-1)
+        else:
+            log_beta = valid.cumsum(-1) * torch.log(torch.as_tensor(beta, dtype=valid.dtype, device=valid.device))
         decay = decay_ratios(log_gamma, log_gamma, 0)
         kept = decay_ratios(log_beta, log_beta, 0) * valid.unsqueeze(-1)  # S_s is added only at real tokens
         self.weights = decay @ kept

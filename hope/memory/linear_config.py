@@ -92,8 +92,8 @@ class LinearConfig(MixerSection):
     chunk: int = 64
     """Tokens that are computed together. Changes speed and rounding, not the result."""
     kernel: Literal["auto", "plain"] = "auto"
-    """Form of the loop over chunks. auto: Triton kernels on a GPU, for decays per head, heads of 64 or 128 and
-    chunk 64, where rows are one document; plain: PyTorch everywhere."""
+    """Form of the loop over chunks. auto: Triton kernels on a GPU in bf16, without erasing, for decays per head, heads
+    of 64 and chunk 64, where rows are one document; plain: PyTorch everywhere."""
 
     def resolved(self) -> Rule:
         """The row of the table with the keys that are given."""

@@ -179,15 +179,14 @@ class _Loop:
     def _project(self, state: State, given: Sequences, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Gates]:
         """k, v, q and the gates of one chunk, all read at the chunk's start state."""
         config, scale, q = self.config, self.config.contribution, given.q
-        reads = self.memories.projections.read(state, given.x)
-        read_k, read_v, read_eta, read_alpha, *read_q = reads.unbind(2)
-        k = unit(torch.add(given.static_k, read_k, alpha=scale))
-        v = torch.add(given.static_v, read_v, alpha=scale)
+        reads = dict(zip(config.boxes, self.memories.projections.read(state, given.x).unbind(2), strict=True))
+        made = lambda box, static: torch.add(static, reads[box], alpha=scale) if box in reads else static
+        k, v = unit(made("k", given.static_k)), made("v", given.static_v)
         v = unit(v) if config.normalise_values else v
         if config.adaptive_query:
-            q = unit(torch.add(q, read_q[0], alpha=scale))
-        eta = config.eta_bound * torch.sigmoid(self._gate(given.static_eta, read_eta, self.memories.eta_weight))
-        log_alpha = F.logsigmoid(self._gate(given.static_alpha, read_alpha, self.memories.alpha_weight))
+            q = unit(made("q", q))
+        eta = config.eta_bound * torch.sigmoid(self._gate(given.static_eta, reads["eta"], self.memories.eta_weight))
+        log_alpha = F.logsigmoid(self._gate(given.static_alpha, reads["alpha"], self.memories.alpha_weight))
         # times alpha: (alpha I - erase k k^T) is alpha times what has eigenvalues in (-1, 1], whatever alpha is
         erase = None if given.erase is None else given.erase.squeeze(-1) * log_alpha.exp()
         if mask is None:

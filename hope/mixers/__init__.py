@@ -1,6 +1,20 @@
 """Mixers, one file per family. Importing this package registers those that come with it."""
 
-from hope.mixers import attention, linear, self_modifying
+from hope.mixers import attention, linear, self_modifying, titans, titans_attention, titans_context
 from hope.mixers.base import MIXERS, Mixer, MixerKind, Report, State, Trunk, mixer
 
-__all__ = ["MIXERS", "Mixer", "MixerKind", "Report", "State", "Trunk", "attention", "linear", "mixer", "self_modifying"]
+__all__ = [
+    "MIXERS",
+    "Mixer",
+    "MixerKind",
+    "Report",
+    "State",
+    "Trunk",
+    "attention",
+    "linear",
+    "mixer",
+    "self_modifying",
+    "titans",
+    "titans_attention",
+    "titans_context",
+]

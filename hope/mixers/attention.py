@@ -15,7 +15,8 @@ from hope.flops import Flops
 from hope.layers import Linear, RMSNorm, rotated, rotation
 from hope.mixers.base import Mixer, Trunk, mixer
 from hope.mixers.base import State as MixerState
-from hope.mixers.sliding_window import sliding_window_attention
+from hope.mixers.sliding_window import sliding_window_attention, with_always
+from hope.parameters import new_parameter, normal
 from hope.sections import MixerSection, Problem, only_if
 
 
@@ -71,12 +72,17 @@ class KeysAndValues(MixerState):
 
 @mixer("attention", section=AttentionConfig)
 class Attention(Mixer):
-    """Causal multi-head attention, x [T, B, D] -> y [T, B, D]; documents of a packed row do not see each other."""
+    """Causal multi-head attention, x [T, B, D] -> y [T, B, D]; documents of a packed row do not see each other.
+
+    Args:
+        persistent: learned keys and values per head that every token sees, whatever its document and the window
+            (persistent memory, Sukhbaatar et al., 2019; Section 3.3 of Titans). They have no position.
+    """
 
     compiles_whole = False
     """A Transformer++ of 334M had 115k tokens/s with whole blocks and 153k with dense parts, on an H100."""
 
-    def __init__(self, trunk: Trunk, config: AttentionConfig) -> None:
+    def __init__(self, trunk: Trunk, config: AttentionConfig, persistent: int = 0) -> None:
         super().__init__()
         self.head_dim, self.config, width = trunk.head_dim, config, trunk.width
         self.query, self.key, self.value = (Linear(width, width, "column", self.head_dim) for _ in range(3))
@@ -84,17 +90,29 @@ class Attention(Mixer):
         norm = lambda: RMSNorm(self.head_dim, used="heads") if config.qk_norm else None
         self.query_norm: RMSNorm | None = norm()
         self.key_norm: RMSNorm | None = norm()
+        learned = lambda: new_parameter(
+            trunk.heads, persistent, self.head_dim, init=normal(0.4), cut=0, update="elementwise"
+        )
+        self.persistent_keys = learned() if persistent else None
+        self.persistent_values = learned() if persistent else None
 
     def forward(
         self, x_TBD: Tensor, state: MixerState | None = None, documents: Documents | None = None
     ) -> tuple[Tensor, KeysAndValues]:
         assert state is None or isinstance(state, KeysAndValues)
-        x_TBD = self.enter(x_TBD)
+        merged, after = self.mix(self.enter(x_TBD), state, documents)
+        return self.leave(self.output(merged)), after
+
+    def mix(
+        self, x_TBD: Tensor, state: KeysAndValues | None, documents: Documents | None
+    ) -> tuple[Tensor, KeysAndValues]:
+        """What heads read, side by side [T, B, D], before the output map, and the state after."""
         offset = 0 if state is None else state.position
         heads = lambda z: z.unflatten(-1, (-1, self.head_dim)).permute(1, 2, 0, 3)
         q, k, v = (heads(project(x_TBD)) for project in (self.query, self.key, self.value))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
+        unturned = q
         if self.config.positions == "rope":
             turn = rotation(q, self.config.rope_base, offset)
             q, k = (self.form(rotated)(z, *turn) for z in (q, k))
@@ -102,20 +120,41 @@ class Attention(Mixer):
         if state is not None:
             k, v = torch.cat([state.keys, k], 2), torch.cat([state.values, v], 2)
             opened = _open_with_past(state, q.shape[2], documents, opened)
-        merged = self._attend(q, k, v, state, documents).permute(2, 0, 1, 3).flatten(-2)
         after = _in_window(KeysAndValues(k, v, opened, offset + q.shape[2]), self.config.window)
-        return self.leave(self.output(merged)), after if state is None else _without_closed(after)
+        always = self._persistent(q)
+        if always is not None:
+            q, k = apart_from_persistent(q, k, unturned)
+        merged = self._attend(q, k, v, state, documents, always).permute(2, 0, 1, 3).flatten(-2)
+        return merged, after if state is None else _without_closed(after)
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, state: KeysAndValues | None, documents: Documents | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: KeysAndValues | None,
+        documents: Documents | None,
+        always: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        """[B, H, T, K] for the T queries, k and v with those of `state` in front."""
+        """[B, H, T, K] for the T queries, k and v with those of `state` in front. always: keys and values that all
+        queries see."""
         if self.config.window is not None and k.shape[2] > self.config.window:
-            return sliding_window_attention(q, k, v, self.config.window, *_segments(state, q, documents))
+            segments_q, segments_k = _segments(state, q, documents)
+            return sliding_window_attention(q, k, v, self.config.window, segments_q, segments_k, always)
         mask = None if documents is None else documents.attention_mask()
         if state is not None:
             mask = _mask_with_past(state, q.shape[2], documents, mask)
+        if always is not None:
+            if mask is None:
+                mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+            k, v, mask = with_always(k, v, mask, always)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+
+    def _persistent(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The learned keys [H, P, 2 K], see `apart_from_persistent`, and values [H, P, K]."""
+        if self.persistent_keys is None or self.persistent_values is None:
+            return None
+        return F.pad(self.persistent_keys, (self.head_dim, 0)).to(like.dtype), self.persistent_values.to(like.dtype)
 
     def start(self, batch: int) -> KeysAndValues:
         """No keys yet."""
@@ -128,7 +167,17 @@ class Attention(Mixer):
         dense = self.query.flops() + self.key.flops() + self.value.flops() + self.output.flops()
         window = min(self.config.window or length, length)
         seen = window - window**2 / (2 * length)  # mean over the tokens
-        return dense + Flops(4.0 * seen * torch.numel(self.query.weight[0]))
+        width = torch.numel(self.query.weight[0])
+        if self.persistent_keys is None:
+            return dense + Flops(4.0 * seen * width)
+        return dense + Flops(6.0 * (seen + self.persistent_keys.shape[1]) * width)  # scores of doubled width
+
+
+def apart_from_persistent(q: Tensor, k: Tensor, unturned: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys [B, H, *, 2 K]: rotated ones in one half, and in the other what meets keys without a position,
+    the query as it was. A rotated one would read them by its distance from the row's first token. The root undoes the
+    doubled width in the scores' scale."""
+    return torch.cat([q, unturned], -1) * 2**0.5, F.pad(k, (0, k.shape[-1]))
 
 
 def _continues(documents: Documents | None, like: Tensor, length: int) -> Tensor:

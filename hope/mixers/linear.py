@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hope.documents import Documents, of_open_document
+from hope.documents import Documents
 from hope.flops import Flops
-from hope.layers import CausalConv, Linear, RMSNorm, gated, rms_norm, rotated, rotation, unit
+from hope.layers import CausalConv, Linear, RMSNorm, gated, rotated, rotation
 from hope.memory.kernels import linear_for
 from hope.memory.linear import linear_memory
 from hope.memory.linear_config import LinearConfig
 from hope.mixers.base import Mixer, Report, State, Trunk, mixer
+from hope.mixers.vectors import heads_of, joined, keys_of, normed_and_joined, short_convolutions
 from hope.parameters import constant, new_parameter, normal
 
 EPSILON = 1e-6
@@ -49,30 +50,6 @@ class LinearState(State):
     def compared(self) -> dict[str, Tensor]:
         """The memory."""
         return {"memory": self.weight}
-
-
-def heads_of(x_TBD: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
-    """[T, B, D] -> [B, H, T, K]."""
-    x_BHTK: Tensor = x_TBD.unflatten(-1, (-1, head_dim)).permute(1, 2, 0, 3)
-    return x_BHTK.to(dtype)
-
-
-def keys_of(x_TBD: Tensor, head_dim: int, dtype: torch.dtype, positive: bool, normalised: bool) -> Tensor:
-    """`heads_of`, then elu(x) + 1, then unit length."""
-    x_BHTK = heads_of(x_TBD, head_dim, dtype)
-    if positive:
-        x_BHTK = F.elu(x_BHTK) + 1
-    return unit(x_BHTK) if normalised else x_BHTK
-
-
-def joined(y_BHTK: Tensor, dtype: torch.dtype) -> Tensor:
-    """Heads side by side [T, B, D]."""
-    return y_BHTK.to(dtype).permute(2, 0, 1, 3).flatten(-2)
-
-
-def normed_and_joined(y_BHTK: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """`joined` after one RMS norm for all heads, in the memory's precision."""
-    return joined(rms_norm(y_BHTK, weight.to(y_BHTK.dtype)), dtype)
 
 
 def steps(logit: Tensor, bias: Tensor) -> Tensor:
@@ -158,13 +135,9 @@ class LinearMemory(Mixer):
         z_q, z_k, z_v = self.query(x_TBD), self.key(x_TBD), self.value(x_TBD)
         if not self.rule.conv_width:
             return z_q, z_k, z_v, before.history
-        same = documents.same(self.rule.conv_width) if documents is not None and self.rule.conv_width > 1 else None
-        earlier = before.history.transpose(0, 1).chunk(3, -1)
         convolutions = self.conv_query, self.conv_key, self.conv_value
-        found = [conv(z, past, same) for conv, z, past in zip(convolutions, (z_q, z_k, z_v), earlier, strict=True)]
-        latest = torch.cat([z.to(before.history.dtype) for _, z in found], -1)
-        history = of_open_document(latest, documents).transpose(0, 1)
-        return found[0][0], found[1][0], found[2][0], history
+        (z_q, z_k, z_v), history = short_convolutions(convolutions, (z_q, z_k, z_v), before.history, documents)
+        return z_q, z_k, z_v, history
 
     def _gates(self, x_TBD: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """log a [B, H, T, 1 or K] and b [B, H, T], in the precision of `like` [B, H, T, K]."""

@@ -12,6 +12,8 @@ With `static: projected` the static paths are s_k,t and s_v,t in the place of S_
 and q_t are, unit(silu(conv(W z))), by projections W_k, W_v and convolutions of their own, as in Gated DeltaNet (Yang et
 al., 2025).
 
+With `self_made: not_k` k has no M_k, and so on.
+
 With `erase_max` a gate of its own, alpha_t erase_max sigmoid(8 w_erase . x_t + b_erase), erases in the place of eta_t.
 
 Reads of k, v, eta and alpha and all inner gradients use the state at the chunk's start (Eq. 90); y is read causally
@@ -113,7 +115,7 @@ class SelfModifyingTitans(Mixer):
         width, heads, head_dim = trunk.width, trunk.heads, trunk.head_dim
         self.config, self.width, self.head_dim, self.heads = config, width, head_dim, heads
         self.chunk = config.window
-        self.boxes = ("k", "v", "eta", "alpha") + (("q",) if config.adaptive_query else ())
+        self.boxes = config.boxes
         projection = lambda: Linear(width, width, "column", head_dim)
         self.input, self.query = projection(), projection()
         self.gate = Linear(width, width, "column")

@@ -14,7 +14,13 @@ _NOBODY, _FILLED = -1, -2
 
 
 def sliding_window_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int, segments_q: Tensor | None = None, segments_k: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    segments_q: Tensor | None = None,
+    segments_k: Tensor | None = None,
+    always: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Query t sees the keys of its segment among itself and the window - 1 before it.
 
@@ -23,6 +29,7 @@ def sliding_window_attention(
         k, v: [B, H, P + T, K], P < window, of all tokens.
         segments_q, segments_k: [B, T] and [B, P + T], numbers from 0 on, or -1 for a key that no query sees; None: all
             are of one segment.
+        always: keys and values [H, N, K] that every query sees besides.
     Returns: [B, H, T, K].
     """
     length, past = q.shape[2], k.shape[2] - q.shape[2]
@@ -30,9 +37,10 @@ def sliding_window_attention(
         segments_q = torch.zeros(1, length, dtype=torch.long, device=q.device)
         segments_k = segments_q.new_zeros(1, past + length)
     if length <= window:
-        short: Tensor = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=_mask(segments_q, segments_k, past, window)[:, None]
-        )
+        mask = _mask(segments_q, segments_k, past, window)[:, None]
+        if always is not None:
+            k, v, mask = with_always(k, v, mask, always)
+        short: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return short
     front, back = window - past, -length % window
     segments_q = F.pad(segments_q, (0, back), value=_FILLED)
@@ -44,9 +52,18 @@ def sliding_window_attention(
     queries = F.pad(q, (0, 0, 0, back)).unflatten(2, (blocks, window)).transpose(1, 2).flatten(0, 1)
     pairs = lambda t: F.pad(t, (0, 0, front, back)).unfold(2, 2 * window, window).permute(0, 2, 1, 4, 3).flatten(0, 1)
     mask = allowed.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
-    y: Tensor = F.scaled_dot_product_attention(queries, pairs(k), pairs(v), attn_mask=mask)
+    keys, values = pairs(k), pairs(v)
+    if always is not None:
+        keys, values, mask = with_always(keys, values, mask, always)
+    y: Tensor = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
     y = y.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
     return y
+
+
+def with_always(k: Tensor, v: Tensor, mask: Tensor, always: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """k, v [B, H, S, K] and the mask [..., T, S] with N more keys and values [H, N, K] in front, which all see."""
+    front = [extra.expand(k.shape[0], -1, -1, -1) for extra in always]
+    return torch.cat([front[0], k], 2), torch.cat([front[1], v], 2), F.pad(mask, (front[0].shape[2], 0), value=True)
 
 
 def _mask(segments_q: Tensor, segments_k: Tensor, past: int, window: int) -> Tensor:

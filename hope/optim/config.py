@@ -5,8 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hope.optim.group_config import GroupConfig
+from hope.optim.group_config import GroupConfig, beta_problems
 from hope.sections import Problem, only_if
+
+NETWORKS = ("mlp", "mlp_only")
+"""Memories of gradients with a network."""
 
 
 @dataclass
@@ -27,21 +30,40 @@ class MlpConfig:
         """What cannot work, by key below `path`."""
         if self.width < 1:
             yield Problem(f"{path}.width", f"{self.width} is less than 1", "8")
-        if not self.lr >= 0:
-            yield Problem(f"{path}.lr", f"{self.lr} is negative", "0.1")
-        elif self.lr > 1:
-            yield Problem(f"{path}.lr", f"{self.lr} is more than the largest stable step", "0.1")
-        if not 0 <= self.decay < 1:
-            yield Problem(f"{path}.decay", f"{self.decay} is not in [0, 1)", "0.3")
+        yield from _learner_problems(self, path)
+
+
+@dataclass
+class ScalarConfig:
+    """One gain per tensor in place of a network, trained in the same way: what a network does beyond it is depth."""
+
+    lr: float = 0.1
+    """Step towards the best gain for this gradient, sum (w - s) s / sum s^2, as a fraction of the way."""
+    decay: float = 0.3
+    """Decay of the gain towards 0, per update. With lr 1 and decay 0 it is the best one."""
+
+    def problems(self, path: str) -> Iterator[Problem]:
+        """What cannot work, by key below `path`."""
+        yield from _learner_problems(self, path)
+
+
+def _learner_problems(config: MlpConfig | ScalarConfig, path: str) -> Iterator[Problem]:
+    if not config.lr >= 0:
+        yield Problem(f"{path}.lr", f"{config.lr} is negative", "0.1")
+    elif config.lr > 1:
+        yield Problem(f"{path}.lr", f"{config.lr} is more than the largest stable step", "0.1")
+    if not 0 <= config.decay < 1:
+        yield Problem(f"{path}.decay", f"{config.decay} is not in [0, 1)", "0.3")
 
 
 @dataclass
 class DmgdConfig:
     """Deep momentum gradient descent (Nested Learning, Section 4; docs/optim.md). The defaults are AdamW's setting."""
 
-    memory: Literal["linear", "mlp"] = "linear"
+    memory: Literal["linear", "mlp", "scalar", "mlp_only"] = "linear"
     """Memory of gradients: linear, one number per weight; mlp: plus one small network per tensor, trained on what the
-    linear part leaves (tensors of two or more dimensions)."""
+    linear part leaves; scalar: times one gain per tensor, trained likewise; mlp_only: the network alone (Eq. 50).
+    Tensors with one dimension have a linear one."""
     objective: Literal["dot", "l2"] = "l2"
     """Inner objective of the memory: dot gives s = beta1 s + g (SGD momentum), l2 the moving average."""
     preconditioner: Literal["none", "adam"] = "adam"
@@ -50,36 +72,66 @@ class DmgdConfig:
     """Where the preconditioner acts: on what the memory gives (Eq. 102, 105), or on what it learns (Eq. 47)."""
     output: Literal["identity", "rms_clip", "rms_match"] = "identity"
     """rms_clip: every coordinate that the memory gives is bounded by output_bound x its tensor's gradient rms.
-    rms_match: what an mlp gives is scaled, tensor by tensor, to the rms that the linear memory alone would have."""
+    rms_match: what an mlp gives is scaled, tensor by tensor, to the rms that the linear memory alone would have, and
+    what mlp_only gives to the rms of the gradient that it answers."""
     output_bound: float = only_if("output", "rms_clip", default=3.0)
     """Bound of rms_clip."""
     erase: float = 0.0
     """Delta momentum (Eq. 49) element by element: s also forgets x / (1 + x), x = erase (g / rms)^2."""
     bias_correction: bool = True
     """Divide both averages by 1 - beta^t (of s with the l2 objective only)."""
-    mlp: MlpConfig = only_if("memory", "mlp", factory=MlpConfig)
-    """The network of memory mlp."""
+    mlp: MlpConfig = only_if("memory", *NETWORKS, factory=MlpConfig)
+    """The network of memory mlp and mlp_only."""
+    scalar: ScalarConfig = only_if("memory", "scalar", factory=ScalarConfig)
+    """The gain of memory scalar."""
+
+    @property
+    def learner(self) -> MlpConfig | ScalarConfig:
+        """How the network, or the gain, is trained."""
+        return self.scalar if self.memory == "scalar" else self.mlp
 
     def problems(self, path: str) -> Iterator[Problem]:
         """What cannot work, by key below `path`."""
         if not self.output_bound > 0:
             yield Problem(f"{path}.output_bound", f"{self.output_bound} is not positive", "3.0")
-        if self.output == "rms_match" and self.memory == "linear":
-            what = "rms_match scales an mlp to the linear memory, which is here alone"
+        if self.output == "rms_match" and self.memory not in NETWORKS:
+            alone = "is here alone" if self.memory == "linear" else "would take back all that a scalar does"
+            what = f"rms_match scales an mlp to the linear memory, which {alone}"
             yield Problem(f"{path}.output", what, "identity")
         if not self.erase >= 0:
             yield Problem(f"{path}.erase", f"{self.erase} is negative", "0.0")
         elif self.erase > 0 and self.objective == "l2" and self.bias_correction:
             what = f"erase {self.erase} changes what the average sums to, and bias_correction divides by 1 - beta1^t"
             yield Problem(f"{path}.erase", what, f"{path}.bias_correction=false, or {path}.erase=0")
-        if self.memory == "mlp":
+        if self.memory in NETWORKS:
             yield from self.mlp.problems(f"{path}.mlp")
+        if self.memory == "mlp_only":
+            yield from self._alone_problems(path)
+        if self.memory == "scalar":
+            yield from self.scalar.problems(f"{path}.scalar")
+            if self.objective == "dot" and not self.scalar.decay:
+                what = "0 lets the gain grow without bound: the objective dot has no minimum"
+                yield Problem(f"{path}.scalar.decay", what, "0.3, or objective=l2")
+
+    def _alone_problems(self, path: str) -> Iterator[Problem]:
+        if self.mlp.key != "gradient":
+            what = f"{self.mlp.key} is no key: memory mlp_only has no linear memory to look at"
+            yield Problem(f"{path}.mlp.key", what, "gradient")
+        if self.erase > 0:
+            yield Problem(f"{path}.erase", f"{self.erase} erases nothing: mlp_only has no linear memory", "0.0")
 
 
 @dataclass
 class MuonConfig:
     """Orthogonalised momentum of whole matrices (Eq. 42, 52); everything else has AdamW's setting."""
 
+    memory: Literal["linear", "mlp", "scalar"] = "linear"
+    """Momentum of a matrix: linear, a moving average; mlp: plus a small network, as of optim.dmgd.memory, then
+    orthogonalised; scalar: times one gain. The gain changes only how much this gradient counts beside the momentum."""
+    mlp: MlpConfig = only_if("memory", "mlp", factory=MlpConfig)
+    """The network of memory mlp."""
+    scalar: ScalarConfig = only_if("memory", "scalar", factory=ScalarConfig)
+    """The gain of memory scalar."""
     newton_schulz_steps: int = 5
     """Iterations of the orthogonalisation."""
     matrix_rms: float = 0.2
@@ -90,6 +142,15 @@ class MuonConfig:
     def problems(self, path: str) -> Iterator[Problem]:
         """What cannot work, by key below `path`."""
         yield from _matrix_problems(self, path)
+        if self.memory != "linear":
+            yield from self.momentum.learner.problems(f"{path}.{self.memory}")
+
+    @property
+    def momentum(self) -> DmgdConfig:
+        """The memory of a whole matrix as one of dmgd: in units of the gradient's rms, no average corrected."""
+        return DmgdConfig(
+            memory=self.memory, preconditioner="none", bias_correction=False, mlp=self.mlp, scalar=self.scalar
+        )
 
 
 @dataclass
@@ -155,7 +216,7 @@ class OptimConfig:
     final_lr: float = only_if("decay", "cosine", "linear", "wsd", default=0.1)
     """Learning rate at the last step as a fraction of lr."""
     beta1: float = 0.9
-    """Retention of the momentum memory."""
+    """Retention of the momentum memory. 1 with the objective dot alone: a sum of all gradients (Eq. 34)."""
     momentum_warmup: int = 0
     """Steps over which beta1 rises linearly from beta1_start; 0: none. Counted by each level's clock."""
     beta1_start: float = only_if("momentum_warmup", default=0.85)
@@ -191,6 +252,11 @@ class OptimConfig:
         """The choices for whole matrices, of muon or m3."""
         return self.m3 if self.name == "m3" else self.muon
 
+    @property
+    def sums(self) -> bool:
+        """Whether every momentum is a sum that beta1 multiplies, so that beta1 may be 1, and no average."""
+        return self.name == "dmgd" and self.dmgd.objective == "dot"
+
     def problems(self, path: str = "optim") -> Iterator[Problem]:
         """What cannot work, by key below `path`; of the kinds' sections only the chosen one counts."""
         if not 0 < self.lr < math.inf:
@@ -202,9 +268,7 @@ class OptimConfig:
         yield from _length_problems(f"{path}.warmup", self.warmup, least=0, fix="60, or 0.05 of the run")
         if self.decay == "wsd":
             yield from _length_problems(f"{path}.decay_length", self.decay_length, least=1, fix="0.2 of the run")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                yield Problem(f"{path}.{name}", f"{getattr(self, name)} is not in [0, 1)", "0.9")
+        yield from beta_problems(path, self.beta1, self.beta2, self.sums)
         yield from self._momentum_problems(path)
         if not 0 <= self.final_lr <= 1:
             yield Problem(f"{path}.final_lr", f"{self.final_lr} is not in [0, 1]", "0.1")
@@ -213,7 +277,7 @@ class OptimConfig:
         if not self.weight_decay >= 0:
             yield Problem(f"{path}.weight_decay", f"{self.weight_decay} is negative", "0.1")
         for number, group in enumerate(self.groups):
-            yield from group.problems(f"{path}.groups[{number}]")
+            yield from group.problems(f"{path}.groups[{number}]", self.sums)
         if self.name == "dmgd":
             yield from self.dmgd.problems(f"{path}.dmgd")
         elif self.name != "adamw":

@@ -7,7 +7,16 @@ Momentum is an associative memory of gradients, trained online by gradient desce
 
 w is the gradient u, or P u with the preconditioner at the value (Eq. 47). A linear memory gives m = s. A deep one gives
 m = s + r y(k), y the network of `coordinate_memory`, r the tensor's rms of w, and y is trained on the same objective,
-on what s leaves. W <- W - lr sigma(m), sigma: identity or a bound of a few r; the preconditioner at the output divides
+on what s leaves. What a depth is worth can be told from two others:
+
+    scalar      m = s (1 + rho): one gain per tensor, trained as the network is, towards sum (w - s) s / sum s^2
+    mlp_only    m = a y(u): Eq. 50 with a network that replaces s. It is asked to answer a gradient with that gradient,
+                in the unit a = sqrt(v) + eps (or r), and `output: rms_match` gives the answer the rms of w: a network
+                that decays, and whose y is a tanh, would else move the weights by a small part of a step. (With
+                value 1 instead of w it moves every weight the same way, whatever the sign of its gradient.) Shared by
+                all coordinates, it remembers how gradients are answered, but not which were where.
+
+W <- W - lr sigma(m), sigma: identity or a bound of a few r; the preconditioner at the output divides
 by sqrt(v) + eps (Eq. 102, 105). With l2, that normaliser and bias correction, a linear memory is AdamW (tested against
 torch). Signs: m is in gradient units and the learning rate stays outside, so that a schedule does not change what the
 memory holds (the paper's m is -lr m).
@@ -45,7 +54,7 @@ class Dmgd(ClockedOptimizer):
             everything that holds parts of these tensors. Called once per step if anything needs it.
     """
 
-    per_tensor_keys = frozenset({"mlp", "mean_square"})
+    per_tensor_keys = frozenset({"mlp", "gain", "mean_square"})
 
     def __init__(self, groups: Iterable[dict[str, Any]], config: OptimConfig) -> None:
         super().__init__(groups, config)
@@ -58,11 +67,16 @@ class Dmgd(ClockedOptimizer):
         self.tensor_sums = sums
         self.segments.update(segments)
 
+    def settings(self, group: dict[str, Any]) -> OptimConfig:
+        """The configuration whose `elementwise` says what memory a group has."""
+        return self.config
+
     def rule(self, group: dict[str, Any]) -> UpdateRule:
-        return UpdateRule.of(self.config, vectors=group["vectors"])
+        return UpdateRule.of(self.settings(group), vectors=group["vectors"])
 
     def state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("memory", "square") if self.rule(group).adam else ("memory",)
+        rule = self.rule(group)
+        return ("memory",) * (not rule.alone) + ("square",) * rule.adam
 
     def numbers_per_tensor(self, group: dict[str, Any]) -> int:
         rule = self.rule(group)
@@ -75,9 +89,17 @@ class Dmgd(ClockedOptimizer):
                 self._of_tensors(p, self.rule(group))
 
     def update(self, due: Due) -> None:
+        self._move(due, self._teach(due))
+
+    def _teach(self, due: Due) -> dict[Tensor, Tensor]:
+        """Let what belongs to whole tensors learn from the due gradients. Returns the networks before, if watched."""
         nets = self._networks() if any(self.watching(group) for group, _ in due) else {}
         if any(self.rule(group).whole for group in self.param_groups):
             self._learn(due)
+        return nets
+
+    def _move(self, due: Due, nets: dict[Tensor, Tensor]) -> None:
+        """Write the due gradients into the element-wise states, and move the weights."""
         for group, params in due:
             rule, rates = self.rule(group), self._rates(group)
             for p in params:
@@ -93,7 +115,7 @@ class Dmgd(ClockedOptimizer):
         """In chunks, so that what was before the update need never be copied as a whole."""
         self.measured[p] = torch.zeros(self._layout(p).tensors, 6, dtype=torch.float64, device=p.device)
         for row, part in stretches(x, self._layout(p)):
-            old = Stretch(part.p.clone(), part.s.clone(), None if part.v is None else part.v.clone(), part.g)
+            old = part._replace(p=part.p.clone(), s=_copy(part.s), v=_copy(part.v))
             kernels = kernels_for(rule, part).kernels
             kernels.update(rule, part, Segments.single(part.p), c, whole.of(slice(row, row + 1)))
             self.measured[p][row] += measure(rule, old, part, c, before.network[row], whole.of(row))
@@ -103,12 +125,12 @@ class Dmgd(ClockedOptimizer):
         return {p: self._of_tensors(p, self.rule(g))[0].clone() for g in self.param_groups for p in g["params"]}
 
     def _rates(self, group: dict[str, Any]) -> Rates:
-        return Rates.of(self.config, group, self.gradient_factor(group) * group["grad_scale"])
+        return Rates.of(self.settings(group), group, self.gradient_factor(group) * group["grad_scale"])
 
     def _stretch(self, p: Tensor, rule: UpdateRule) -> Stretch:
         """All coordinates of `p`."""
         assert p.grad is not None
-        s = self.states([p], "memory")[0].view(-1)
+        s = None if rule.alone else self.states([p], "memory")[0].view(-1)
         v = self.states([p], "square")[0].view(-1) if rule.adam else None
         return Stretch(p.view(-1), s, v, p.grad.view(-1))
 
@@ -126,12 +148,17 @@ class Dmgd(ClockedOptimizer):
             return p.new_zeros(rows, 0), p.new_zeros(rows, 1)
         if "mean_square" not in state:
             state["mean_square"] = torch.zeros(rows, 1, device=p.device, dtype=p.dtype)
-        if rule.width and "mlp" not in state:
-            state["mlp"] = self._initial(rule, p).repeat(rows, 1)
-        return state["mlp"] if rule.width else p.new_zeros(rows, 0), state["mean_square"]
+        if not rule.learns:
+            return p.new_zeros(rows, 0), state["mean_square"]
+        key = "gain" if rule.scalar else "mlp"
+        if key not in state:
+            state[key] = self._initial(rule, p).repeat(rows, 1)
+        return state[key], state["mean_square"]
 
     def _initial(self, rule: UpdateRule, p: Tensor) -> Tensor:
-        """Weights of a network that has learned nothing [P]."""
+        """Weights of a network, or the gain, that has learned nothing [P]."""
+        if rule.scalar:
+            return p.new_zeros(1)
         if self._start is None:
             self._start = memory.initial(rule.features, rule.width, p.device)
         return self._start.to(p.dtype)
@@ -162,13 +189,19 @@ class Dmgd(ClockedOptimizer):
         nets, squares = self._of_tensors(p, rule)
         mean = (found[:, 1:] / found[:, :1].clamp(min=1)).to(p.dtype)
         # The first update only sets the scale: without one the network could neither read nor learn.
-        keep = beta1_of(self.config, group) if group["updates"] > 1 else 0.0
+        # A momentum that never forgets has the plain mean of all.
+        beta1 = beta1_of(self.config, group)
+        keep = 1 - 1 / group["updates"] if beta1 == 1 else beta1 if group["updates"] > 1 else 0.0
         squares.mul_(keep).add_(mean[:, :1], alpha=1 - keep)
-        if rule.width:
+        if rule.learns:
             gradient = mean[:, 2 : 2 + rule.size] / (mean[:, 1:2] + _LEAST_NORM)
-            mlp = self.config.elementwise.mlp
-            nets.sub_(mlp.lr * gradient + mlp.decay * (nets - self._initial(rule, p)))
+            inner = self.settings(group).elementwise.learner
+            nets.sub_(inner.lr * gradient + inner.decay * (nets - self._initial(rule, p)))
         if rule.match:
             linear, deep = mean[:, 2 + rule.size], mean[:, 3 + rule.size]
             gain = (linear / deep).sqrt().clamp(max=_LARGEST_GAIN)
             self._gains[p] = torch.where(linear * deep > 0, gain, torch.ones_like(gain))
+
+
+def _copy(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.clone()

@@ -85,6 +85,7 @@ def _kind(rule: UpdateRule) -> str:
 
 def _pointers(x: Stretch, table: Table, whole: Whole) -> tuple[Tensor, ...]:
     """Where there is no v, the kernels look at none."""
+    assert x.s is not None
     v = x.s if x.v is None else x.v
     return x.p, x.s, v, x.g, table.starts, table.numels, table.tensors, whole.network.contiguous(), whole.r
 

@@ -24,17 +24,23 @@ class GroupConfig:
     beta2: float | None = None
     """null: optim.beta2."""
 
-    def problems(self, path: str) -> Iterator[Problem]:
-        """What cannot work whatever the model and the optimizer are."""
+    def problems(self, path: str, sums: bool = False) -> Iterator[Problem]:
+        """What cannot work whatever the model is. `sums`: momenta are sums, as `OptimConfig.sums` says."""
         if not self.match:
             yield Problem(f"{path}.match", "is empty", "a pattern such as blocks.*.mixer.query.*")
         if not 0 < self.rate < float("inf"):
             yield Problem(f"{path}.rate", f"{self.rate} is not a positive number", "1.0")
         if self.weight_decay is not None and not 0 <= self.weight_decay < float("inf"):
             yield Problem(f"{path}.weight_decay", f"{self.weight_decay} is not a decay", "0.0")
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                yield Problem(f"{path}.{name}", f"{value} is not in [0, 1)", "0.9")
+        yield from beta_problems(path, self.beta1, self.beta2, sums)
         if all(getattr(self, key) is None for key in ("rule", "weight_decay", "beta1", "beta2")) and self.rate == 1:
             yield Problem(path, "changes nothing", "give rule, rate, weight_decay, beta1 or beta2, or leave it out")
+
+
+def beta_problems(path: str, beta1: float | None, beta2: float | None, sums: bool) -> Iterator[Problem]:
+    """Retentions, None where none is given. A sum may keep everything, an average could then take in nothing."""
+    if beta1 is not None and not 0 <= beta1 < 1 and not (sums and beta1 == 1):
+        fix = "0.9, or optim.dmgd.objective=dot" if beta1 == 1 else "0.9"
+        yield Problem(f"{path}.beta1", f"{beta1} is not in [0, 1{']' if sums else ')'}", fix)
+    if beta2 is not None and not 0 <= beta2 < 1:
+        yield Problem(f"{path}.beta2", f"{beta2} is not in [0, 1)", "0.9")

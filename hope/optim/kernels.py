@@ -68,6 +68,8 @@ def _against_fused(rule: UpdateRule, device: str, dtype: torch.dtype) -> str:
     """Why the fused kernels cannot be taken, or nothing."""
     if device != "cuda":
         return device.upper()
+    if rule.scalar or rule.alone:
+        return "memory scalar" if rule.scalar else "memory mlp_only"
     if rule.match:
         return "rms_match"
     if dtype != torch.float32:
@@ -91,4 +93,4 @@ def stretches(x: Stretch, segments: Segments) -> Iterator[tuple[int, Stretch]]:
     """(tensor, its coordinates) of all pieces in chunks."""
     for piece in segments.pieces:
         for span in chunks(piece.start, piece.numel, CHUNK[x.p.device.type]):
-            yield piece.tensor, Stretch(x.p[span], x.s[span], None if x.v is None else x.v[span], x.g[span])
+            yield piece.tensor, Stretch(*(None if t is None else t[span] for t in x))  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hope.optim import coordinate_memory as memory
-from hope.optim.config import OptimConfig
+from hope.optim.config import NETWORKS, OptimConfig
 from hope.optim.momentum import beta1_of, beta2_of, retained
 
 
@@ -37,43 +37,59 @@ class UpdateRule:
     """Whether the memory's output is scaled to the rms that the linear memory alone would have."""
     erase: float
     """Strength of delta momentum (Eq. 49). 0 means none."""
+    scalar: bool = False
+    """Whether one gain per tensor is learned in place of a network: m = s (1 + rho)."""
+    alone: bool = False
+    """Whether the network is the whole memory, and there is no s."""
 
     @staticmethod
     def of(config: OptimConfig, vectors: bool = False) -> UpdateRule:
         """The rule of a group. `vectors`: its tensors are one-dimensional and have a linear memory."""
         dmgd = config.elementwise
+        network = dmgd.memory in NETWORKS and not vectors
         return UpdateRule(
             l2=dmgd.objective == "l2",
             adam=dmgd.preconditioner == "adam",
             at_value=dmgd.preconditioner == "adam" and dmgd.normalise == "value",
-            width=dmgd.mlp.width if dmgd.memory == "mlp" and not vectors else 0,
+            width=dmgd.mlp.width if network else 0,
             gradient_key=dmgd.mlp.key == "gradient",
             clip=dmgd.output_bound if dmgd.output == "rms_clip" else 0.0,
-            match=dmgd.output == "rms_match" and dmgd.memory == "mlp" and not vectors,
+            match=dmgd.output == "rms_match" and network,
             erase=dmgd.erase,
+            scalar=dmgd.memory == "scalar" and not vectors,
+            alone=dmgd.memory == "mlp_only" and not vectors,
         )
+
+    @property
+    def learns(self) -> bool:
+        """Whether there are numbers of a whole tensor that are trained: a network's, or a gain."""
+        return bool(self.width or self.scalar)
 
     @property
     def whole(self) -> bool:
         """Whether numbers of the whole tensor are needed."""
-        return bool(self.width or self.clip or self.erase)
+        return bool(self.learns or self.clip or self.erase)
 
     @property
     def features(self) -> int:
         """How many features of a coordinate the network sees."""
+        if self.alone:
+            return 2
         if self.gradient_key:
             return 4
         return 3 if self.adam and not self.at_value else 2
 
     @property
     def size(self) -> int:
-        """Weights of the network."""
+        """Weights of the network, or the one gain."""
+        if self.scalar:
+            return 1
         return memory.size(self.features, self.width) if self.width else 0
 
     @property
     def numbers(self) -> int:
         """How many numbers per tensor `sums` gives."""
-        return 3 + self.size + 2 * self.match if self.width else 2
+        return 3 + self.size + 2 * self.match if self.learns else 2
 
 
 class Rates(NamedTuple):
@@ -137,8 +153,8 @@ class Stretch(NamedTuple):
 
     p: Tensor
     """Weights."""
-    s: Tensor
-    """Linear memory, in units of the gradient."""
+    s: Tensor | None
+    """Linear memory, in units of the gradient. None where a network is the whole memory."""
     v: Tensor | None
     """Moving average of squared gradients, None without a normaliser."""
     g: Tensor
@@ -152,7 +168,7 @@ class Whole(NamedTuple):
     """
 
     network: Tensor
-    """Weights of its network [P], as `coordinate_memory` lays them out. P is 0 for a linear memory."""
+    """Weights of its network [P], as `coordinate_memory` lays them out, or its gain [1]. P is 0 for a linear memory."""
     r: Tensor
     """Root mean square over the tensor of what the memory learns (w), []. The mean square is a moving average."""
     gain: Tensor | None = None
@@ -170,21 +186,7 @@ class Whole(NamedTuple):
 
 def update(rule: UpdateRule, x: Stretch, c: Rates, whole: Whole) -> None:
     """Write the gradient into the memory, read it, and move the weights. A rule without `whole` looks at none."""
-    p, s, v, g = x
-    w, root = _value(rule, v, g * c.scale, c)
-    unit = whole.r if root is None else root
-    keys = _gradient_key(w, s * c.correct1_before, unit) if rule.width and rule.gradient_key else None
-    if rule.erase:
-        forgotten = rule.erase * (w * whole.inverse).square()
-        s.mul_(c.beta1 - forgotten / (1 + forgotten))
-    else:
-        s.mul_(c.beta1)
-    s.add_(w * c.gain1)
-    found = s * c.correct1
-    if rule.width:
-        if keys is None:
-            keys = _memory_key(found, root, whole)
-        found.add_(memory.read(whole.network, keys, rule.width) * unit)
+    found, root = answer(rule, x, c, whole)
     if rule.match and whole.gain is not None:
         found.mul_(whole.gain)
     if rule.clip:
@@ -192,29 +194,61 @@ def update(rule: UpdateRule, x: Stretch, c: Rates, whole: Whole) -> None:
         found = torch.minimum(torch.maximum(found, -bound), bound)
     if root is not None:
         found.div_(root)
-    p.mul_(c.keep).sub_(found.mul_(c.lr))
+    x.p.mul_(c.keep).sub_(found.mul_(c.lr))
+
+
+def answer(rule: UpdateRule, x: Stretch, c: Rates, whole: Whole) -> tuple[Tensor, Tensor | None]:
+    """Write the gradient into the memory, whose network has learned from it already, and read it.
+
+    Returns m [N], of its own, and what divides it afterwards, if anything does. Weights stay as they are.
+    """
+    w, root = _value(rule, x.v, x.g * c.scale, c)
+    unit = whole.r if root is None else root
+    if rule.alone:
+        assert x.s is None
+        return _read(rule, whole.network, _gradient_key(w, None, unit)).mul_(unit), root
+    assert x.s is not None
+    s, keys = x.s, None
+    if rule.width and rule.gradient_key:
+        keys = _gradient_key(w, s * c.correct1_before, unit)
+    if rule.erase:
+        forgotten = rule.erase * (w * whole.inverse).square()
+        s.mul_(c.beta1 - forgotten / (1 + forgotten))
+    else:
+        s.mul_(c.beta1)
+    s.add_(w * c.gain1)
+    found = s * c.correct1
+    if rule.learns:
+        if keys is None:
+            keys = _gain_key(found, unit) if rule.scalar else _memory_key(found, root, whole)
+        found.add_(_read(rule, whole.network, keys) * unit)
+    return found, root
 
 
 def sums(rule: UpdateRule, x: Stretch, c: Rates, whole: Whole) -> Tensor:
     """[3 + P], float64: number of elements, sum of w^2, and `coordinate_memory.read_and_gradient`; 2 without a network.
-    With `match` two more: sums of squares, in the network's unit, of the linear memory and of the whole one.
+    With `match` two more: sums of squares, in the network's unit, of what m is matched to and of m: the linear memory
+    and the whole one, or w and what a network alone gives.
 
     Nothing is written. s, v and r are those of the update before, but the unit of the network is the one that this
     gradient leaves, so that no coordinate that was silent before weighs more than the others.
     """
     w, root = _value(rule, None if x.v is None else x.v.clone(), x.g * c.scale, c)
     head = torch.stack([w.new_tensor(float(w.numel())), w.square().sum()])
-    if not rule.width:
+    if not rule.learns:
         return head.double()
     unit = whole.r if root is None else root
-    held = x.s * c.correct1_before
-    keys = _gradient_key(w, held, unit) if rule.gradient_key else _memory_key(held, _root_before(rule, x.v, c), whole)
-    value, known = w * _inverse(unit), held * _inverse(unit)
+    value, known = w * _inverse(unit), _held(x, c) * _inverse(unit)
+    keys = _keys(rule, x, w, unit, c, whole)
     error = (lambda y: known + y - value) if rule.l2 else (lambda y: -value)
-    found = [head, memory.read_and_gradient(whole.network, keys, rule.width, error)]
+    if rule.scalar:
+        gain, [key] = whole.network[0], keys
+        found = [head, torch.stack([key.square().sum(), (error(gain * key) * key).sum()])]
+    else:
+        found = [head, memory.read_and_gradient(whole.network, keys, rule.width, error)]
     if rule.match:
         deep = known + memory.read(whole.network, keys, rule.width)
-        found.append(torch.stack([known.square().sum(), deep.square().sum()]))
+        found.append(torch.stack([(value if rule.alone else known).square().sum(), deep.square().sum()]))
     return torch.cat(found).double()
 
 
@@ -223,20 +257,44 @@ def measure(
 ) -> Tensor:
     """[6], float64: sums of s^2, update^2, weight^2 and w^2, and the inner loss before and after the write.
 
-    The loss is that of m at the key that this gradient was learned with; sum(loss) / sum(w^2) has no unit.
+    The loss is that of m at the key that this gradient was learned with; sum(loss) / sum(w^2) has no unit. Where a
+    network is the whole memory, s^2 is 0.
     """
     w, root = _value(rule, None if before.v is None else before.v.clone(), after.g * c.scale, c)
-    held = before.s * c.correct1_before
-    guess = [held, after.s * c.correct1]
-    if rule.width:
+    guess = [_held(before, c), _held(after, c, c.correct1)]
+    if rule.learns:
         unit = whole.r if root is None else root
-        root_before = _root_before(rule, before.v, c)
-        keys = _gradient_key(w, held, unit) if rule.gradient_key else _memory_key(held, root_before, whole)
+        keys = _keys(rule, before, w, unit, c, whole)
         networks = (network_before, whole.network)
-        guess = [m + memory.read(net, keys, rule.width) * unit for m, net in zip(guess, networks, strict=True)]
+        guess = [m + _read(rule, net, keys) * unit for m, net in zip(guess, networks, strict=True)]
     losses = [(m - w).square().sum() / 2 if rule.l2 else -(m * w).sum() for m in guess]
-    squares = [t.square().sum() for t in (after.s, after.p - before.p, after.p, w)]
+    s = w.new_zeros(1) if after.s is None else after.s
+    squares = [t.square().sum() for t in (s, after.p - before.p, after.p, w)]
     return torch.stack([*squares, *losses]).double()
+
+
+def _held(x: Stretch, c: Rates, correct: float | None = None) -> Tensor:
+    """What the linear memory gives, 0 if there is none; by default as the update before corrected it."""
+    if x.s is None:
+        return x.g.new_zeros(())
+    return x.s * (c.correct1_before if correct is None else correct)
+
+
+def _read(rule: UpdateRule, network: Tensor, keys: memory.Key) -> Tensor:
+    """y [N], in the network's unit."""
+    return network[0] * keys[0] if rule.scalar else memory.read(network, keys, rule.width)
+
+
+def _keys(rule: UpdateRule, before: Stretch, w: Tensor, unit: Tensor, c: Rates, whole: Whole) -> memory.Key:
+    """What this gradient is learned with: features of the memory before it, or of itself."""
+    if rule.alone:
+        return _gradient_key(w, None, unit)
+    held = _held(before, c)
+    if rule.scalar:
+        return _gain_key(held, unit)
+    return (
+        _gradient_key(w, held, unit) if rule.gradient_key else _memory_key(held, _root_before(rule, before.v, c), whole)
+    )
 
 
 def _value(rule: UpdateRule, v: Tensor | None, u: Tensor, c: Rates) -> tuple[Tensor, Tensor | None]:
@@ -253,10 +311,18 @@ def _root_before(rule: UpdateRule, v: Tensor | None, c: Rates) -> Tensor | None:
     return None if v is None or rule.at_value else v.sqrt().mul_(c.correct2_before).add_(c.eps)
 
 
-def _gradient_key(w: Tensor, held: Tensor, unit: Tensor) -> memory.Key:
-    """Features of gradient and memory [N]."""
-    value, held = w * _inverse(unit), held * _inverse(unit)
+def _gradient_key(w: Tensor, held: Tensor | None, unit: Tensor) -> memory.Key:
+    """Features of gradient and memory [N], or of the gradient alone."""
+    value = w * _inverse(unit)
+    if held is None:
+        return memory.key(value, memory.signed_log(value))
+    held = held * _inverse(unit)
     return memory.key(value, memory.signed_log(value), held, memory.signed_log(held))
+
+
+def _gain_key(held: Tensor, unit: Tensor) -> memory.Key:
+    """The memory itself [N], without a bound: what it is multiplied by is learned."""
+    return (held * _inverse(unit),)
 
 
 def _memory_key(held: Tensor, root: Tensor | None, whole: Whole) -> memory.Key:

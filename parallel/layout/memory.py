@@ -93,7 +93,7 @@ class _FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.empty_like(q)
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
         return out
 
@@ -227,8 +227,8 @@ def _carried_by(config: ModelConfig, layer: int, shape: StepShape) -> int:
 def optimizer_bytes(models: Sequence[Model], optim: OptimConfig, shape: StepShape) -> int:
     """fp32 masters and states of this rank: what the optimizer itself says it keeps, divided over data ranks.
 
-    Not divided: a deep momentum's networks, and what a level that communicates only when due keeps on its rank. Whole
-    matrices on owners come to the same on average.
+    Not divided: a deep momentum's networks where partitions cut across tensors, and what a level that communicates only
+    when due keeps on its rank. Whole matrices on owners come to the same on average.
     """
     levels = parameter_groups(models, 0.0, optim, shape.tokens_per_step)
     optimizer = build_optimizer(levels, optim)
@@ -237,7 +237,9 @@ def optimizer_bytes(models: Sequence[Model], optim: OptimConfig, shape: StepShap
         size, waits = sum(p.numel() for p in group["params"]), group["period"] > 1
         local = waits and optim.accumulate == "local" and shape.data > 1
         divided += 4 * size * (1 + len(optimizer.state_keys(group)) + int(waits and not local))
-        kept += 4 * size * int(local) + 4 * len(group["params"]) * optimizer.numbers_per_tensor(group)
+        networks = 4 * len(group["params"]) * optimizer.numbers_per_tensor(group)
+        divided += networks * group["matrices"]  # they are with the matrix, on its owner
+        kept += 4 * size * int(local) + networks * (not group["matrices"])
     return divided // shape.data + kept
 
 

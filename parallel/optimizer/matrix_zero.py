@@ -13,7 +13,7 @@ from hope.optim.build import build_optimizer
 from hope.optim.clocks import Watched
 from hope.optim.config import OptimConfig
 from hope.optim.levels import counters_of
-from parallel.optimizer.checkpoint_views import StatePiece
+from parallel.optimizer.checkpoint_views import Scope, StatePiece
 from parallel.optimizer.clocks import Combine, due_groups, waits_locally
 from parallel.optimizer.members import Counts, first_name, members_of, union_of_names
 from parallel.optimizer.ownership import OwnedGroup
@@ -156,7 +156,8 @@ class MatrixZeroOptimizer(ShardedOptimizer):
             for name, master in zip(owned.names, group["params"], strict=True):
                 yield StatePiece("master", name, 0, master.detach().view(-1), "whole")
                 for key, value in self.matrices.state[master].items():
-                    yield StatePiece(key, name, 0, value.view(-1), "whole")
+                    scope: Scope = "tensor" if key in self.matrices.per_tensor_keys else "whole"
+                    yield StatePiece(key, name, 0, value.view(-1), scope)
 
     def counters(self) -> dict[str, dict[str, int]]:
         own = {g["name"]: {"clock": g["clock"], "updates": g["updates"]} for g in self.matrices.param_groups}

@@ -366,6 +366,8 @@ def test_no_run_is_an_error_not_an_empty_table(tmp_path, capsys):
     [
         (["train.seq_len=4096"], "hope matrix, 345M parameters, sequence 4096, one H100: 42,400 tokens/s, 9.2%"),
         (["model.pattern=[attention]"], "attention, 334M parameters, sequence 4096, one H100: 90,700 tokens/s, 23.9%"),
+        (["train.cuda_graphs=true"], "hope matrix, 345M parameters, sequence 4096, one H100: 93,700 tokens/s, 20.4%"),
+        (["train.cuda_graphs=true", "model.mixers.hope.memory=mlp"], "hope mlp, 20M"),  # none was measured with them
         (["model.mixers.hope.memory=mlp"], "hope mlp, 20M parameters, sequence 1024, one H200: 62,000 tokens/s, 1.1%"),
         (["model.pattern=[hope, attention]"], "hope matrix, 345M"),  # the slow one decides
     ],

@@ -19,6 +19,8 @@ from hope.generate.errors import GenerationError
 from hope.generate.options import check, parser_of
 from hope.memory.config import MemoryConfig
 from hope.memory.linear_config import LinearConfig
+from hope.mixers.titans_attention import GateConfig
+from hope.mixers.titans_context import ContextConfig
 from hope.model import Model
 from hope.pretrained import open_pretrained
 from parallel.compute.generation import on_tensor_ranks
@@ -43,9 +45,15 @@ def run(args: list[str]) -> tuple[int, str, str]:
 def test_text_of_two_tensor_ranks_is_that_of_one_device(tmp_path):
     tokenizer = train_tokenizer([TEXT] * 20, 300, tmp_path / "tokenizer.model")
     (tmp_path / "train.manifest.json").write_text(json.dumps({"sha256_tokenizer": tokenizer.sha256}))
-    mixers = {"hope": MemoryConfig(projection_chunk=2, main_chunk=4), "linear": LinearConfig(rule="retnet")}
+    mixers = {
+        "hope": MemoryConfig(projection_chunk=2, main_chunk=4),
+        "linear": LinearConfig(rule="retnet"),
+        "titans_mag": GateConfig(chunk=4, window=5, persistent=2, theta_max=0.1),
+        "titans_mac": ContextConfig(chunk=2, segment=4, persistent=2, theta_max=0.1),
+    }
     cms = CmsConfig(periods=[1, 2], hidden=16)
-    config = ModelConfig(["hope", "attention", "linear"], 304, 32, 3, 4, True, mixers=mixers, cms=cms)
+    pattern = ["hope", "attention", "linear", "titans_mag", "titans_mac"]
+    config = ModelConfig(pattern, 304, 32, 5, 4, True, mixers=mixers, cms=cms)
     model = Model(config).initialise(1)
     with torch.no_grad():
         model.embedding.weight.mul_(5)  # neither uniform nor certain

@@ -15,9 +15,13 @@ SETTINGS = {
     "mlp-all": [*DEEP, "optim.dmgd.mlp.key=gradient", "optim.dmgd.output=rms_clip", "optim.dmgd.erase=0.3",
                 "optim.dmgd.bias_correction=false", "optim.dmgd.normalise=value"],
     "mlp-match": [*DEEP, "optim.dmgd.output=rms_match"],
+    "mlp-only": [*DEEP, "optim.dmgd.memory=mlp_only", "optim.dmgd.mlp.key=gradient", "optim.dmgd.output=rms_match"],
+    "scalar": ["optim.dmgd.memory=scalar", "optim.dmgd.scalar.lr=0.5", "model.pattern=[attention]", "model.layers=3"],
     "adamw": ["optim.name=adamw", "train.grad_clip=0.1"],
     "local": ["optim.accumulate=local", "train.grad_clip=0.1", "parallel.sequence=true"],
     "muon": ["optim.name=muon"],
+    "muon-mlp": ["optim.name=muon", "optim.muon.memory=mlp", "optim.muon.mlp.lr=0.5"],
+    "muon-scalar": ["optim.name=muon", "optim.muon.memory=scalar", "optim.muon.scalar.lr=0.5"],
     "m3": ["optim.name=m3", "optim.m3.slow_period=2"],
     # with pp2 the first stage has no matrix
     "policy": ["optim.name=muon", "optim.muon.per_head=true", "optim.lr_elementwise=2e-2", "optim.level_rate=0.5",
@@ -38,6 +42,10 @@ QUICK = [
     ("tp2-dp2", "local"),
     ("dp2", "muon"),
     ("tp2-dp2", "muon"),
+    ("tp2-dp2", "mlp-only"),
+    ("tp2-dp2", "scalar"),
+    ("tp2-dp2", "muon-mlp"),
+    ("tp2-dp2", "muon-scalar"),
     ("dp2", "m3"),
     ("tp2-dp2", "m3"),
     ("tp2", "policy"),
@@ -92,6 +100,8 @@ BROKEN = {
     "network in float64": (OF_THE_NETWORK, SETTINGS[IN_FLOAT64], True),
     "rms in float64": (OF_THE_RMS, SETTINGS[IN_FLOAT64], True),
     "gain": (OF_THE_GAIN, SETTINGS["mlp-match"], False),
+    "network alone": (OF_THE_NETWORK, SETTINGS["mlp-only"], False),
+    "scalar": (OF_THE_NETWORK, SETTINGS["scalar"], False),
 }
 
 

@@ -19,6 +19,7 @@ from tiny import config_text
 from configs.schema import load
 from hope.memory.linear_config import RULES
 from hope.memory.matrix import MatrixBank
+from hope.memory.titans_config import TITANS_RULES
 from hope.model import Model
 from parallel.compute import gradients
 from parallel.layout.plan import plan_of_config
@@ -35,6 +36,19 @@ KINDS = {
     "hybrid": ["model.pattern=[hope,hope,hope,attention]", "model.layers=7"],
     "own": ["model.imports=[gated_delta]", "model.pattern=[gated_delta_of_a_test]"],
     **{rule: ["model.pattern=[linear]", f"model.mixers.linear.rule={rule}"] for rule in RULES},
+    **{
+        rule: ["model.pattern=[titans]", f"model.mixers.titans.rule={rule}", "model.mixers.titans.chunk=4"]
+        for rule in TITANS_RULES
+    },
+    **{
+        name: [f"model.pattern=[{name}]", f"model.mixers.{name}.window=6", f"model.mixers.{name}.chunk=4"]
+        for name in ("titans_mag", "titans_mal")
+    },
+    "titans_mac": [
+        "model.pattern=[titans_mac]",
+        "model.mixers.titans_mac.chunk=2",
+        "model.mixers.titans_mac.segment=8",
+    ],
 }
 LAYOUTS = {
     "tp2": (2, ["parallel.tensor=2"]),
@@ -56,6 +70,11 @@ QUICK = [
     ("pp2", "own"),
     ("tp2+sp", "gated_deltanet"),
     ("pp2", "gated_deltanet"),
+    ("tp2+sp", "ttt_mlp"),
+    ("pp2", "lmm"),
+    ("tp2+sp", "titans_mag"),
+    ("tp2-pp2+sp", "titans_mal"),
+    ("tp2+sp", "titans_mac"),
     ("tp2+sp", "mlp"),
     ("tp4", "hope_attention"),
     ("pp2-vpp2", "matrix"),
@@ -175,6 +194,9 @@ SPOILERS = {
     "blocks.*.norm.weight": forget("blocks.*.norm.weight"),
     "blocks.*.mixer.norm.weight": forget("blocks.*.mixer.norm.weight"),
     "blocks.*.mixer.decay_down": forget("blocks.*.mixer.decay_down"),
+    "blocks.*.mixer.memory.norm.weight": forget("blocks.*.mixer.memory.norm.weight"),
+    "blocks.*.mixer.norm_memory.weight": forget("blocks.*.mixer.norm_memory.weight"),
+    "blocks.*.mixer.norm_attention.weight": forget("blocks.*.mixer.norm_attention.weight"),
     "blocks.*.cms.levels.*.norm.weight": forget("blocks.*.cms.levels.*.norm.weight"),
     "blocks.*.cms.aggregate": forget("blocks.*.cms.aggregate"),
     "sum twice": sum_twice,
@@ -191,6 +213,9 @@ BROKEN = [
     ("tp2+sp", "matrix", "norm.weight"),
     ("tp2+sp", "matrix", "blocks.*.norm.weight"),
     ("tp2", "kda", "blocks.*.mixer.decay_down"),
+    ("tp2", "titans_mal", "blocks.*.mixer.memory.norm.weight"),
+    ("tp2", "titans_mag", "blocks.*.mixer.norm_memory.weight"),
+    ("tp2+sp", "titans_mag", "blocks.*.mixer.norm_attention.weight"),
     ("tp2+sp", "matrix", "blocks.*.cms.levels.*.norm.weight"),
     ("tp2", "matrix", "sum twice"),
     ("pp2", "matrix", "other seed on a stage"),

@@ -17,10 +17,18 @@ SETTINGS = {
     ],
     "m3": ["optim.name=m3", "optim.m3.slow_period=2"],
     "muon-local": ["optim.name=muon", "optim.accumulate=local"],
-}
+    "muon-mlp": ["optim.name=muon", "optim.muon.memory=mlp"],
+    "muon-scalar": ["optim.name=muon", "optim.muon.memory=scalar"],
+    "scalar": ["optim.dmgd.memory=scalar"],
+    "mlp-only": ["optim.dmgd.memory=mlp_only", "optim.dmgd.mlp.key=gradient", "optim.dmgd.output=rms_match",
+                 "optim.dmgd.mlp.decay=0"],  # it is all of this write, and can raise the loss at the key
+}  # fmt: skip
+ALWAYS = ("mlp-local", "m3", "muon-mlp", "mlp-only")
 
 
-@pytest.mark.parametrize("name", ["mlp-local", "m3", pytest.param("muon-local", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow) for name in SETTINGS]
+)
 def test_resume_is_bit_equal(tmp_path, name):
     """Saved at step 4, in the middle of a period of 3 steps, by both runs; one of them stops there and goes on."""
     path, flags = config_file(tmp_path), [*SETTINGS[name], "checkpoint.every=4"]
@@ -32,11 +40,11 @@ def test_resume_is_bit_equal(tmp_path, name):
     last = metrics(tmp_path, "parts")[-1]
     assert (last["clock.base"], last["clock.cms1.undecayed"]) == (8, 8)
     assert last["update_ratio.base"] > 0
-    assert last["momentum_norm.base"] > 0
+    assert (last["momentum_norm.base"] > 0) == (name != "mlp-only")  # which has no momentum
     assert 0 < last["inner_loss_after.base"] < last["inner_loss_before.base"]  # a write lowers the loss at its key
     assert last["reduced_bytes"] > 0
     groups = {key.split(".", 1)[1] for key in last if key.startswith("clock.")}
-    assert ("cms1.matrices" in groups) == (name != "mlp-local")
+    assert ("cms1.matrices" in groups) == name.startswith(("muon", "m3"))
 
 
 def spiked(path: str, steps: tuple[int, ...], *overrides: str) -> int:
@@ -64,7 +72,7 @@ def test_a_loss_spike_is_skipped_with_its_numbers_and_too_many_stop_the_run(tmp_
     assert (clocks[4], clocks[5], clocks[6], clocks[8]) == (4, 4, 5, 5)
 
 
-@pytest.mark.parametrize("name", ["mlp-local", "m3"])
+@pytest.mark.parametrize("name", ["mlp-local", "m3", "muon-mlp"])
 def test_a_checkpoint_of_one_rank_goes_on_on_two(tmp_path, name):
     path, flags = config_file(tmp_path), [*SETTINGS[name], "optim.eps=1e-4", "model.layers=3"]
     assert run_ranks(run, 1, path, "run.name=whole", *flags, timeout=90) == [0]

@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from hope.config import CmsConfig, ModelConfig
 from hope.memory.config import MemoryConfig
 from hope.memory.linear_config import RULES, LinearConfig
+from hope.memory.titans_config import TITANS_RULES, TitansConfig
 from hope.mixers import MIXERS
 from hope.mixers.attention import AttentionConfig
+from hope.mixers.titans_attention import GateConfig, LayerConfig
+from hope.mixers.titans_context import ContextConfig
 from hope.model import Model
 
 LENGTH, BATCH, VOCAB = 23, 3, 32
@@ -26,6 +29,7 @@ MEMORIES = {
     "matrix-long-projections": MemoryConfig(projection_chunk=8, main_chunk=4, momentum=0.5),
     "matrix-boundary": MemoryConfig(projection_chunk=4, main_chunk=4, read="boundary", adaptive_query=True),
     "matrix-no-conv": MemoryConfig(projection_chunk=4, main_chunk=4, conv_width=1),
+    "matrix-gates": MemoryConfig(self_made="gates", static="projected", projection_chunk=2, main_chunk=4),
     "matrix-erase": MemoryConfig(erase_max=1.9, projection_chunk=2, main_chunk=4, eta_max=0.5),
     "matrix-projected": MemoryConfig(static="projected", projection_chunk=2, main_chunk=8, eta_max=0.5),
     "mlp-projected": MemoryConfig(memory="mlp", static="projected", projection_chunk=4, main_chunk=4),
@@ -39,6 +43,11 @@ PATTERNS = {name: (["hope"], {"hope": memory}) for name, memory in MEMORIES.item
     "attention-nope": (["attention"], {"attention": AttentionConfig(positions="none", qk_norm=True, window=16)}),
     "hybrid": (["hope", "attention"], {"hope": MEMORIES["matrix-two-clocks"]}),
     **{rule: (["linear"], {"linear": LinearConfig(rule=rule, chunk=8)}) for rule in RULES},
+    **{rule: (["titans"], {"titans": TitansConfig(rule=rule, chunk=4, theta_max=0.2)}) for rule in TITANS_RULES},
+    "mag": (["titans_mag"], {"titans_mag": GateConfig(chunk=4, window=5, persistent=3, theta_max=0.2)}),
+    "mal": (["titans_mal"], {"titans_mal": LayerConfig(chunk=4, window=6, persistent=2, theta_max=0.2)}),
+    "mac": (["titans_mac"], {"titans_mac": ContextConfig(chunk=2, segment=6, persistent=2, theta_max=0.2)}),
+    "lmm-online": (["titans"], {"titans": TitansConfig(depth=1, chunk=1, conv_width=0, theta_max=0.1)}),
 }
 
 
@@ -113,7 +122,10 @@ def test_calls_with_and_without_documents_may_be_mixed(name):
     assert (torch.cat(out) - whole).abs().max() <= BOUND * whole.abs().max()
 
 
-@pytest.mark.parametrize("name", ["matrix-two-clocks", "matrix-projected", "mlp", "attention", "hybrid", *RULES])
+@pytest.mark.parametrize(
+    "name",
+    ["matrix-two-clocks", "matrix-projected", "mlp", "attention", "hybrid", *RULES, *TITANS_RULES, "mag", "mal", "mac"],
+)
 def test_gradients_pass_through_a_cut(name):
     model = MODELS[name]
     weights = torch.linspace(-1, 1, LENGTH * BATCH * VOCAB, dtype=torch.float64).view(LENGTH, BATCH, VOCAB)

@@ -33,6 +33,8 @@ from hope.memory.linear_config import RULES, LinearConfig
 from hope.memory.scan import Given, scan
 from hope.mixers import Trunk, self_modifying
 from hope.mixers.self_modifying import SelfModifyingTitans, memory_input
+from hope.mixers.titans_attention import LayerConfig
+from hope.mixers.titans_context import ContextConfig
 from hope.model import Model
 from hope.parameters import initialise
 from hope.train.config import SeqLenStage, TrainConfig
@@ -54,6 +56,21 @@ PARTS = {
         "convolved",
         "steps",
     },
+    "titans_mal": {
+        "rms_norm",
+        "gated",
+        "block_alone",
+        "keys_of",
+        "heads_of",
+        "normed_and_joined",
+        "convolved",
+        "rotated",
+    },
+    "titans_mac": {"rms_norm", "gated", "block_alone", "heads_of", "normed_and_joined"},
+}
+TITANS = {
+    "titans_mal": LayerConfig(chunk=8, window=6, persistent=2, theta_max=0.1),
+    "titans_mac": ContextConfig(chunk=4, segment=8, persistent=2, theta_max=0.1),
 }
 
 
@@ -73,6 +90,8 @@ def config(kind: str) -> ModelConfig:
     size = {"vocab_size": 64, "width": 32, "layers": 2, "heads": 2, "cms": cms}
     if kind in RULES:
         return ModelConfig(["linear"], mixers={"linear": LinearConfig(rule=kind, chunk=8)}, **size)
+    if kind in TITANS:
+        return ModelConfig([kind], mixers={kind: TITANS[kind]}, **size)
     return named(kind, memory=memory, **size)
 
 
@@ -98,7 +117,15 @@ def assert_equal(kind: str, form: Compiled, packed: bool, recompute: str = "none
 
 
 @pytest.mark.parametrize(
-    ("kind", "recompute"), [("hope", "memory"), ("transformer", "block"), ("kda", "memory"), ("retnet", "sublayer")]
+    ("kind", "recompute"),
+    [
+        ("hope", "memory"),
+        ("transformer", "block"),
+        ("kda", "memory"),
+        ("retnet", "sublayer"),
+        ("titans_mal", "memory"),
+        ("titans_mac", "memory"),
+    ],
 )
 def test_traced_parts_equal_eager_ones(kind, recompute):
     assert_equal(kind, Compiled("aot_eager"), True, recompute)
@@ -144,7 +171,15 @@ def assert_whole_equals(kind: str, backend: str, recompute: str = "none") -> Non
 
 
 @pytest.mark.parametrize(
-    ("kind", "recompute"), [("hope", "none"), ("hope", "block"), ("transformer", "none"), ("kda", "none")]
+    ("kind", "recompute"),
+    [
+        ("hope", "none"),
+        ("hope", "block"),
+        ("transformer", "none"),
+        ("kda", "none"),
+        ("titans_mal", "none"),
+        ("titans_mac", "none"),
+    ],
 )
 def test_whole_blocks_equal_eager_ones(kind, recompute):
     counter = CompileCounterWithBackend("aot_eager")

@@ -127,6 +127,45 @@ def test_loss_by_position_and_its_buckets():
     assert sum(part["tokens"] * part["nats_per_token"] for part in found["by_position"]) == pytest.approx(found["nats"])
 
 
+@pytest.mark.parametrize(("window", "stride"), [(6, None), (8, 3), (None, None)])
+def test_tokens_that_repeat_a_bigram_of_their_window_are_apart(window, stride):
+    """By hand: for every target that counts, all pairs that its row shows before it; three tokens make many repeats."""
+    ids = np.random.default_rng(0).integers(100, 103, 40)
+    text = Text(lambda start, stop: ids[start:stop], np.array([0, 25, 40]), EOS, lambda count: None)
+    found = result(text, Counting(), window, stride)
+    windows, kinds, places = Windows(text, window, stride), {True: [], False: []}, {}
+    for index in range(len(windows)):
+        row, first = windows[index]
+        for place in range(first, len(row) - 1):
+            before = {(row[i], row[i + 1]) for i in range(place)}
+            again = (row[place], row[place + 1]) in before
+            nats = row[place + 1] + place / 1000
+            kinds[again].append(nats)
+            if again:
+                places.setdefault(bucket_of(np.array(place)).item(), []).append(nats)
+    assert min(map(len, kinds.values())) > 3
+    assert found["repeated_bigrams"] == len(kinds[True])
+    for name, again in (("nats_per_repeated_bigram", True), ("nats_per_new_bigram", False)):
+        assert found[name]["value"] == pytest.approx(np.mean(kinds[again]))
+    split = {int(np.log2(part["from"] + 1)): part["repeated"] for part in found["by_position"]}
+    assert {k: part["tokens"] for k, part in split.items() if part["tokens"]} == {k: len(v) for k, v in places.items()}
+    for k, part in split.items():
+        expected = pytest.approx(np.mean(places[k])) if k in places else None
+        assert part["nats_per_token"] == expected
+
+
+def test_a_text_without_a_repeat_has_none():
+    found = result(numbered([20]), Counting(), 8)
+    assert found["repeated_bigrams"] == 0
+    assert "nats_per_repeated_bigram" not in found
+    sums = [sum(100 + i + (i - begin) / 1000 for i in range(begin, min(begin + 8, 20))) for begin in (0, 8, 16)]
+    expected = ratio(sums, [8, 8, 4])
+    assert found["nats_per_new_bigram"] == {
+        "value": pytest.approx(expected.value),
+        "error": pytest.approx(expected.error),
+    }
+
+
 def test_a_limit_takes_the_first_windows_and_their_bytes():
     found = result(numbered([20, 5]), Counting(), 8, limit=2)
     assert (found["tokens"], found["bytes"], found["words"], found["rows"]) == (16, 112, None, 2)

@@ -17,7 +17,7 @@ from hope.memory.kernels import ScanChoice
 from hope.mixers import self_modifying
 from hope.model import Model, Slice, next_token_loss
 from hope.optim.build import build_optimizer
-from hope.optim.config import OptimConfig
+from hope.optim.config import MuonConfig, OptimConfig
 from hope.optim.levels import parameter_groups
 from parallel.layout.memory import StepShape, activation_bytes, build_part, part_activations, rank_memory
 
@@ -109,10 +109,14 @@ def test_bytes_of_weights_and_states():
         (OptimConfig(), 2),
         (with_dmgd(objective="dot", preconditioner="none"), 1),
         (with_dmgd(memory="mlp"), 2),
+        (with_dmgd(memory="scalar"), 2),
+        (with_dmgd(memory="mlp_only", mlp_key="gradient"), 1),
         (OptimConfig(name="muon"), 1),
+        (OptimConfig(name="muon", muon=MuonConfig(memory="mlp")), 1),
+        (OptimConfig(name="muon", muon=MuonConfig(memory="scalar")), 1),
         (OptimConfig(name="m3"), 5),
     ],
-    ids=["adamw", "sgd", "mlp", "muon", "m3"],
+    ids=["adamw", "sgd", "mlp", "scalar", "mlp_only", "muon", "muon mlp", "muon scalar", "m3"],
 )
 def test_states_of_every_optimizer(optim, numbers):
     """What the optimizer allocates, and how many numbers that is per weight of a matrix in a level that never waits."""

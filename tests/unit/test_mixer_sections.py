@@ -159,6 +159,12 @@ def test_the_program_in_a_job_finds_modules_of_the_folder_it_runs_in(tmp_path):
             "1.9 bounds a rate of erasing, and with erase none nothing is erased",
             "null, or erase layerwise",
         ),
+        (
+            ["self_made=not_k", "static=none"],
+            "self_made",
+            "not_k leaves nothing that makes k or v: there is no static path",
+            "all, or model.mixers.hope.static=projected",
+        ),
     ],
     ids=" ".join,
 )

@@ -80,6 +80,26 @@ def test_cells_are_run_once_and_a_diverged_one_has_no_loss(recipe, tmp_path, cap
     assert rows.read_text() == before
 
 
+@pytest.mark.parametrize("file", sorted(BENCHMARKS.glob("recipe*.yaml")), ids=lambda file: file.stem)
+def test_every_cell_of_the_plans_is_a_configuration(recipe, file):
+    """No key is unknown or unused, and every optimizer of a plan is given a grid of the same size."""
+    plan = yaml.safe_load(file.read_text())
+    path = str(recipe.ROOT / plan["config"])
+    sizes = set()
+    for optimizer, model in plan["order"]:
+        cell, *others = recipe.grid(plan, optimizer, model)
+        sizes.add(1 + len(others))
+        config = recipe.load(path, recipe.words(plan, cell, ["a", "b"], Path("runs")), check=False)
+        assert list(config.model.problems()) == list(config.optim.problems()) == []
+        assert config.train.eval_every == plan.get("eval_every", 0)
+        assert config.checkpoint.every == plan.get("checkpoint_every", 0)
+    assert len(sizes) == 1
+
+
+def test_lists_within_lists_are_words(recipe):
+    assert recipe.flat(["a=1", ["b=2", ["c=3"]], "d=4"]) == ["a=1", "b=2", "c=3", "d=4"]
+
+
 def test_a_run_that_fails_is_no_result(recipe, tmp_path, capfd):
     plan = {
         "config": config_file(tmp_path, "attention"),
@@ -95,3 +115,16 @@ def test_a_run_that_fails_is_no_result(recipe, tmp_path, capfd):
     assert recipe.main([*flags, "--out", str(tmp_path / "runs")]) == 1
     assert "exit code 2, see " in capfd.readouterr().out
     assert not rows.exists()
+
+
+def test_the_picture_has_a_line_per_model_the_best_above(recipe):
+    picture = importlib.import_module("recipe_picture")
+    rows = [row(recipe, "b", 1.0, 1, 3.0), row(recipe, "b", 2.0, 1, 3.2), row(recipe, "b", 1.0, 2, 3.1)]
+    rows += [row(recipe, "a", 1.0, 1, 3.5), row(recipe, "a", 2.0, 1, None)]
+    found = picture.lines(PLAN, rows, "muon")
+    assert list(found.items()) == [("b", ([3.0, 3.2], [3.0, 3.1])), ("a", ([3.5], [3.5]))]
+    svg = picture.draw(found).svg()
+    assert svg.index("3.050  2 seeds") < svg.index("3.500  1 seed")
+    assert svg.count("<circle") == 3 + 3
+    with pytest.raises(ValueError, match="no cell"):
+        picture.draw(picture.lines(PLAN, rows, "adamw"))

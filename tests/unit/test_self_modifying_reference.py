@@ -79,6 +79,9 @@ VARIANTS = [
     {"erase_max": 1.9},
     {"erase_max": 1.9, "erase": "input", "main_chunk": 8, "momentum": 0.7, "eta_max": 0.2},
     {"adaptive_query": True},
+    {"self_made": "not_k"},
+    {"self_made": "not_v", "adaptive_query": True},
+    {"self_made": "gates", "static": "projected"},
     {"momentum": 0.7, "eta_max": 0.2},
     {"momentum": 0.7, "eta_max": 0.2, "erase": "none"},
     {"momentum": 0.7, "eta_max": 0.2, "read": "boundary", "main_chunk": 8},
@@ -198,3 +201,13 @@ def test_sequences_do_not_share_memories(kind):
     y_permuted, state_permuted = mixer(x[:, order])
     torch.testing.assert_close(y_permuted, y[:, order], rtol=0, atol=1e-14)
     torch.testing.assert_close(state_permuted.main[0].weight, state.main[0].weight[order], rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("self_made", "boxes"),
+    [("all", "k v eta alpha"), ("not_k", "v eta alpha"), ("not_v", "k eta alpha"), ("gates", "eta alpha")],
+)
+def test_what_is_not_self_made_has_no_memory(self_made, boxes):
+    mixer = build(self_made=self_made)
+    names = {name.removeprefix("initial.") for name, _ in mixer.memories.named_parameters()}
+    assert names == {*boxes.split(), "main"}

@@ -15,10 +15,25 @@ from data_prep.config import DataConfig
 from data_prep.training.index_build import read_config
 from hope.config import ModelConfig
 from hope.memory.linear_config import RULES, LinearConfig
+from hope.memory.titans_config import TitansConfig
+from hope.mixers.attention import AttentionConfig
+from hope.mixers.titans_attention import GateConfig, LayerConfig
+from hope.mixers.titans_context import ContextConfig
 from hope.model import Model
 
 ROOT = Path(__file__).parents[2]
 PRESETS = sorted((ROOT / "configs/models").glob("*.yaml"))
+FAMILY = {
+    **{rule: {"linear": LinearConfig(rule=rule)} for rule in RULES},
+    "titans_lmm": {"titans": TitansConfig()},
+    "titans_mag": {"titans_mag": GateConfig(window=512)},
+    "titans_mac": {"titans_mac": ContextConfig(segment=128)},
+    "titans_mal": {"titans_mal": LayerConfig(window=512)},
+    "ttt_linear": {"titans": TitansConfig(rule="ttt_linear")},
+    "ttt_mlp": {"titans": TitansConfig(rule="ttt_mlp")},
+    "samba": {"linear": LinearConfig(rule="mamba2"), "attention": AttentionConfig(window=512)},
+}
+"""Presets after papers: the sections of the mixers in their pattern."""
 
 
 def files(folder: Path, **texts: str) -> list[str]:
@@ -109,13 +124,13 @@ def test_presets_are_the_models_they_are_called_after(monkeypatch):
     printed = models["hope_paper"].mixers["hope"]
     assert (printed.memory, printed.forget, printed.read, printed.static) == ("mlp", "zero", "boundary", "identity")
     assert (printed.contribution, printed.momentum, printed.adaptive_query) == (1.0, 0.0, False)
-    for rule in RULES:
-        assert (models[rule].pattern, models[rule].periods) == (["linear"], [1])
-        assert models[rule].mixers["linear"] == LinearConfig(rule=rule)
-    assert len(models) == 5 + len(RULES)
+    for name, sections in FAMILY.items():
+        assert (models[name].pattern, models[name].periods) == (list(sections), [1])
+        assert models[name].mixers == sections
+    assert len(models) == 5 + len(FAMILY)
 
 
-@pytest.mark.parametrize("rule", list(RULES))
+@pytest.mark.parametrize("rule", list(FAMILY))
 def test_a_preset_says_which_mlp_gives_it_the_parameters_of_a_transformer(monkeypatch, rule):
     """ "such as N at WIDTH", or "the same MLP"; within 2 %."""
     monkeypatch.setattr(DataConfig, "problems", lambda *args: iter(()))

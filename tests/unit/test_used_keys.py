@@ -25,6 +25,7 @@ OTHERWISE = {
     "model.mixers.attention.positions": "none",
     "optim.name": "adamw", "optim.decay": "constant", "optim.m3.reading": "literal",
     "optim.dmgd.preconditioner": "none", "optim.dmgd.output": "identity", "optim.dmgd.memory": "linear",
+    "optim.muon.memory": "linear",
     "model.mixers.hope.memory": "matrix", "train.spike_sigma": 0, "train.tasks": {}, "checkpoint.resume": "never",
     "optim.momentum_warmup": 0, "model.init": None,
 }  # fmt: skip
@@ -107,7 +108,7 @@ def test_every_key_of_a_section_that_belongs_to_a_kind_depends_on_it():
         assert all(key.uses[0] == Use("model.pattern", (name,), listed=True) for key in own)
     network = [key for path, key in KEYS.items() if path.startswith("optim.dmgd.mlp.")]
     assert len(network) == 4
-    assert all(Use("optim.dmgd.memory", ("mlp",), listed=False) in key.uses for key in network)
+    assert all(Use("optim.dmgd.memory", ("mlp", "mlp_only"), listed=False) in key.uses for key in network)
 
 
 def test_conditions_speak_of_keys_that_exist():

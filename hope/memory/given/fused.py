@@ -47,6 +47,7 @@ def forward(
     number = (chunks, batch * heads)
     with torch.cuda.device_of(k):
         w, u0 = (new(length, K), new(length, K)) if erase else (out["u"], out["u"])
+        out |= {"w": w, "u0": u0}
         if erase:
             _prepare[number](k, v, write, ell, out["inverse"], w, u0, chunks, LOG_C=chunk.bit_length() - 1, **common)
         else:
@@ -104,6 +105,8 @@ def _prepare(
     T = _dot(k, tl.trans(k), PRECISION) * (b[:, None] * _decay(g, g))
     X = _inverse(tl.where(rC[:, None] > rC[None, :], T, 0.0), rC, LOG_C, TYPE, PRECISION).to(TYPE)
     tl.store(inverse_p + row * C + rC[:, None] * C + rC[None, :], X)
+    tl.debug_barrier()  # other threads stored it
+    X = tl.load(inverse_p + row * C + rC[:, None] * C + rC[None, :])  # from memory, as `_outputs_backward` has it
     E = (-b[:, None] * v.to(tl.float32)).to(TYPE)
     tl.store(u0_p + at, _dot(X, E, PRECISION).to(TYPE))
     E = ((b * tl.exp(g))[:, None] * k.to(tl.float32)).to(TYPE)
