@@ -105,7 +105,7 @@ def test_too_few_windows_are_refused(prefix):
 def test_what_looks_at_the_data_says_what_a_stream_is(prefix):
     data = DataConfig(train=prefix, heldout=prefix, documents="stream")
     assert "windows in file order" in "\n".join(preview(data, T, 5000))
-    with pytest.raises(DataError, match="depends on train.global_batch"):
+    with pytest.raises(DataError, match=r"depends on train\.global_batch"):
         show_sample(data, T, 3)
 
 
@@ -130,5 +130,6 @@ def test_what_begins_anew_or_grows_for_ever_is_refused(tmp_path, memory, words, 
     config = config_file(tmp_path, memory)
     with pytest.raises(ConfigError) as error:
         load(config, ["data.documents=stream", *words])
-    assert [fix for where, what, fix in error.value.problems if where == path and "stream" in what][0].startswith(said)
+    fixes = [fix for where, what, fix in error.value.problems if where == path and "stream" in what]
+    assert [fix.startswith(said) for fix in fixes] == [True]
     load(config, ["data.documents=stream", *(["model.mixers.attention.window=8"] if memory == "attention" else [])])

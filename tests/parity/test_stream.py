@@ -191,7 +191,7 @@ def test_a_resumed_run_is_the_run_to_the_last_bit(tmp_path, memory, ranks, layou
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-def test_a_run_goes_on_in_another_layout(tmp_path, capsys):
+def test_a_run_goes_on_in_another_layout(tmp_path, capfd):
     """Saved by two data ranks, resumed by one with other micro-batches and by two stages; other tensor ranks are
     refused, and so are windows that do not follow one another."""
     path = config_file(tmp_path)
@@ -201,7 +201,8 @@ def test_a_run_goes_on_in_another_layout(tmp_path, capsys):
         assert run_ranks(run, ranks, path, f"run.name={name}", *words, timeout=120) == [0] * ranks
         assert losses(tmp_path, name) == pytest.approx(losses(tmp_path, "one"), rel=2e-5)
     assert run_ranks(run, 1, path, "run.name=c", "train.stop_after=4", timeout=120) == [0]
-    assert run_ranks(run, 2, path, "run.name=c", "parallel.tensor=2", timeout=120) != [0, 0]
+    assert run_ranks(run, 2, path, "run.name=c", "parallel.tensor=2", timeout=120) == [2, 2]
+    assert "were saved by parallel.tensor 1, this run has 2; use parallel.tensor=1" in capfd.readouterr().err
     assert run_ranks(run, 1, path, "run.name=c", "data.documents=carry", timeout=120) == [2]
 
 
