@@ -40,6 +40,7 @@ def afresh(path: str, layout: ParallelConfig) -> list[float] | None:
         return losses(path, layout, ranks)
 
 
+@pytest.mark.slow
 def test_a_layout_is_the_same_after_others(tmp_path):
     """To the last bit that of processes which never knew another."""
     path = config_file(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -38,6 +39,9 @@ def model_config(kind: str) -> ModelConfig:
     memory, projection_chunk = kind.split()
     section = MemoryConfig(memory=memory, projection_chunk=int(projection_chunk), main_chunk=8)
     return named("hope", memory=section, **sizes)
+
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("kind", ["matrix 8", "matrix 4", "mlp 4", "linear", "attention"])
@@ -150,12 +154,12 @@ def test_a_run_is_plain_torch_over_the_file(tmp_path):
     ("ranks", "words"),
     [
         (2, []),
-        (1, ["train.micro_batch=8"]),
-        (2, ["parallel.tensor=2"]),
+        slow(1, ["train.micro_batch=8"]),
+        slow(2, ["parallel.tensor=2"]),
         (2, ["parallel.tensor=2", "parallel.sequence=true"]),
-        (2, ["parallel.pipeline=2"]),
+        slow(2, ["parallel.pipeline=2"]),
         (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "model.layers=4"]),
-        (1, ["train.recompute=block"]),
+        slow(1, ["train.recompute=block"]),
     ],
 )
 def test_layouts_equal_one_device(tmp_path, ranks, words):
@@ -168,7 +172,7 @@ def test_layouts_equal_one_device(tmp_path, ranks, words):
     assert held[0] == pytest.approx(held[1], rel=2e-5)
 
 
-@pytest.mark.parametrize("memory", ["matrix", "attention", "linear"])
+@pytest.mark.parametrize("memory", ["matrix", slow("attention"), slow("linear")])
 @pytest.mark.parametrize(("ranks", "layout"), [(1, []), (2, ["parallel.tensor=2"]), (2, ["parallel.pipeline=2"])])
 def test_a_resumed_run_is_the_run_to_the_last_bit(tmp_path, memory, ranks, layout):
     """With windows of 18 tokens no chunk ends with a step, so that tokens are pending; attention's window of 40 is
