@@ -26,6 +26,7 @@ NAMES = {
     "hope_hybrid": "HOPE, hybrid 3:1",
     "hope_hybrid_qk": "HOPE, hybrid 3:1, QK norm",
     "hope_attention": "HOPE-Attention",
+    "hope_attention_qk": "HOPE-Attention, QK norm",
     "hope_mlp": "HOPE, mlp memories",
 }
 WIDTH, LEFT, RIGHT, TOP, HEIGHT_OF_ROW, BOTTOM = 760, 190, 90, 20, 40, 46

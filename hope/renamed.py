@@ -23,13 +23,14 @@ NEWER_KEYS: dict[str, dict[str, Any]] = {
         "alpha_spread": 0.0,
         "erase_max": None,
         "output_gate": "silu",
+        "static": "learned",
         "kernel": "auto",
         "self_made": "all",
     },
     "attention": {"positions": "rope", "window": None, "qk_norm": False},
     "linear": {"kernel": "auto"},
 }
-"""Keys of `model.mixers.NAME` that earlier records lack. Memories forgot towards zero."""
+"""Keys of `model.mixers.NAME` that earlier records lack, or could lack. Memories forgot towards zero."""
 NEWER_OF_MODEL: dict[str, Any] = {"norm_eps": 1e-6, "depth_scaled_init": False, "init": None}
 """Keys of `model` that earlier records lack. Runs began with drawn weights."""
 

@@ -90,6 +90,8 @@ def assembled(ptx: str) -> tuple[int, int]:
 def compiled(kernel: triton.JITFunction, word: str) -> str:
     width, kind, *others = word.split(",")
     options = fused._OPTIONS | (given.wide(int(width)) if kernel is given._writes_backward else {})
+    if kernel is fused._sequential_backward:
+        options = fused.backward_options(int(width), torch.bfloat16 if kind == "bf16" else torch.float32)
     found = triton.compile(source(kernel, int(width), kind, "".join(others)), target=HOPPER, options=options)
     facts = *assembled(found.asm["ptx"]), found.metadata.shared
     return " ".join(map(str, (kernel.__name__, word, *facts, *transposed_on_the_left(found.asm["ttgir"]))))

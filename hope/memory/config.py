@@ -41,10 +41,10 @@ class MemoryConfig(MixerSection):
     write for about e^b tokens, so horizons are log-uniform, as Gated DeltaNet's (Yang et al., 2025). 0: all alike."""
     contribution: float = 0.3
     """Factor on the memory's part of every forward read, next to the static path (1.0 narrows the stable range)."""
-    static: Literal["learned", "projected", "identity", "none"] = "learned"
+    static: Literal["learned", "projected", "identity", "none"] = "projected"
     """Static path of the k and v reads. learned: a map per head of the memory's input; projected: a projection of the
-    full width with a convolution each, normalised, as in delta-rule models; identity: the
-    residual of Eq. 89; none: nothing (diverges easily)."""
+    full width with a convolution each, normalised, as in delta-rule models (learned cost 0.11 nats under Muon, nothing
+    beside attention: docs/results.md); identity: the residual of Eq. 89; none: nothing (diverges easily)."""
     normalise_values: bool = True
     """L2-normalise v as well as q and k; without it the loop v -> M v is quadratic in the state and diverges."""
     erase: Literal["layerwise", "input", "objective", "none"] = "layerwise"
@@ -65,8 +65,9 @@ class MemoryConfig(MixerSection):
     """Hidden width of an mlp memory over the head width."""
     conv_width: int = 4
     """Taps of the causal depthwise convolution before the memory."""
-    output_gate: Literal["silu", "sigmoid"] = "silu"
-    """What the gate of the output goes through: sigmoid was 0.15 nats better under Muon, 0.12 worse under AdamW."""
+    output_gate: Literal["silu", "sigmoid"] = "sigmoid"
+    """What the gate of the output goes through: under Muon silu cost 0.26 nats, with attention in every fourth layer
+    0.07 (docs/results.md)."""
     kernel: Literal["auto", "plain"] = "auto"
     """auto: the fastest forms that fit, of the loop and of what cuts its input into heads and merges its output; plain:
     PyTorch's, to compare with."""

@@ -20,9 +20,6 @@ HEADS = {torch.bfloat16: (64, 128), torch.float32: (64,)}
 """Widths of heads by the weights' dtype. In fp32 a head of 128 needs 288 KB of shared memory, an H100 has 227."""
 CHUNK = 64
 """The one chunk that was checked on a GPU. At 128 the inverse alone would fill the registers."""
-GIVEN_HEADS = 64
-"""Of the linear family's kernels what was right on an H100: without erasing, bf16, heads of 64. With the delta rule
-they and the plain form disagreed there (docs/LOG.md), though not in the interpreter. The rest was not checked."""
 SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16"}
 
 
@@ -74,14 +71,12 @@ def linear_for(config: LinearConfig, device: torch.device, dtype: torch.dtype, h
         return plain(device.type.upper())
     rule = config.resolved()
     reasons = {
-        "the delta rule": rule.erase,
         "decay per channel": rule.decay == "channel",
         "a normaliser": rule.normaliser,
         f"chunk {config.chunk}": config.chunk != CHUNK,
-        f"heads of {head_dim}": head_dim != GIVEN_HEADS,
-        SHORT.get(dtype, str(dtype).removeprefix("torch.")): dtype != torch.bfloat16,
+        f"heads of {head_dim}": head_dim not in HEADS[torch.bfloat16],
     }
-    if reason := next((reason for reason, holds in reasons.items() if holds), ""):
+    if reason := next((reason for reason, holds in reasons.items() if holds), "") or _against_type(dtype, head_dim):
         return plain(reason)
     if device.type == "cuda" and not has_triton():
         return plain("no triton")

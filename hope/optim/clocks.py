@@ -4,7 +4,6 @@ Gradients accumulate over `period` steps. At the due step the update rule sees t
 moments, the schedule's rate and the DMGD memory move together, or not at all.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -109,13 +108,13 @@ class ClockedOptimizer(torch.optim.Optimizer):
         """L2 norm of the gradient that the coming step will use, over all due groups, when parameters are whole."""
         self.complete()
         squares = [
-            (p.grad.double().square().sum() * self.gradient_factor(group) ** 2).item()
+            p.grad.double().square().sum() * self.gradient_factor(group) ** 2
             for group in self.param_groups
             if self.due(group)
             for p in group["params"]
             if p.grad is not None
         ]
-        return math.sqrt(sum(squares))
+        return torch.stack(squares).sum().sqrt().item() if squares else 0.0  # one wait for the device
 
     def discard(self) -> None:
         """Forget this step's gradients: no clock advances, and the accumulators stay as they were."""

@@ -78,9 +78,10 @@ def chosen_linear(device: str = "cuda", dtype: torch.dtype = BF16, head_dim: int
     return linear_for(LinearConfig(**section), torch.device(device), dtype, head_dim)
 
 
-@pytest.mark.parametrize("rule", ["retnet", "mamba2"])
-def test_the_linear_family_on_a_gpu_takes_its_kernels(rule):
-    choice = chosen_linear(rule=rule)
+@pytest.mark.parametrize("rule", ["retnet", "mamba2", "gated_deltanet", "deltanet"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_linear_family_on_a_gpu_takes_its_kernels(rule, head_dim):
+    choice = chosen_linear(rule=rule, head_dim=head_dim)
     assert str(choice) == "fused"
     assert choice.memory.keywords == {"operands": BF16}
 
@@ -90,13 +91,13 @@ def test_the_linear_family_on_a_gpu_takes_its_kernels(rule):
     [
         ("CPU", {"device": "cpu"}),
         ("as configured", {"kernel": "plain"}),
-        ("the delta rule", {"rule": "gated_deltanet"}),
         ("decay per channel", {"rule": "kda", "erase": False}),
         ("a normaliser", {"rule": "linear_attention"}),
         ("chunk 128", {"chunk": 128}),
-        ("heads of 128", {"head_dim": 128}),
+        ("heads of 32", {"head_dim": 32}),
         ("fp64", {"dtype": torch.float64}),
-        ("fp32", {"dtype": FP32}),
+        ("fp32 heads of 128", {"dtype": FP32, "head_dim": 128}),
+        ("fp32 without TF32", {"dtype": FP32}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -119,8 +120,9 @@ def test_no_kernel_is_imported_before_one_is_called():
     assert done.stdout.split() == ["False", "False"], done.stderr
 
 
-# Bytes that a kernel may spill, by its name. Triton 3.6 and 3.9: 96 and 132, 408 and 336, nothing of the others.
-SPILLS = {"_sequential": 256, "_outputs": 0, "_outputs_backward": 0, "_sequential_backward": 640}
+# Bytes that a kernel may spill, by its name. Triton 3.6 and 3.9: 96 and 132, 692 and 508, nothing of the others. With
+# one stage the last one spilled 488 and 444, and took a quarter longer on an H100.
+SPILLS = {"_sequential": 256, "_outputs": 0, "_outputs_backward": 0, "_sequential_backward": 704}
 # Triton 3.9: 20, nothing of the others.
 OF_GIVEN = {"_prepare": 0, "_sequential": 0, "_outputs": 0, "_outputs_backward": 0, "_sequential_backward": 0,
             "_writes_backward": 64}  # fmt: skip

@@ -9,9 +9,11 @@ from models import named
 
 from hope.evaluate.probes import __main__ as program
 from hope.evaluate.probes.options import best_of
-from hope.evaluate.probes.recall import SelectiveCopy
+from hope.evaluate.probes.passes import Passes, one_pass
+from hope.evaluate.probes.recall import Palindrome, SelectiveCopy
 from hope.evaluate.probes.state import Word
 from hope.evaluate.probes.train import Plan, accuracy, adamw, batch_of, train, training_batch
+from hope.model import Model
 from hope.optim.config import OptimConfig
 
 CPU = torch.device("cpu")
@@ -53,6 +55,25 @@ def test_sizes_are_taken_by_their_shares_and_examples_from_their_number():
     assert 250 < len(short) < 350
     known = {Word(3, "S3").example(1, index).tokens.tobytes() for index in range(30)}
     assert {example.tokens.tobytes() for batch in short for example in batch} == known
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("mixer", ["transformer", "hope"])
+def test_recorded_passes_are_the_passes(mixer):
+    """Sizes come in turn: loss and gradients of every batch are what a pass as it is gives, bit for bit."""
+    device = torch.device("cuda")
+    config = named(mixer, vocab_size=64, width=128, layers=2, heads=2)
+    plan = Plan([(Palindrome(64, 64), 100), (Palindrome(128, 64), 100)], 12, 4, 1)
+    model = Model(config).initialise(1).to(device)
+    passes, sizes = Passes(model, device), set()
+    for step in range(1, 13):
+        batch = [part.to(device) for part in batch_of(training_batch(plan, step))]
+        sizes.add(batch[0].shape)
+        loss = passes(*batch).clone()
+        found = [parameter.grad.clone() for parameter in model.parameters()]
+        assert torch.equal(one_pass(model, *batch), loss)
+        assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), found, strict=True))
+    assert len(sizes) == 2
 
 
 def run(*words):

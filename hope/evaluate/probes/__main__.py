@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from configs.errors import ConfigError
 from configs.schema import load
 from data_prep.errors import DataError
@@ -69,6 +71,8 @@ def trained(args: argparse.Namespace) -> str:
     if problems := list(model.problems()):
         raise EvaluationError("; ".join(f"{problem.path}: {problem.what}" for problem in problems))
     device = device_of(args.device, EvaluationError)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # the kernels of the memories have TF32 products
     steps, batch = args.steps or protocol.steps, args.batch or protocol.batch
     tested = args.tested or protocol.tested
     identity = {"probe": args.name, "model": dataclasses.asdict(model), "steps": steps, "batch": batch,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import Tensor
 from hope.config import ModelConfig
 from hope.evaluate.measures import Measure, mean, ratio
 from hope.evaluate.probes.base import IGNORE, Example, Probe
+from hope.evaluate.probes.passes import Passes
 from hope.mixers.base import tensors_of
-from hope.model import Model, next_token_loss
+from hope.model import Model
 from hope.optim.build import build_optimizer
 from hope.optim.config import OptimConfig
 from hope.optim.levels import parameter_groups
@@ -57,6 +59,17 @@ def training_batch(plan: Plan, step: int) -> list[Example]:
     return [probe.example(plan.seed, int(index)) for index in rng.integers(0, count, plan.batch)]
 
 
+def _batches(plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of all steps, each made while the one before it is computed."""
+    made = lambda step: batch_of(training_batch(plan, step))
+    with ThreadPoolExecutor(1) as maker:
+        coming = maker.submit(made, 1)
+        for step in range(1, plan.steps + 1):
+            batch = coming.result()
+            coming = maker.submit(made, step + 1)
+            yield batch
+
+
 def train(
     config: ModelConfig,
     optim: OptimConfig,
@@ -67,13 +80,9 @@ def train(
     """A model that has taken `plan.steps` steps; single process, fp32. `say` is told step and loss."""
     model = Model(config).initialise(plan.seed).to(device)
     optimizer = build_optimizer(parameter_groups(model, optim.weight_decay, optim), optim)
-    for step in range(1, plan.steps + 1):
-        tokens_TB, targets_TB = (part.to(device) for part in batch_of(training_batch(plan, step)))
-        asked = targets_TB != IGNORE
-        weights_TB = asked.float() * (asked.numel() / asked.sum())
-        logits_TBV, _ = model(tokens_TB, keep_state=False)
-        loss = next_token_loss(logits_TBV, targets_TB.clamp(min=0), weights_TB)
-        loss.backward()
+    passes = Passes(model, device)
+    for step, batch in enumerate(_batches(plan), 1):
+        loss = passes(*batch)
         norm = optimizer.norm()
         for group in optimizer.param_groups:
             group["grad_scale"] = min(1.0, plan.clip / (norm + 1e-6))

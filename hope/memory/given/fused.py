@@ -129,7 +129,6 @@ def _sequential(
         row = (bh * chunks + n) * C
         ell = tl.load(ell_p + row + rC)
         g, total = tl.cumsum(ell, 0), tl.sum(ell, 0)
-        kt = tl.load(k_p + row * K + rK[:, None] + rC[None, :] * K)
         half = S.to(TYPE)
         tl.store(states_p + (bh * chunks + n) * K * K + square, half)
         u = tl.load(u0_p + row * K + tile).to(tl.float32)
@@ -137,6 +136,9 @@ def _sequential(
             w = tl.load(w_p + row * K + rC[:, None] * K + rK[None, :])
             u = _add_dot(w, half, u, PRECISION)
             tl.store(u_p + row * K + tile, u.to(TYPE))
+        # after the first product: loaded before it and kept, bf16 keys gave a wrong second one on an H100 (triton 3.6)
+        tl.debug_barrier()
+        kt = tl.load(k_p + row * K + rK[:, None] + rC[None, :] * K)
         gain = -tl.exp(total - g)
         S = _add_dot(kt, (gain[:, None] * u).to(TYPE), tl.exp(total) * S, PRECISION)
     tl.store(end_p + bh * K * K + square, S)
