@@ -196,7 +196,12 @@ OLD = json.loads((Path(__file__).parents[1] / "golden/old_config.json").read_tex
 @pytest.mark.parametrize(
     ("kind", "mixer", "section", "periods"),
     [
-        ("hope", "hope", MemoryConfig(forget="zero", projection_chunk=4, main_chunk=8), [1, 3]),
+        (
+            "hope",
+            "hope",
+            MemoryConfig(forget="zero", static="learned", output_gate="silu", projection_chunk=4, main_chunk=8),
+            [1, 3],
+        ),
         ("transformer", "attention", AttentionConfig(), [1]),
     ],
 )

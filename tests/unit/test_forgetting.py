@@ -91,7 +91,8 @@ def test_without_writes_alpha_forgets_nothing(kind):
 def test_records_of_earlier_versions_forgot_towards_zero():
     """They have no such key. A new configuration without it forgets towards the initial states."""
     recorded = {"pattern": ["hope"], "mixers": {"hope": {"eta_max": 0.5}}, "cms": {}}
-    assert ModelConfig.of(recorded).mixers["hope"] == MemoryConfig(forget="zero", eta_max=0.5)
+    earlier = MemoryConfig(forget="zero", static="learned", output_gate="silu", eta_max=0.5)
+    assert ModelConfig.of(recorded).mixers["hope"] == earlier
     assert ModelConfig.of({**recorded, "mixers": {}}).mixers["hope"].forget == "zero"
     recorded["mixers"]["hope"]["forget"] = "initial"
     assert ModelConfig.of(recorded).mixers["hope"].forget == "initial"

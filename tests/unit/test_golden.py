@@ -21,7 +21,7 @@ from parallel.layout.plan import plan_of
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "models.json").read_text())
 CMS = CmsConfig(periods=[1, 2])
-zero = partial(MemoryConfig, forget="zero")  # what their memories forgot towards
+zero = partial(MemoryConfig, forget="zero", static="learned", output_gate="silu")  # what their memories were
 MODELS = {
     "hope matrix": (
         "hope", {"memory": zero(projection_chunk=4, main_chunk=8, adaptive_query=True), "cms": CMS},
