@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from multirank import run_ranks
-from test_training_run import events, metrics, run
+from test_training_run import events, metrics, run, weights
 from tiny import config_file, token_set
 
 import pretrain_hope
@@ -143,6 +143,27 @@ def test_the_last_phase_can_be_made_longer_and_an_earlier_one_cannot(tmp_path, c
     longer = ["train.steps=10", "data.sources[2].weight=6"]
     assert run_ranks(run, 1, path, *flags, *change, *longer, timeout=60) == [0]
     assert (metrics(tmp_path)[-1]["phase"], metrics(tmp_path)[-1]["step"]) == (3, 10)
+
+
+def test_one_level_learns_two_sources_while_the_rest_is_frozen(whole):
+    """From an earlier run's weights; begun on two devices, in the middle of the second phase resumed on one."""
+    folder, path, flags = whole
+    sets = [f"{{name: {n}, train: {folder}/train_{n}, heldout: {folder}/heldout_{n}}}" for n in "bc"]
+    frozen = "optim.groups=[{match: '*.cms.levels.1.*'}, {match: '*', rate: 0}]"
+    more = [*flags, f"data.sources=[{', '.join(sets)}]", frozen, "optim.accumulate=local", "run.name=frozen"]
+    more += [f"model.init={folder}/runs/whole", "optim.weight_decay=0.5"]
+    assert run_ranks(run, 2, path, *more, "train.stop_after=5", timeout=60) == [0, 0]
+    assert run_ranks(run, 1, path, *more, timeout=60) == [0]
+    start, end = weights(folder, 8, "whole"), weights(folder, 8, "frozen")
+    moved = {name for name in start if not torch.equal(start[name], end[name])}
+    assert moved == {name for name in start if ".levels.1." in name}
+    saved = manifest.read(folder / "runs/frozen/checkpoints/step_00000008").tensors
+    states = {name.partition("/")[2] for name in saved if name.startswith(("memory/", "square/", "accumulator/"))}
+    assert states == moved
+    assert [r["step"] for r in at_borders(folder, "frozen")] == [0, 4, 8]
+    last = metrics(folder, "frozen")[-1]
+    assert (last["clock.base.group1"], last["clock.cms1.group0"]) == (8, 8)
+    assert last["continual.loss.b"] != metrics(folder, "frozen")[0]["continual.loss.b"]
 
 
 def interrupted(path: str, *overrides: str) -> int:
