@@ -125,6 +125,19 @@ class Runs:
         self.failed: set[Cell] = set()
         self.changed = threading.Condition()
 
+    def cells(self) -> Iterator[Cell]:
+        """Every cell that is known to be wanted."""
+        return cells(self.plan, self.rows)
+
+    def words(self, cell: Cell) -> list[str]:
+        """What `pretrain_hope.py` is given for a cell, the width of its MLPs apart."""
+        return words(self.plan, cell, self.args.data, Path(self.args.out))
+
+    def measured(self, records: list[Row], diverged: bool) -> Row:
+        """What a row has of a run's metrics; `heldout`, by which rates are chosen, among it: None if it diverged."""
+        losses = [record["heldout_loss"] for record in records if record.get("heldout_loss") is not None]
+        return {"heldout": None if diverged else losses[-1]}
+
     def left(self) -> float:
         return float(self.args.seconds) - (time.monotonic() - self.began)
 
@@ -133,7 +146,7 @@ class Runs:
         with self.changed:
             while self.left() > SHORTEST:
                 done = {Cell.of(row) for row in self.rows} | self.going | self.failed
-                todo = next((cell for cell in cells(self.plan, self.rows) if cell not in done), None)
+                todo = next((cell for cell in self.cells() if cell not in done), None)
                 if todo:
                     self.going.add(todo)
                     return todo
@@ -141,6 +154,14 @@ class Runs:
                     return None
                 self.changed.wait(timeout=1.0)
         return None
+
+    def all(self) -> None:
+        """In every slot of every device at once, until nothing is left or no time."""
+        slots = [threading.Thread(target=self.work, args=(slot,)) for slot in range(self.args.gpus * self.args.jobs)]
+        for slot in slots:
+            slot.start()
+        for slot in slots:
+            slot.join()
 
     def work(self, slot: int) -> None:
         """Of one slot."""
@@ -161,7 +182,7 @@ class Runs:
     def run(self, cell: Cell, device: int) -> Row | None:
         """The row of a run; None if there was no time for it. Raises RuntimeError: it neither ended nor diverged."""
         out = Path(self.args.out)
-        config, given = config_of(self.plan, cell, words(self.plan, cell, self.args.data, out))
+        config, given = config_of(self.plan, cell, self.words(cell))
         log = out / f"{cell.name}.log"
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(self.args.gpus)))).split(",")
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": visible[device % len(visible)], "OMP_NUM_THREADS": "1"}
@@ -178,11 +199,11 @@ class Runs:
         if code and not diverged:
             raise RuntimeError(f"exit code {code}, see {log}")
         records = [json.loads(line) for line in (out / cell.name / "metrics.jsonl").read_text().splitlines()]
-        losses = [record["heldout_loss"] for record in records if record.get("heldout_loss") is not None]
         train, last = config.train, [r for r in records if r.get("tokens")][-1]
         row = cell._asdict() | {
             "parameters": parameters(config.model), "tokens": train.total_steps * train.tokens_per_step,
-            "heldout": None if diverged else losses[-1], "seconds": round(time.monotonic() - began, 1),
+            **self.measured(records, diverged),
+            "seconds": round(time.monotonic() - began, 1),
             "train_loss": last.get("loss"), "gpu": _gpu(), "jobs": self.args.jobs,
         }  # fmt: skip
         print(f"{cell.name:<44} {row['heldout']}  {row['seconds']} s", flush=True)
@@ -224,16 +245,22 @@ def table(plan: Plan, rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", type=Path, default=ROOT / "benchmarks/recipe.yaml")
-    parser.add_argument("--data", nargs=2, metavar=("TRAIN", "HELDOUT"))
-    parser.add_argument("--out", default="runs/recipe", help="folder of the runs")
+def parser_of(about: str | None, name: str) -> argparse.ArgumentParser:
+    """What every comparison by cells is asked, but for its data; `name`: of its plan, and of its runs' folder."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", type=Path, default=ROOT / f"benchmarks/{name}.yaml")
+    parser.add_argument("--out", default=f"runs/{name}", help="folder of the runs")
     parser.add_argument("--json", type=Path, help="rows that are there are kept")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time on one device")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="until what is not done is left alone")
     parser.add_argument("--table", type=Path, help="print the table of such a file, run nothing")
+    return parser
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = parser_of(__doc__, "recipe")
+    parser.add_argument("--data", nargs=2, metavar=("TRAIN", "HELDOUT"))
     args = parser.parse_args(argv)
     if not args.table and not (args.data and args.json):
         parser.error("--data and --json are needed, or --table")
@@ -248,11 +275,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     Path(args.out).mkdir(parents=True, exist_ok=True)
     runs = Runs(plan, args)
-    slots = [threading.Thread(target=runs.work, args=(slot,)) for slot in range(args.gpus * args.jobs)]
-    for slot in slots:
-        slot.start()
-    for slot in slots:
-        slot.join()
+    runs.all()
     print(table(plan, runs.rows))
     return int(bool(runs.failed))
 
