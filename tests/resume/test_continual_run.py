@@ -166,6 +166,20 @@ def test_one_level_learns_two_sources_while_the_rest_is_frozen(whole):
     assert last["continual.loss.b"] != metrics(folder, "frozen")[0]["continual.loss.b"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("more", ["train.precision=bf16", "parallel.pipeline=2", "parallel.tensor=2", "optim.name=m3"])
+def test_the_last_block_learns_alone(whole, more):
+    """With pipeline 2 the first stage is frozen as a whole."""
+    folder, path, flags = whole
+    frozen = "optim.groups=[{match: 'blocks.1.*'}, {match: '*', rate: 0}]"
+    flags = [*flags, frozen, more, f"run.name={more}", f"model.init={folder}/runs/whole"]
+    assert run_ranks(run, 2, path, *flags, "checkpoint.every=4", timeout=60) == [0, 0]
+    start, end = weights(folder, 4, more), weights(folder, 8, more)
+    moved = {name for name in start if not torch.equal(start[name], end[name])}
+    assert moved == {name for name in start if name.startswith("blocks.1.")}
+    assert metrics(folder, more)[-1]["loss"] > 0
+
+
 def interrupted(path: str, *overrides: str) -> int:
     """A run that is told to stop during the evaluation at the first border."""
     original = pretrain_hope.heldout_losses
