@@ -146,17 +146,21 @@ def test_the_last_phase_can_be_made_longer_and_an_earlier_one_cannot(tmp_path, c
 
 
 def test_one_level_learns_two_sources_while_the_rest_is_frozen(whole):
-    """From an earlier run's weights; begun on two devices, in the middle of the second phase resumed on one."""
+    """From an earlier run's weights; begun on two devices, in the middle of the second phase resumed on one.
+
+    The same level of the other block is frozen, and gradients of this one wait on their rank for step 3.
+    """
     folder, path, flags = whole
     sets = [f"{{name: {n}, train: {folder}/train_{n}, heldout: {folder}/heldout_{n}}}" for n in "bc"]
-    frozen = "optim.groups=[{match: '*.cms.levels.1.*'}, {match: '*', rate: 0}]"
+    frozen = "optim.groups=[{match: 'blocks.1.cms.levels.1.*'}, {match: '*', rate: 0}]"
     more = [*flags, f"data.sources=[{', '.join(sets)}]", frozen, "optim.accumulate=local", "run.name=frozen"]
     more += [f"model.init={folder}/runs/whole", "optim.weight_decay=0.5"]
     assert run_ranks(run, 2, path, *more, "train.stop_after=5", timeout=60) == [0, 0]
+    assert metrics(folder, "frozen")[1]["reduced_bytes"] == 0  # of step 1
     assert run_ranks(run, 1, path, *more, timeout=60) == [0]
     start, end = weights(folder, 8, "whole"), weights(folder, 8, "frozen")
     moved = {name for name in start if not torch.equal(start[name], end[name])}
-    assert moved == {name for name in start if ".levels.1." in name}
+    assert moved == {name for name in start if name.startswith("blocks.1.cms.levels.1.")}
     saved = manifest.read(folder / "runs/frozen/checkpoints/step_00000008").tensors
     states = {name.partition("/")[2] for name in saved if name.startswith(("memory/", "square/", "accumulator/"))}
     assert states == moved
