@@ -7,7 +7,6 @@ please requeue, 93 do not restart.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import sys
@@ -22,7 +21,9 @@ from configs.errors import ConfigError
 from configs.schema import Config, load, to_yaml, validate_without_data
 from configs.used import recorded
 from data_prep.training.feed import Feed
+from data_prep.training.phase_order import phases_of
 from hope.train.console import print_line
+from hope.train.continual import Course
 from hope.train.heartbeat import Heartbeat
 from hope.train.instruments import Instruments, Taken
 from hope.train.metrics import NoLog, open_log, record_of_no_step
@@ -31,6 +32,7 @@ from hope.train.schedule import rate_at
 from hope.train.signals import StopRequest
 from hope.train.sink import Background
 from hope.train.skips import SkipPolicy
+from launch.arguments import arguments
 from launch.outlook import facts, outlook, tasks_of
 from launch.tracker import wandb_sink
 from parallel.checkpoint.carried import Stream
@@ -47,16 +49,7 @@ from parallel.start.owner import hold_for_all
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="YAML file, see configs/")
-    parser.add_argument("overrides", nargs="*", help="section.key=value, or YAML files, the last one winning")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, and stop")
-    parser.add_argument("--devices", type=int, metavar="N", help="with --dry-run: as if started on N devices")
-    args = parser.parse_intermixed_args(argv)
-    if args.devices is not None and (args.devices < 1 or not args.dry_run):
-        parser.error(
-            "--devices N, at least 1, goes with --dry-run; a run counts the processes that its launcher started"
-        )
+    args = arguments(argv, __doc__)
     beat, launch, met = Heartbeat(), None, False
     try:
         launch = launcher.from_environment(os.environ)
@@ -120,7 +113,9 @@ class Run:
         self.flops = report.model_flops(config.model)
         models = self.replica.models
         rank, world_size, device = ranks.rank, ranks.world_size, ranks.device
-        self.instruments = Instruments(beat, train, config.log, models, rank, world_size, device, self.folder)
+        self.course = Course(phases_of(config.data, train))
+        borders = self.course.borders
+        self.instruments = Instruments(beat, train, config.log, models, rank, world_size, device, self.folder, borders)
         # 3. the data
         self.feed = Feed(config.data, train, ranks.dp_rank, ranks.dp_size)
         self.tasks = tasks_of(config)
@@ -132,6 +127,7 @@ class Run:
             self.notes += checkpointer.load(self.resumed, models, self.optimizer, stream)
             self.step = self.resumed.manifest.step
             self.skips.restore(self.resumed.manifest.extra["skips"])
+            self.course.restore(self.resumed.manifest.extra.get("course", []))
         self.saver = Saver(
             self.folder, config.checkpoint, checkpointer, ranks, models, self.optimizer, self._contents, stream
         )
@@ -152,6 +148,8 @@ class Run:
             self._announce(log)
             if self.step == 0:
                 log.scalars({**record_of_no_step(), **self.evaluate()})
+            elif self.course.lacks(self.step) and self.evaluate():
+                log.event("PHASE", step=self.step, **self.course.ended(self.step))
             wishes = self.saver.wishes(self.stop.requested)
             while self.step < last and not wishes.signal:
                 self._one_step(log, last)
@@ -224,6 +222,8 @@ class Run:
             for slow in self.instruments.take_slow(record, self.config.launch.slow):
                 log.event("SLOW", step=self.step, **slow)
             log.scalars({**record, **self.evaluate()} if taken.evaluated else record)
+            if ended := self.course.ended(self.step):
+                log.event("PHASE", step=self.step, **ended)
 
     def _record(self, numbers: dict[str, float | None]) -> dict[str, Any]:
         train = self.config.train
@@ -250,7 +250,8 @@ class Run:
         batch = train.micro_batch * train.seq_len
         models, levels = self.replica.models, len(self.config.model.periods) if train.eval_levels else 0
         scores = task_scores(self.replica, self.tasks, documents, batch, beat, stop)
-        return self.feed.summary(losses) | without_levels(models, levels, take, self.feed.summary) | scores
+        noted = self.course.note(self.step, self.feed.summary(losses))
+        return noted | without_levels(models, levels, take, self.feed.summary) | scores
 
     def _tracker(self) -> Background:
         return wandb_sink(self.folder, recorded(self.config), resumed=bool(self.resumed), say=print_line)
@@ -276,6 +277,7 @@ class Run:
             "schedule": {"step": step, "of": train.total_steps, "lr": rate_at(step, optim, train.total_steps)},
             "skips": self.skips.state(),
             "doubt": self.skips.doubt,
+            "course": self.course.state(),
             "config": recorded(self.config),
             **({"origin": self.origin} if self.origin else {}),
         }

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from configs.merge import GUESS
+from data_prep.config import DataConfig
+from data_prep.training.blend_order import BlendOrder
 from hope.config import ModelConfig
 from hope.dense import SHAPES
 from hope.optim.config import OptimConfig
@@ -31,6 +34,8 @@ def section_problems(sections: Mapping[str, Any], world_size: int | None, paths:
     model, data, optim, train = (sections.get(name) for name in ("model", "data", "optim", "train"))
     if model and data and train and min(model.vocab_size, train.seq_len) >= 1:
         yield from data.problems(model.vocab_size, train.seq_len)
+    if data and train and train.mode == "continual" and train.total_steps >= 1:
+        yield from _phases(data, train)
     if optim and train and train.total_steps >= 1:
         yield from _schedule(optim, train.total_steps)
     if model and train and min(train.global_batch, train.seq_len) >= 1:
@@ -62,6 +67,27 @@ def _schedule(optim: OptimConfig, steps: int) -> Iterator[Problem]:
     elif optim.decay == "wsd" and warmup + (length := in_steps(optim.decay_length, steps)) > steps:
         what = f"{length} steps of decay do not fit behind {warmup} of warm-up in {steps} steps"
         yield Problem("optim.decay_length", what, f"at most {steps - warmup}; usual: 0.2 of the run")
+
+
+def _phases(data: DataConfig, train: TrainConfig) -> Iterator[Problem]:
+    """Sources one after another need two of them, and borders between whole steps."""
+    if train.spike_sigma > 0:
+        what = f"{train.spike_sigma:g} would skip the first steps of every new source, whose loss is another"
+        yield Problem("train.spike_sigma", what, "0; or train.mode=blend")
+    if len(data.sources) < 2:
+        what = f"is continual, which reads one source after another, and data.sources has {len(data.sources)}"
+        yield Problem("train.mode", what, "blend; or two or more data.sources")
+        return
+    weights = [source.weight for source in data.sources]
+    if not all(math.isfinite(weight) and weight > 0 for weight in weights):
+        return  # the section of the data says so
+    steps, unit = train.total_steps, BlendOrder(weights).period
+    if steps % unit:
+        near = sorted({max(1, steps // unit) * unit, -(-steps // unit) * unit})
+        what = f"{steps} steps cannot be shared {' : '.join(f'{weight:g}' for weight in weights)} in whole steps"
+        path, size = ("train.steps", 1) if train.tokens is None else ("train.tokens", train.tokens_per_step)
+        fix = " or ".join(str(number * size) for number in near)
+        yield Problem(path, what, f"{fix}; or weights that are numbers of steps and add up to {steps}")
 
 
 def _whole_blocks(model: ModelConfig, train: TrainConfig, parallel: ParallelConfig) -> Iterator[Problem]:

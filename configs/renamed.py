@@ -34,6 +34,7 @@ NEWER: dict[str, Any] = {
     "optim.groups": [],
     "optim.muon.per_head": False,
     "optim.m3.per_head": False,
+    "train.mode": "blend",
     "train.tokens": None,
     "train.loss_chunk": None,
     "train.compile": "none",

@@ -69,6 +69,8 @@ def outlook(config: Config, root: Path, world_size: int, *, data: bool = True, h
         ("evaluation", _evaluation(config, foreseen)),
         ("run", f"{root}: {_start(config, run)}"),
     ]
+    if foreseen and foreseen.phases:
+        rows.insert(3, ("phases", foreseen.phases))
     if train.compile != "none":
         rows.insert(3, ("compiled", _compiled(train.compile)))
     lines = [f"{name:<11} {fact}" for name, fact in rows]
@@ -189,5 +191,6 @@ def _training(config: Config, foreseen: Foreseen | None) -> str:
 def _evaluation(config: Config, foreseen: Foreseen | None) -> str:
     every = config.train.eval_every
     when = f"every {every} steps, " if every else ""
+    when += "at every border of two phases, " if config.train.mode == "continual" else ""
     what = foreseen.heldout if foreseen else "held-out windows"
     return f"{what}: before the first step, {when}at the end"

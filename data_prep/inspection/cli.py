@@ -85,7 +85,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
         data, seq_len = DataConfig(train=args.prefix, documents=args.documents, seed=args.seed), args.seq_len
         if is_run:
-            data, seq_len = read_config(args.prefix, args.overrides)
+            data, seq_len = read_config(args.prefix, args.overrides, blended=True)
         print(show_sample(data, seq_len, args.sample, args.tokenizer))
 
 

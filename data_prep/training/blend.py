@@ -7,21 +7,22 @@ import numpy as np
 from data_prep.config import DataConfig
 from data_prep.training.batches import Batch, heldout_batches
 from data_prep.training.blend_order import BlendOrder
+from data_prep.training.phase_order import SampleOrder
 from data_prep.training.reading import HeldoutSet, TrainingSet, fingerprint_of
 
 
 class Blend:
-    """Sample k of the run is sample j of one source; both follow from (weights, k), see BlendOrder.
+    """Sample k of the run is sample j of one source; both follow from (order, k), see BlendOrder and PhaseOrder.
 
     Each source goes through its own epochs in orders of its own, so that neither the length of the run nor another
     source's end changes what was seen.
 
-    Attributes: sources, shares (BlendOrder), seq_len, eos_id.
+    Attributes: sources, shares (their order), seq_len, eos_id.
     """
 
-    def __init__(self, sources: list[TrainingSet], weights: list[float]) -> None:
+    def __init__(self, sources: list[TrainingSet], order: SampleOrder) -> None:
         self.sources = sources
-        self.shares = BlendOrder(weights)
+        self.shares = order
         self.seq_len = sources[0].seq_len
         self.eos_id = sources[0].eos_id
 
@@ -57,12 +58,12 @@ class Blend:
         return f"training windows per epoch: {listed}"
 
 
-def identity_of(fingerprints: Mapping[str, str], shares: BlendOrder) -> dict[str, str]:
+def identity_of(fingerprints: Mapping[str, str], order: SampleOrder) -> dict[str, str]:
     """See Blend.identity; `fingerprints`: by source, that of a single one without a name by ""."""
     if "" in fingerprints:
         return {"data.train": fingerprints[""]}
-    parts = zip(fingerprints.items(), shares.shares, strict=True)
-    return {"data.sources": ", ".join(f"{name} {share:.12g} {data}" for (name, data), share in parts)}
+    parts = zip(fingerprints.items(), order.words, strict=True)
+    return {"data.sources": ", ".join(f"{name} {word} {data}" for (name, data), word in parts)}
 
 
 class Heldout:
@@ -97,10 +98,10 @@ class Heldout:
         return f"{' + '.join(listed)} held-out windows per evaluation"
 
 
-def open_blend(data: DataConfig, seq_len: int, lanes: int = 1) -> Blend:
+def open_blend(data: DataConfig, seq_len: int, lanes: int = 1, order: SampleOrder | None = None) -> Blend:
     """Open (and with data.index auto, index) every training source; with torch.distributed, all ranks call this.
 
-    `lanes`: sequences of a step, over all ranks.
+    `lanes`: sequences of a step, over all ranks. `order`: of its samples; None: blended by weight.
 
     Raises DataError on every rank; see TrainingSet.
     """
@@ -120,14 +121,19 @@ def open_blend(data: DataConfig, seq_len: int, lanes: int = 1) -> Blend:
         )
         for source in sources
     ]
-    return Blend(sets, [source.weight for source in sources])
+    return Blend(sets, order or blended(data))
+
+
+def blended(data: DataConfig) -> BlendOrder:
+    """The order of a blend."""
+    return BlendOrder([source.weight for _, source in data.entries()])
 
 
 def open_heldout(data: DataConfig, seq_len: int, windows: int) -> Heldout:
-    """Open every held-out set; see Heldout. Raises DataError."""
+    """Open every held-out set; see Heldout. A phase's share is its weight's too. Raises DataError."""
     sources = [source for _, source in data.entries()]
     sets = {
         source.name: HeldoutSet(source.heldout, seq_len, data.documents, source.eos_id, source.vocab_size)
         for source in sources
     }
-    return Heldout(sets, BlendOrder([source.weight for source in sources]).shares, windows)
+    return Heldout(sets, blended(data).shares, windows)

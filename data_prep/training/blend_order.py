@@ -42,6 +42,11 @@ class BlendOrder:
         """The weights scaled to sum 1."""
         return [weight / self.period for weight in self._whole]
 
+    @property
+    def words(self) -> list[str]:
+        """Of every source what decides where its samples stand, as checkpoints record it."""
+        return [f"{share:.12g}" for share in self.shares]
+
     def counts(self, position: int) -> list[int]:
         """How many of the first `position` samples come from each source."""
         start, counts = self._near(position)

@@ -12,6 +12,7 @@ from data_prep.training.index_build import open_source
 from data_prep.training.index_rows import DocumentRows, StreamWindows, Windows
 from data_prep.training.index_store import TokenStore
 from data_prep.training.order import EpochOrder
+from data_prep.training.phase_order import SampleOrder
 
 FIRST = 24
 
@@ -37,13 +38,13 @@ class Reading:
         return self.count / len(self.windows)
 
 
-def readings(data: DataConfig, seq_len: int, samples: int) -> list[Reading]:
-    """What the first `samples` samples of a run read of every source.
+def readings(data: DataConfig, seq_len: int, samples: int, order: SampleOrder | None = None) -> list[Reading]:
+    """What the first `samples` samples of a run read of every source, in `order`; None: blended by weight.
 
     Needs no index and changes no file. Raises DataError if a source is missing or damaged.
     """
     entries = data.entries()
-    order = BlendOrder([source.weight for _, source in entries])
+    order = order or BlendOrder([source.weight for _, source in entries])
     stores = [open_source(source.train, source, f"{path}.train") for path, source in entries]
     windows = [_windows(store, seq_len, data.documents) for store in stores]
     sources = [source for _, source in entries]

@@ -35,7 +35,7 @@ def _blend(args: argparse.Namespace) -> None:
     from data_prep.training.blend_preview import preview
     from data_prep.training.index_build import read_config
 
-    for line in preview(*read_config(args.config, args.overrides), args.tokens):
+    for line in preview(*read_config(args.config, args.overrides, blended=True), args.tokens):
         print(line)
 
 

@@ -6,22 +6,18 @@ from typing import Any, Protocol
 from data_prep.config import DataConfig
 from data_prep.training.batches import Batch, BatchLoader
 from data_prep.training.blend import identity_of, open_blend, open_heldout
-from data_prep.training.blend_order import BlendOrder
 from data_prep.training.blend_preview import readings
 from data_prep.training.order import LaneOrder
+from data_prep.training.phase_order import Lengths, order_of, phases_of
 from data_prep.training.reading import fingerprint_of_set
 
 
-class Sizes(Protocol):
+class Sizes(Lengths, Protocol):
     """Of steps and evaluations; `hope.train.config.TrainConfig` has them. Batches count sequences."""
 
     @property
     def seq_len(self) -> int:
         """Tokens of a window, the longest row."""
-
-    @property
-    def global_batch(self) -> int:
-        """Sequences of a step, over all ranks."""
 
     @property
     def micro_batch(self) -> int:
@@ -41,7 +37,7 @@ class Feed:
     def __init__(self, data: DataConfig, sizes: Sizes, dp_rank: int, dp_size: int) -> None:
         """Open every source; with torch.distributed, all ranks call this. Raises DataError on every rank."""
         self._data, self._sizes, self._dp = data, sizes, (dp_rank, dp_size)
-        self._training = open_blend(data, sizes.seq_len, sizes.global_batch)
+        self._training = open_blend(data, sizes.seq_len, sizes.global_batch, order_of(data, sizes))
         self._heldout = open_heldout(data, sizes.seq_len, sizes.eval_windows)
         batch = (sizes.global_batch, sizes.micro_batch)
         self._loader = BatchLoader(self._training, *batch, dp_rank, dp_size, documents=data.documents)
@@ -97,16 +93,17 @@ class Foreseen:
     def __init__(self, data: DataConfig, sizes: Sizes, samples: int) -> None:
         """Open every source and check the held-out sets. Raises DataError; not collective."""
         self._data, self._sizes = data, sizes
-        self.sources = readings(data, sizes.seq_len, samples)
+        self.sources = readings(data, sizes.seq_len, samples, order_of(data, sizes))
         if data.documents == "stream":
             LaneOrder(len(self.sources[0].windows), sizes.global_batch, data.seed)  # are there enough?
         self.heldout = open_heldout(data, sizes.seq_len, sizes.eval_windows).describe()
+        phases = phases_of(data, sizes)
+        self.phases = ", ".join(f"{phase.name} steps {phase.first:,} to {phase.last:,}" for phase in phases)
 
     def order(self) -> dict[str, Any]:
         """What `Feed.order` would say."""
         prints = {part.source.name: fingerprint_of_set(part.store, self._data.documents) for part in self.sources}
-        shares = BlendOrder([part.source.weight for part in self.sources])
-        return _order(self._data, self._sizes, identity_of(prints, shares))
+        return _order(self._data, self._sizes, identity_of(prints, order_of(self._data, self._sizes)))
 
     def epochs(self) -> str:
         """How often the run goes through each source."""

@@ -15,12 +15,13 @@ from data_prep.training.index_store import TokenStore, open_store
 from data_prep.training.reading import HeldoutSet, TrainingSet
 
 
-def read_config(path: str, overrides: Sequence[str]) -> tuple[DataConfig, int]:
+def read_config(path: str, overrides: Sequence[str], *, blended: bool = False) -> tuple[DataConfig, int]:
     """The data section and train.seq_len of a run's configuration; other sections are not looked at.
 
     `overrides`: `a.b=c`, and paths of YAML files that are merged over what stands before them.
+    `blended`: whoever asks shows the order of a blend.
 
-    Raises DataError naming the file if it cannot be read or does not fit.
+    Raises DataError naming the file if it asks for another order, or it cannot be read or does not fit.
     """
     try:
         whole: Any = OmegaConf.load(path)
@@ -30,12 +31,15 @@ def read_config(path: str, overrides: Sequence[str]) -> tuple[DataConfig, int]:
             else:
                 _override(whole, word)
         data = OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.select(whole, "data") or {})
-        seq_len = OmegaConf.select(whole, "train.seq_len")
+        seq_len, mode = OmegaConf.select(whole, "train.seq_len"), OmegaConf.select(whole, "train.mode")
         section = OmegaConf.to_object(data)
     except (OSError, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise DataError(f"{path}: {str(error).splitlines()[0]}") from None
     if not isinstance(section, DataConfig) or not isinstance(seq_len, int) or seq_len < 1:
         raise DataError(f"{path}: train.seq_len is {seq_len!r}; give a whole number, 1 or more")
+    if blended and mode == "continual":
+        phases = "`python pretrain_hope.py CONFIG --dry-run` shows its phases"
+        raise DataError(f"{path}: train.mode is continual, which reads one source after another; {phases}")
     return section, seq_len
 
 

@@ -1,7 +1,8 @@
 """A level is a parameter group with a clock (Eq. 71): between its due steps nothing of it moves.
 
 Gradients accumulate over `period` steps. At the due step the update rule sees their mean (or sum) once: weights, decay,
-moments, the schedule's rate and the DMGD memory move together, or not at all.
+moments, the schedule's rate and the DMGD memory move together, or not at all. A group with rate 0 is frozen: it is
+never due, accumulates nothing and has no states, and its clock goes on with its level's.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +17,11 @@ from hope.optim.segments import Segments
 Due = list[tuple[dict[str, Any], list[Tensor]]]
 Sums = Callable[[Tensor], Tensor]
 Watched = bool | Callable[[dict[str, Any]], bool]
+
+
+def frozen(group: Mapping[str, Any]) -> bool:
+    """Whether a parameter group takes no step at all: a factor of 0 on its learning rate."""
+    return bool(group["rate"] == 0)
 
 
 class ClockedOptimizer(torch.optim.Optimizer):
@@ -82,8 +88,12 @@ class ClockedOptimizer(torch.optim.Optimizer):
         return self._watched(group) if callable(self._watched) else self._watched
 
     def due(self, group: dict[str, Any]) -> bool:
-        """Whether the coming step is a due one of this group."""
-        return bool((group["clock"] + 1) % group["period"] == 0)
+        """Whether the coming step is a due one of this group; never, if it is frozen."""
+        return not frozen(group) and bool((group["clock"] + 1) % group["period"] == 0)
+
+    def learning(self) -> list[dict[str, Any]]:
+        """The groups that are not frozen."""
+        return [group for group in self.param_groups if not frozen(group)]
 
     def gradient_factor(self, group: dict[str, Any]) -> float:
         """What makes a period's summed gradient the one that the update sees, clipping apart."""
@@ -132,6 +142,9 @@ class ClockedOptimizer(torch.optim.Optimizer):
         self.complete()
         due: Due = []
         for group in self.param_groups:
+            if frozen(group):
+                group["clock"] += 1
+                continue
             present = [p for p in group["params"] if p.grad is not None]
             if group["params"] and not present and not group["gathered"]:
                 continue
@@ -172,7 +185,7 @@ class ClockedOptimizer(torch.optim.Optimizer):
 
     def allocate_states(self) -> None:
         """Create every state that later steps would create, so that a checkpoint finds them all."""
-        for group in self.param_groups:
+        for group in self.learning():
             keys = self.state_keys(group) + (("accumulator",) if group["period"] > 1 else ())
             for key in keys:
                 self.states(group["params"], key)

@@ -277,7 +277,7 @@ class OptimConfig:
         if not self.weight_decay >= 0:
             yield Problem(f"{path}.weight_decay", f"{self.weight_decay} is negative", "0.1")
         for number, group in enumerate(self.groups):
-            yield from group.problems(f"{path}.groups[{number}]", self.sums)
+            yield from group.problems(f"{path}.groups[{number}]", self.sums, last=number == len(self.groups) - 1)
         if self.name == "dmgd":
             yield from self.dmgd.problems(f"{path}.dmgd")
         elif self.name != "adamw":

@@ -84,7 +84,7 @@ class Dmgd(ClockedOptimizer):
 
     def allocate_states(self) -> None:
         super().allocate_states()
-        for group in self.param_groups:
+        for group in self.learning():
             for p in group["params"]:
                 self._of_tensors(p, self.rule(group))
 
@@ -122,7 +122,7 @@ class Dmgd(ClockedOptimizer):
 
     def _networks(self) -> dict[Tensor, Tensor]:
         """The networks as they are now, copied."""
-        return {p: self._of_tensors(p, self.rule(g))[0].clone() for g in self.param_groups for p in g["params"]}
+        return {p: self._of_tensors(p, self.rule(g))[0].clone() for g in self.learning() for p in g["params"]}
 
     def _rates(self, group: dict[str, Any]) -> Rates:
         return Rates.of(self.settings(group), group, self.gradient_factor(group) * group["grad_scale"])

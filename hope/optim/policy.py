@@ -95,6 +95,12 @@ def first_match(name: str, optim: OptimConfig) -> int | None:
     return next((i for i, group in enumerate(optim.groups) if fnmatchcase(name, group.match)), None)
 
 
+def learns(name: str, optim: OptimConfig) -> bool:
+    """Whether the parameter `name` takes steps: none do whose entry of `optim.groups` has rate 0."""
+    number = first_match(name, optim)
+    return number is None or optim.groups[number].rate > 0
+
+
 def group_problems(config: ModelConfig, optim: OptimConfig, path: str = "optim.groups") -> Iterator[Problem]:
     """What of `optim.groups` does not fit this model, whose section is sound: patterns, and what would do nothing."""
     if not optim.groups:
@@ -104,9 +110,17 @@ def group_problems(config: ModelConfig, optim: OptimConfig, path: str = "optim.g
     taken: dict[int | None, list[str]] = {}
     for name in known:
         taken.setdefault(first_match(name, optim), []).append(name)
+    if all(number is not None and optim.groups[number].rate == 0 for number in taken):
+        what = f"freezes all {len(known)} parameters, and nothing would learn"
+        yield Problem(path, what, 'a first entry for what learns, such as {match: "*.cms.levels.0.*"}')
     for number, group in enumerate(optim.groups):
         where = f"{path}[{number}]"
-        if number in taken:
+        later = optim.groups[number + 1 :]
+        kept = any(fnmatchcase(name, entry.match) for name in taken.get(number, []) for entry in later)
+        if number in taken and group.changes_nothing and later and not kept:
+            fix = "give rule, rate, weight_decay, beta1 or beta2; or leave it out"
+            yield Problem(where, "changes nothing, and keeps nothing out of a later entry", fix)
+        elif number in taken:
             yield from _rule_problems(where, group, {name: known[name] for name in taken[number]}, config, optim)
         elif matching := [name for name in known if fnmatchcase(name, group.match)]:
             first = sorted({first_match(name, optim) or 0 for name in matching})

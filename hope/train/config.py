@@ -58,6 +58,9 @@ class SeqLenStage:
 class TrainConfig:
     """How long, how much per step, how often it is evaluated."""
 
+    mode: Literal["blend", "continual"] = "blend"
+    """blend: data.sources are mixed by weight; continual: they are read one after another, each for the share of the
+    steps that is its weight, and every source's held-out loss is measured at every border (docs/continual.md)."""
     steps: int | None = None
     """Optimizer steps of the whole run; the learning-rate schedule ends here. Give this or train.tokens."""
     tokens: int | None = None

@@ -6,7 +6,7 @@ work. A probe reads the memories. A profiler records some steps. None of them ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,7 @@ class Instruments:
         rank, world_size: of this process, among all processes of the run.
         device: where it computes.
         folder: of the run, for what `train.profile` asks for; None: nothing is profiled.
+        borders: further steps after which it is evaluated.
     """
 
     def __init__(
@@ -62,11 +63,12 @@ class Instruments:
         world_size: int,
         device: torch.device,
         folder: Path | None = None,
+        borders: Collection[int] = (),
     ) -> None:
         self.beat = beat
         self.devices = Devices.of(device, world_size)
         self.probe = MixerProbe(models)
-        self._train, self._log, self._device = train, log, device
+        self._train, self._log, self._device, self._borders = train, log, device, borders
         self._timer = StepTimer(train.tokens_per_step, self.devices)
         self._busy = BusyTimer(rank, device)
         profiled = train.profile if folder is not None else None
@@ -77,7 +79,7 @@ class Instruments:
         every, histograms = self._train.eval_every, self._log.histograms
         return Taken(
             logged=step % self._log.every == 0 or step in (1, last),
-            evaluated=step == last or (every > 0 and step % every == 0),
+            evaluated=step == last or step in self._borders or (every > 0 and step % every == 0),
             drawn=histograms > 0 and step % histograms == 0,
         )
 

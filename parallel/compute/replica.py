@@ -16,7 +16,7 @@ from hope.model import Model
 from hope.optim.build import build_optimizer
 from hope.optim.config import OptimConfig
 from hope.optim.levels import parameter_groups
-from hope.optim.policy import MATRIX_OPTIMIZERS
+from hope.optim.policy import MATRIX_OPTIMIZERS, learns
 from parallel.compute import gradients
 from parallel.compute.graphs import Graphs, graphs_for
 from parallel.compute.pipeline import Report, Stage, StepFn, forward_backward, stages_of
@@ -28,6 +28,9 @@ from parallel.optimizer.matrix_zero import MatrixZeroOptimizer
 from parallel.optimizer.sharded import ShardedOptimizer
 from parallel.optimizer.zero import ZeroOptimizer
 from parallel.start import groups
+
+EMBEDDING = "embedding.weight"
+"""Of a tied embedding's copies on the first and the last pipeline stage too."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Replica:
     carried_step: StepFn
     graphs: Graphs | None = None
     carried: CarriedStates | None = None
+    learns_embedding: bool = True
 
     def run(
         self, batches: Sequence[Batch], forward_only: bool = False, phase: Callable[[str], object] | None = None
@@ -75,7 +79,8 @@ class Replica:
         self.optimizer.prepare()
         accumulated = self.optimizer.accumulated
         gradients.combine_over_tensor_ranks(self.models, accumulated, self.layout.sequence, groups.tensor_group())
-        gradients.combine_tied_embeddings(self.models, accumulated, groups.embedding_group(self.ranks))
+        if self.learns_embedding:
+            gradients.combine_tied_embeddings(self.models, accumulated, groups.embedding_group(self.ranks))
         self.optimizer.reduce()
 
 
@@ -121,7 +126,8 @@ def build_replica(
     stages = stages_of(models, precision, layout, config.width)
     carried = CarriedStates(models) if carry else None
     carried_step = _stage_step(loss_chunk, ranks.tp_size, carried.trunk) if carried else stage_step
-    return Replica(models, stages, optimizer, ranks, layout, stage_step, carried_step, graphs, carried)
+    embedding = learns(EMBEDDING, optim)
+    return Replica(models, stages, optimizer, ranks, layout, stage_step, carried_step, graphs, carried, embedding)
 
 
 def _stage_step(

@@ -21,6 +21,7 @@ from hope.loss import Unscored, block_of, blockwise_loss, working_bytes
 from hope.mixers import Mixer
 from hope.model import Model, Slice, next_token_loss
 from hope.optim.build import build_optimizer
+from hope.optim.clocks import frozen
 from hope.optim.config import OptimConfig
 from hope.optim.levels import parameter_groups
 from hope.train.config import TrainConfig
@@ -228,13 +229,16 @@ def optimizer_bytes(models: Sequence[Model], optim: OptimConfig, shape: StepShap
     """fp32 masters and states of this rank: what the optimizer itself says it keeps, divided over data ranks.
 
     Not divided: a deep momentum's networks where partitions cut across tensors, and what a level that communicates only
-    when due keeps on its rank. Whole matrices on owners come to the same on average.
+    when due keeps on its rank. Whole matrices on owners come to the same on average. A frozen group has masters only.
     """
     levels = parameter_groups(models, 0.0, optim, shape.tokens_per_step)
     optimizer = build_optimizer(levels, optim)
     divided = kept = 0
     for group in optimizer.param_groups:
         size, waits = sum(p.numel() for p in group["params"]), group["period"] > 1
+        if frozen(group):
+            divided += 4 * size
+            continue
         local = waits and optim.accumulate == "local" and shape.data > 1
         divided += 4 * size * (1 + len(optimizer.state_keys(group)) + int(waits and not local))
         networks = 4 * len(group["params"]) * optimizer.numbers_per_tensor(group)

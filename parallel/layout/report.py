@@ -13,6 +13,7 @@ from hope.config import ModelConfig
 from hope.dense import COMPILED
 from hope.flops import Flops
 from hope.model import Model
+from hope.optim.clocks import frozen
 from hope.optim.config import OptimConfig
 from hope.optim.kernels import kernels_of_run
 from hope.optim.levels import parameter_groups
@@ -168,6 +169,8 @@ def _given(own: float | None, shared: float) -> float:
 
 
 def _rule(group: Mapping[str, Any], optim: OptimConfig) -> str:
+    if frozen(group):
+        return "frozen"
     if not group["matrices"]:
         return "adamw" if optim.name in MATRIX_OPTIMIZERS else optim.name
     return f"{optim.name} per head" if group["head_rows"] else optim.name

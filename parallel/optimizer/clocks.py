@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hope.optim.clocks import ClockedOptimizer
+from hope.optim.clocks import ClockedOptimizer, frozen
 from parallel.optimizer.partitions import Partitions
 from parallel.start.groups import Ranks, data_group
 
@@ -28,7 +28,12 @@ def due_groups(optimizer: ClockedOptimizer) -> list[int]:
 
 def waits_locally(optimizer: ClockedOptimizer, group: dict[str, Any]) -> bool:
     """Whether a group's gradients stay on their rank until its due step."""
-    return optimizer.config.accumulate == "local" and group["period"] > 1
+    return optimizer.config.accumulate == "local" and group["period"] > 1 and not frozen(group)
+
+
+def frozen_groups(optimizer: ClockedOptimizer) -> list[int]:
+    """Numbers of the groups whose gradients nobody needs."""
+    return [number for number, group in enumerate(optimizer.param_groups) if frozen(group)]
 
 
 class LocalSums:
@@ -68,9 +73,9 @@ class LocalSums:
             raise ValueError("tensor parallelism with optim.accumulate=local needs `combine`")
 
     def waiting(self) -> list[int]:
-        """Groups whose gradients this step does not communicate."""
+        """Groups whose gradients this step does not communicate: what waits for its due step, and what is frozen."""
         due = due_groups(self._optimizer)
-        return [number for number in self._sums if number not in due]
+        return [number for number in self._sums if number not in due] + frozen_groups(self._optimizer)
 
     def include(self) -> None:
         """Add a due level's sums to what this step has accumulated. Once per step."""

@@ -14,7 +14,7 @@ from hope.optim.clocks import Watched
 from hope.optim.config import OptimConfig
 from hope.optim.levels import counters_of
 from parallel.optimizer.checkpoint_views import Scope, StatePiece
-from parallel.optimizer.clocks import Combine, due_groups, waits_locally
+from parallel.optimizer.clocks import Combine, due_groups, frozen_groups, waits_locally
 from parallel.optimizer.members import Counts, first_name, members_of, union_of_names
 from parallel.optimizer.ownership import OwnedGroup
 from parallel.optimizer.sharded import ShardedOptimizer, StepStage
@@ -67,7 +67,8 @@ class MatrixZeroOptimizer(ShardedOptimizer):
     def _waiting(self) -> list[int]:
         due = due_groups(self.matrices)
         groups = enumerate(self.matrices.param_groups)
-        return [number for number, group in groups if group["gathered"] and number not in due]
+        held = [number for number, group in groups if group["gathered"] and number not in due]
+        return held + frozen_groups(self.matrices)
 
     def prepare(self) -> None:
         self.rest.prepare()

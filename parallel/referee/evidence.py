@@ -21,6 +21,7 @@ from hope.config import ModelConfig
 from hope.mixers import Mixer
 from hope.model import Model
 from hope.optim.config import OptimConfig
+from hope.optim.policy import learns
 from parallel.compute.pipeline import mean_loss
 from parallel.compute.replica import Replica
 from parallel.layout.plan import Plan, plan_of_config
@@ -100,8 +101,9 @@ def from_layout(task: Task, replica: Replica, micro_batch: int) -> Evidence | No
         optimizer.set_lr(task.optim.lr)
         optimizer.step(clip_scale(norm, task.grad_clip))
     found.weights = _gather(replica, plan, optimizer.master_pieces())
-    if task.optim.accumulate == "local":  # the first step communicates no gradient of a level that is not due
-        found.gradients = {name: found.gradients.get(name, []) for name in found.weights}
+    # the first step communicates no gradient of what is frozen, nor `local` that of a level that is not due
+    kept = [n for n in found.weights if task.optim.accumulate == "local" or not learns(n, task.optim)]
+    found.gradients |= {name: found.gradients.get(name, []) for name in kept}
     with state_squares(replica.models) as squares:
         replica.run(micro_batches(task.batches[0], micro_batch, ranks), forward_only=True)
     everyone = _objects({layer: square.item() for layer, square in squares.items()}, ranks)

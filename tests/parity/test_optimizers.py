@@ -23,6 +23,10 @@ SETTINGS = {
     "muon-mlp": ["optim.name=muon", "optim.muon.memory=mlp", "optim.muon.mlp.lr=0.5"],
     "muon-scalar": ["optim.name=muon", "optim.muon.memory=scalar", "optim.muon.scalar.lr=0.5"],
     "m3": ["optim.name=m3", "optim.m3.slow_period=2"],
+    # matrices and tensors element by element, of a level that waits on its rank too
+    "frozen": ["optim.name=muon", "optim.muon.memory=mlp", "optim.accumulate=local", "train.grad_clip=0.1",
+               'optim.groups=[{match: "blocks.0.cms.*"}, {match: "*.cms.levels.1.*", rate: 0},'
+               ' {match: "blocks.*.mixer.*", rate: 0}]'],
     # with pp2 the first stage has no matrix
     "policy": ["optim.name=muon", "optim.muon.per_head=true", "optim.lr_elementwise=2e-2", "optim.level_rate=0.5",
                "optim.momentum_warmup=3", "optim.beta1_start=0.7",
@@ -46,6 +50,7 @@ QUICK = [
     ("tp2-dp2", "muon-mlp"),
     ("dp2", "m3"),
     ("tp2-dp2", "m3"),
+    ("tp2-dp2", "frozen"),
     ("tp2", "policy"),
     ("pp2", "policy"),
 ]

@@ -20,6 +20,8 @@ SETTINGS = {
     "muon-mlp": ["optim.name=muon", "optim.muon.memory=mlp"],
     "muon-scalar": ["optim.name=muon", "optim.muon.memory=scalar"],
     "scalar": ["optim.dmgd.memory=scalar"],
+    "muon-frozen": ["optim.name=muon", "optim.muon.memory=mlp", "optim.accumulate=local",
+               'optim.groups=[{match: "blocks.0.*", rate: 0}]'],
     "mlp-only": ["optim.dmgd.memory=mlp_only", "optim.dmgd.mlp.key=gradient", "optim.dmgd.output=rms_match",
                  "optim.dmgd.mlp.decay=0"],  # it is all of this write, and can raise the loss at the key
 }  # fmt: skip

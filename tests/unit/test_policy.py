@@ -200,11 +200,11 @@ def test_a_tied_embedding_is_no_matrix_and_a_head_of_its_own_can_be():
 def test_what_cannot_work_whatever_the_model():
     bad = OptimConfig(
         lr_elementwise=0.0, level_rate=9.0, momentum_warmup=5, beta1_start=0.95, warmup=0.5, decay="wsd",
-        decay_length=2.5, groups=[GroupConfig(match="a"), GroupConfig(match="", rate=-1.0, beta2=1.0)],
+        decay_length=2.5, groups=[GroupConfig(match="", rate=-1.0, beta2=1.0), GroupConfig(match="a")],
     )  # fmt: skip
     assert {problem.path.removeprefix("optim.") for problem in bad.problems()} == {
-        "lr_elementwise", "level_rate", "beta1_start", "decay_length", "groups[0]", "groups[1].match",
-        "groups[1].rate", "groups[1].beta2",
+        "lr_elementwise", "level_rate", "beta1_start", "decay_length", "groups[1]", "groups[0].match",
+        "groups[0].rate", "groups[0].beta2",
     }  # fmt: skip
 
 

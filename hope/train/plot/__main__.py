@@ -1,7 +1,9 @@
 """Draw and compare the losses of runs: `python -m hope.train.plot RUN ... [--out curves]`.
 
 RUN is a run folder, a metrics.jsonl, or NAME=FOLDER for another name in the legend. Lines are training losses, smoothed
-over a pale line of the logged ones; dots are held-out losses. Exit code 0, or 2 with what is wrong.
+over a pale line of the logged ones; dots are held-out losses. With --matrix, RUN is one run with train.mode=continual:
+a row of every source's held-out losses for every border of two phases, and below it what was kept (docs/continual.md).
+Exit code 0, or 2 with what is wrong.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from data_prep.files import atomic_write
 from hope.train.plot.chart import chart
 from hope.train.plot.curves import NoCurve, Run, read_run, smoothed
+from hope.train.plot.matrix import matrix_picture, matrix_table, read_matrix
 from hope.train.plot.picture import Dot, Line, Picture, Words
 
 SCALE = 2
@@ -36,10 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--from", dest="first", type=float, default=0, metavar="X", help="leave out what is before")
     parser.add_argument("--key", action="append", help="held-out key (default heldout_loss); may be given again")
     parser.add_argument("--title", default="", help="above the picture")
+    parser.add_argument("--matrix", action="store_true", help="losses by phase and source, and what is kept")
     args = parser.parse_args(argv)
     if args.smooth is not None and args.smooth < 1:
         parser.error(f"--smooth {args.smooth} is less than 1; 1 draws what was logged")
+    if args.matrix and len(args.runs) > 1:
+        parser.error(f"--matrix draws one run, not {len(args.runs)}")
     try:
+        if args.matrix:
+            matrix = read_matrix(Path(args.runs[0]))
+            written = write(matrix_picture(matrix, args.title), args.out)
+            print("\n".join([*matrix_table(matrix), f"picture  {'  '.join(map(str, written))}"]))
+            return 0
         runs = [_read(word, args.x, args.key or ["heldout_loss"]).after(args.first) for word in args.runs]
         span = args.smooth or max(1, max(len(run.losses) for run in runs) // 50)
         picture = chart(runs, span, args.x, args.log_x, args.title)

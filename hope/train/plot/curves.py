@@ -45,10 +45,7 @@ def read_run(path: Path, name: str = "", x: str = "step", only: Sequence[str] = 
     Raises:
         NoCurve: there is no such file, or no loss in it.
     """
-    file = path / "metrics.jsonl" if path.is_dir() else path
-    if not file.is_file():
-        raise NoCurve(f"{file}: no such file; give the folder of a run, such as runs/quickstart")
-    records = _records(file)
+    file, records = _file(path), records_of(path)
     losses = _points(records, x, "loss")
     heldout = {key: points for key in only if (points := _points(records, x, key))}
     if not losses and not heldout:
@@ -58,8 +55,19 @@ def read_run(path: Path, name: str = "", x: str = "step", only: Sequence[str] = 
     return Run(name or file.resolve().parent.name, losses, heldout)
 
 
-def _records(file: Path) -> list[dict[str, Any]]:
-    """Whole lines; the last one may be half-written while the run goes on."""
+def _file(path: Path) -> Path:
+    return path / "metrics.jsonl" if path.is_dir() else path
+
+
+def records_of(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of a run folder's metrics.jsonl, or of that file; the last one may be half-written while it goes on.
+
+    Raises:
+        NoCurve: there is no such file, or a line before the last is no JSON.
+    """
+    file = _file(path)
+    if not file.is_file():
+        raise NoCurve(f"{file}: no such file; give the folder of a run, such as runs/quickstart")
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     records = []
     for number, line in enumerate(lines, 1):

@@ -1,0 +1,128 @@
+"""What models keep of earlier sources when they learn several one after another (docs/continual.md).
+
+    python benchmarks/continual.py --gpus 1 --jobs 4 --json docs/measurements/continual.json \\
+        --source law LAW/train LAW/heldout --source code CODE/train CODE/heldout --source web WEB/train WEB/heldout
+    python benchmarks/continual.py --table docs/measurements/continual.json
+
+benchmarks/continual.yaml says which: Transformer++ and HOPE with one, two and four clocks. Each has a grid of rates of
+the same size. The rates with the lowest held-out loss at the end, the mean over the sources, are run with the other
+seeds. Sources are read in the order given, for equally many steps. As in benchmarks/recipe.py, whose plans, slots and
+rows these are, one may stop at any time (`--seconds`) and go on later with the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import recipe
+import yaml
+from recipe import Cell, Plan, Row, Runs, best
+
+SHOWN = ("forgetting", "backward_transfer", "forward_transfer", "retained")
+Source = tuple[str, str, str]
+
+
+class Phases(Runs):
+    """Cells whose data are the sources of `args.source`, one after another."""
+
+    def words(self, cell: Cell) -> list[str]:
+        return [*recipe.words(self.plan, cell, ["", ""], Path(self.args.out)), *phases(self.args.source)]
+
+    def measured(self, records: list[Row], diverged: bool) -> Row:
+        """`matrix`: the losses of every source at every border; and the measures at the end."""
+        prefix, names = "continual.loss.", [name for name, _, _ in self.args.source]
+        if diverged:
+            return {"heldout": None, "sources": names}
+        borders = [record for record in records if record.get("phase") is not None]
+        if [record["phase"] for record in borders] != list(range(len(names) + 1)):
+            raise RuntimeError(f"borders {[r['phase'] for r in borders]} were measured, not 0 to {len(names)}")
+        last = borders[-1]
+        told = {
+            key: value for key, value in last.items() if key.startswith("continual.") and not key.startswith(prefix)
+        }
+        return {
+            "heldout": last["heldout_loss"], "sources": names,
+            "matrix": [[record[prefix + name] for name in names] for record in borders],
+            "measures": {key.removeprefix("continual."): value for key, value in told.items()},
+        }  # fmt: skip
+
+
+def phases(sources: list[Source]) -> list[str]:
+    """Overrides that read (name, training set, held-out set) one after another, for equally many steps."""
+    listed = [{"name": name, "train": train, "heldout": heldout, "weight": 1} for name, train, heldout in sources]
+    return [f"data.sources={json.dumps(listed)}", "train.mode=continual"]
+
+
+def table(plan: Plan, rows: list[Row]) -> str:
+    """Markdown: every model at its best rates, mean and smallest to largest over its seeds; then source by source."""
+    head = ["optimizer", "model", "parameters", "lr", "element-wise lr", "seeds", "held-out"]
+    lines = [[*head, *(name.replace("_", " ") for name in SHOWN)]]
+    detail = [["optimizer", "model", "source", "before its phase", "after it", "at the end"]]
+    for optimizer, model in plan["order"]:
+        chosen = best(plan, optimizer, model, rows)
+        if chosen is None:
+            grid = recipe.grid(plan, optimizer, model)
+            done = sum(Cell.of(row) in grid for row in rows)
+            told = f"{done} of {len(grid)} cells run" if done < len(grid) else "all diverged"
+            lines.append([optimizer, model, *[""] * 4, told, *[""] * len(SHOWN)])
+            continue
+        same = [r for r in rows if Cell.of(r)._replace(seed=0) == Cell.of(chosen)._replace(seed=0)]
+        same = [row for row in same if row["heldout"] is not None]
+        rates = [f"{chosen['parameters'] / 1e6:.1f}M", f"{chosen['lr']:g}", f"{chosen['lr_elementwise']:g}"]
+        figures = [_spread([row["measures"].get(name) for row in same]) for name in SHOWN]
+        lines.append([optimizer, model, *rates, str(len(same)), _spread([r["heldout"] for r in same]), *figures])
+        for number, name in enumerate(chosen["sources"]):
+            seen = [[row["matrix"][phase][number] for row in same] for phase in (number, number + 1, -1)]
+            detail.append([optimizer, model, name, *map(_spread, seen)])
+    return "\n\n".join(_markdown(part) for part in (lines, detail) if len(part) > 1)
+
+
+def _spread(values: list[float | None]) -> str:
+    """`mean (smallest - largest)` of those that there are."""
+    found = [value for value in values if value is not None]
+    return f"{statistics.mean(found):.3f} ({min(found):.3f} - {max(found):.3f})" if found else "-"
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = recipe.parser_of(__doc__, "continual")
+    parser.add_argument("--source", nargs=3, action="append", default=[], metavar=("NAME", "TRAIN", "HELDOUT"))
+    args = parser.parse_args(argv)
+    if args.table:
+        return args
+    if len(args.source) < 2 or not args.json:
+        parser.error("--source twice or more and --json are needed, or --table")
+    given = [name for name, _, _ in args.source]
+    others = {tuple(row["sources"]) for row in _rows(args.json)} - {tuple(given)}
+    if others:
+        parser.error(f"{args.json} has rows of {', '.join(others.pop())}, not of {', '.join(given)}: another --json")
+    return args
+
+
+def _rows(path: Path) -> list[Row]:
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    plan: Plan = yaml.safe_load(args.plan.read_text())
+    if args.table:
+        print(table(plan, _rows(args.table)))
+        return 0
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    runs = Phases(plan, args)
+    runs.all()
+    print(table(plan, runs.rows))
+    return int(bool(runs.failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
