@@ -167,7 +167,9 @@ def test_the_slow_memory_moves_every_f_updates_and_sees_the_chunk_before(reading
 
 
 def test_every_matrix_of_a_model_and_nothing_else_is_orthogonalised():
-    model = Model(ModelConfig(vocab_size=32, width=16, layers=1, heads=2, tie_embeddings=False))
+    static = lambda which: {"hope": {"static": which}}
+    sizes = {"vocab_size": 32, "width": 16, "layers": 1, "heads": 2}
+    model = Model(ModelConfig(**sizes, tie_embeddings=False, mixers=static("learned")))
     groups = parameter_groups(model, 0.1, MUON)
     matrices = {name for group in groups if group["matrices"] for name in group["names"]}
     assert {name.removeprefix("blocks.0.") for name in matrices} == {
@@ -176,8 +178,7 @@ def test_every_matrix_of_a_model_and_nothing_else_is_orthogonalised():
         *(f"mixer.memories.initial.{name}" for name in ("k", "v", "eta", "alpha", "main")),
         *(f"cms.levels.{level}.mlp.{part}.weight" for level in (0, 1) for part in ("gate", "up", "down")),
     }
-    mixers = {"hope": {"static": "projected"}}
-    projected = ModelConfig(vocab_size=32, width=16, layers=1, heads=2, mixers=mixers)
+    projected = ModelConfig(**sizes, mixers=static("projected"))
     also = {n for group in parameter_groups(Model(projected), 0.1, MUON) if group["matrices"] for n in group["names"]}
     assert also - matrices == {f"blocks.0.mixer.{name}.weight" for name in ("key", "value")}
     names = [name for group in groups for name in group["names"]]

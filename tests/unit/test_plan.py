@@ -101,7 +101,7 @@ def test_of_nested_regions_the_outermost_has_borders():
 
 
 def test_the_table(tmp_path, capsys):
-    text = plan_table(named(vocab_size=64, width=32, layers=3, heads=4))
+    text = plan_table(named(memory=MemoryConfig(static="learned"), vocab_size=64, width=32, layers=3, heads=4))
     rows = {line.split()[0]: line for line in text.splitlines()}
     assert "row-parallel" in rows["blocks.*.mixer.output.weight"]
     assert "column-parallel" in rows["blocks.*.mixer.query.weight"]

@@ -80,7 +80,7 @@ CASES: list[tuple[str, OptimConfig, tuple[Any, ...]]] = [
     ("blocks.0.norm.weight", dataclasses.replace(ADAMW, lr_elementwise=5e-3), ("adamw", 5e-3, 0.0, (0.9, 0.95))),
     ("blocks.0.mixer.output.weight", dataclasses.replace(MUON, groups=EXCEPTIONS), ("adamw", 4e-2, 0.1, (0.7, 0.8))),
     ("blocks.1.mixer.output.weight", dataclasses.replace(MUON, groups=EXCEPTIONS), ("muon", 3e-2, 0.02, (0.8, 0.95))),
-    ("blocks.1.mixer.static_k", dataclasses.replace(MUON, groups=EXCEPTIONS), ("muon", 3e-2, 0.02, (0.8, 0.95))),
+    ("blocks.1.mixer.key.weight", dataclasses.replace(MUON, groups=EXCEPTIONS), ("muon", 3e-2, 0.02, (0.8, 0.95))),
     ("blocks.1.mixer.norm.weight", dataclasses.replace(MUON, groups=EXCEPTIONS), ("adamw", 12e-2, 0.02, (0.8, 0.95))),
     ("head.weight", dataclasses.replace(MUON, groups=EXCEPTIONS), ("muon", 5e-3, 0.0, (0.9, 0.95))),
 ]
@@ -122,7 +122,7 @@ def test_per_head_is_each_heads_block_alone(name, rows):
     assert (moved(slice(None)) - apart).norm() > 1e-2
 
 
-@pytest.mark.parametrize(("mixer", "maps"), [("hope", {"input", "query"}), ("attention", {"query", "key", "value"})])
+@pytest.mark.parametrize(("mixer", "maps"), [("hope", {"input", "query", "key", "value"}), ("attention", {"query", "key", "value"})])
 def test_which_maps_are_taken_per_head(mixer, maps):
     config = dataclasses.replace(MUON, muon=MuonConfig(per_head=True))
     groups = parameter_groups(Model(dataclasses.replace(SMALL, pattern=[mixer], layers=1)), 0.1, config)
