@@ -122,7 +122,9 @@ def test_per_head_is_each_heads_block_alone(name, rows):
     assert (moved(slice(None)) - apart).norm() > 1e-2
 
 
-@pytest.mark.parametrize(("mixer", "maps"), [("hope", {"input", "query", "key", "value"}), ("attention", {"query", "key", "value"})])
+@pytest.mark.parametrize(
+    ("mixer", "maps"), [("hope", {"input", "query", "key", "value"}), ("attention", {"query", "key", "value"})]
+)
 def test_which_maps_are_taken_per_head(mixer, maps):
     config = dataclasses.replace(MUON, muon=MuonConfig(per_head=True))
     groups = parameter_groups(Model(dataclasses.replace(SMALL, pattern=[mixer], layers=1)), 0.1, config)
