@@ -6,8 +6,12 @@
 benchmarks/recipe.yaml says which. A cell is one run of `pretrain_hope.py`. Its row is written when it ends, and cells
 that have a row are not run again, so that one may stop at any time (`--seconds`) and go on later. Grids are run in the
 order of the file. As soon as one is complete, its best rates are run with the other seeds. Other plans (`--plan`):
-recipe_dmgd.yaml, recipe_ablation.yaml, recipe_position.yaml. A plan may have `eval_every` and `checkpoint_every`, in
-steps, 0 by default.
+recipe_dmgd.yaml, recipe_ablation.yaml, recipe_position.yaml, recipe_family.yaml. A plan may have `eval_every` and
+`checkpoint_every`, in steps, 0 by default. Rates may come from shorter runs, whose plan and rows `--tuned` names. Every
+model then has one cell, as soon as those have found its rates:
+
+    python benchmarks/recipe.py --plan benchmarks/recipe_100m_tune.yaml --json tune.json --data ...
+    python benchmarks/recipe.py --plan benchmarks/recipe_100m.yaml --tuned benchmarks/recipe_100m_tune.yaml tune.json ...
 """
 
 from __future__ import annotations
@@ -60,6 +64,9 @@ class Cell(NamedTuple):
 
 def grid(plan: Plan, optimizer: str, model: str) -> list[Cell]:
     """All rates, with the first seed."""
+    if (tuned := plan.get("tuned")) is not None:
+        found = tuned.get((optimizer, model))
+        return [Cell(model, optimizer, *found, plan["seeds"][0])] if found else []
     rates = plan["optimizers"][optimizer]
     pairs = product(rates["lr"], rates["lr_elementwise"])
     return [Cell(model, optimizer, lr, elementwise, plan["seeds"][0]) for lr, elementwise in pairs]
@@ -73,6 +80,12 @@ def best(plan: Plan, optimizer: str, model: str, rows: list[Row]) -> Row | None:
         return None
     trained = [found[cell] for cell in cells if found[cell]["heldout"] is not None]
     return min(trained, key=lambda row: row["heldout"], default=None)
+
+
+def tuned_rates(plan: Plan, rows: list[Row]) -> dict[tuple[str, str], tuple[float, float]]:
+    """By optimizer and model: the best rates of every grid that is complete."""
+    chosen = {(optimizer, model): best(plan, optimizer, model, rows) for optimizer, model in plan["order"]}
+    return {pair: (row["lr"], row["lr_elementwise"]) for pair, row in chosen.items() if row}
 
 
 def cells(plan: Plan, rows: list[Row]) -> Iterator[Cell]:
@@ -269,6 +282,7 @@ def parser_of(about: str | None, name: str) -> argparse.ArgumentParser:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = parser_of(__doc__, "recipe")
     parser.add_argument("--data", nargs=2, metavar=("TRAIN", "HELDOUT"))
+    parser.add_argument("--tuned", nargs=2, type=Path, metavar=("PLAN", "ROWS"), help="rates are the best of these")
     args = parser.parse_args(argv)
     if not args.table and not (args.data and args.json):
         parser.error("--data and --json are needed, or --table")
@@ -278,6 +292,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     plan: Plan = yaml.safe_load(args.plan.read_text())
+    if args.tuned:
+        of, rows = args.tuned
+        plan["tuned"] = tuned_rates(yaml.safe_load(of.read_text()), json.loads(rows.read_text()))
     if args.table:
         print(table(plan, json.loads(args.table.read_text())))
         return 0

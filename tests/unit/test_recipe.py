@@ -40,6 +40,17 @@ def test_the_best_of_a_complete_grid_gets_the_other_seeds(recipe):
     assert wanted([row(recipe, "a", lr, 1, None) for lr in (1.0, 2.0)]) == grids  # nothing to repeat
 
 
+def test_rates_of_a_plan_are_the_best_of_shorter_runs(recipe):
+    """One cell per model whose grid there is complete, then its other seeds; of the others none."""
+    rows = [row(recipe, "a", 1.0, 1, 4.0), row(recipe, "a", 2.0, 1, 3.0), row(recipe, "b", 1.0, 1, 1.0)]
+    tuned = recipe.tuned_rates(PLAN, rows)
+    assert tuned == {("muon", "a"): (2.0, 3.0)}
+    plan = {**PLAN, "optimizers": {"muon": {"set": []}}, "tuned": tuned}
+    wanted = lambda rows: [(c.model, c.lr, c.lr_elementwise, c.seed) for c in recipe.cells(plan, rows)]
+    assert wanted([]) == [("a", 2.0, 3.0, 1)]
+    assert wanted([row(recipe, "a", 2.0, 1, 2.0)]) == [("a", 2.0, 3.0, 1), ("a", 2.0, 3.0, 2)]
+
+
 def test_the_table_has_means_and_spreads_of_the_best(recipe):
     rows = [row(recipe, "a", 1.0, 1, 4.0), row(recipe, "a", 2.0, 1, 3.0), row(recipe, "a", 2.0, 2, 3.5)]
     lines = recipe.table(PLAN, [*rows, row(recipe, "b", 1.0, 1, 1.0)]).splitlines()
