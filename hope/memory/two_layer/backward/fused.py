@@ -142,54 +142,58 @@ def _systems(
     turned, pairs = rK[:, None] + rC[None, :] * K, rC[:, None] + rC[None, :] * C
     row, slot, read = (m * chunks + n) * C, (place * rows + m) * N + box, place * rows + m
     here, state = (m * N + box) * C * K + tile, (m * N + box) * K * K + square
+    start = slot * K * K + square
     keys_from, inverse_from = (slot * C * K, slot * C * C) if OUTER else (row * K, row * C)
     of_main = rC[:, None] * 0 + box == N - 1
     eta, ell = tl.load(eta_p + row + rC), tl.load(ell_p + row + rC)
     g, total = tl.cumsum(ell, 0), tl.sum(ell, 0)
     before, keep = tl.exp(g - ell), tl.exp(total)
-    after = tl.load(ds_p + state)
-    if RESETS:  # no gradient reaches the document before
-        fresh = (n + 1 < chunks) & (tl.load(resets_p + batch * chunks + tl.minimum(n + 1, chunks - 1)) != 0)
-        after = tl.where(fresh, 0.0, after)
-    seen = after
+    later = -tl.exp(total - g)
     if PARTIAL:  # the state after the chunk is the one before it
         live = tl.load(last_p + batch) != n
-        seen, keep = tl.where(live, after, 0.0), tl.where(live, keep, 1.0)
-    start = tl.load(start_p + slot * K * K + square)
-    through = keep * tl.sum(tl.sum(seen * start.to(tl.float32), 1), 0)
-    half = seen.to(TYPE)
-    keys, u = tl.load(keys_p + keys_from + tile), tl.load(u_p + slot * C * K + tile)
-    kf = keys.to(tl.float32)
-    later = -tl.exp(total - g)[:, None]
+        later, keep = tl.where(live, later, 0.0), tl.where(live, keep, 1.0)
+    if RESETS:  # no gradient reaches the document before
+        fresh = (n + 1 < chunks) & (tl.load(resets_p + batch * chunks + tl.minimum(n + 1, chunks - 1)) != 0)
+        later, keep = tl.where(fresh, 0.0, later), tl.where(fresh, 0.0, keep)
+    # tiles are loaded again where they are used again: registers hold few of them
+    after = tl.load(ds_p + state)
+    through = tl.sum(tl.sum(after * tl.load(start_p + start).to(tl.float32), 1), 0)
+    if PARTIAL:
+        through = tl.where(live, through, 0.0)
+    half = after.to(TYPE)
+    keys = tl.load(keys_p + keys_from + tile)
     du = tl.load(read_du_p + read * C * K + tile, mask=of_main, other=0.0).to(tl.float32)
-    du = _add_dot((later * kf).to(TYPE), half, du, PRECISION).to(TYPE)
+    du = _add_dot((later[:, None] * keys.to(tl.float32)).to(TYPE), half, du, PRECISION).to(TYPE)
+    u = tl.load(u_p + slot * C * K + tile)
+    dkeys = _dot((later[:, None] * u.to(tl.float32)).to(TYPE), tl.trans(half), PRECISION)
+    kept = tl.sum(keys.to(tl.float32) * dkeys, 1)
     dE = _dot(tl.load(inverse_p + inverse_from + pairs), du, PRECISION)
     written = tl.sum(dE * u.to(tl.float32), 1)
     G = (eta[:, None] * dE).to(TYPE)
     tl.store(g_p + here, G)
-    dkeys = _dot((later * u.to(tl.float32)).to(TYPE), tl.trans(half), PRECISION)
-    kept = tl.sum(kf * dkeys, 1)
-    reads = before[:, None] * _dot(G, tl.trans(start), PRECISION)
-    read_by = tl.sum(kf * reads, 1)
+    reads = before[:, None] * _dot(G, tl.trans(tl.load(start_p + start)), PRECISION)
+    read_by = tl.sum(keys.to(tl.float32) * reads, 1)
     dkeys += reads
-    lower = tl.where(rC[:, None] > rC[None, :], -_decay(g - ell, g), 0.0)
-    Y = _dot(G, tl.trans(u), PRECISION) * lower
-    W = Y * _dot(keys, tl.trans(keys), PRECISION)
-    by_row, by_column = tl.sum(W, 1), tl.sum(W, 0)
-    upper = -tl.exp(tl.minimum((g - ell)[None, :] - g[:, None], 0.0))
-    Y += _dot(u, tl.trans(G), PRECISION) * tl.where(rC[:, None] < rC[None, :], upper, 0.0)
-    dkeys = _add_dot(Y.to(TYPE), keys, dkeys, PRECISION)
     if OUTER:
         dkeys += tl.load(read_dk_p + read * C * K + tile, mask=of_main, other=0.0).to(tl.float32)
+    upper = -tl.exp(tl.minimum((g - ell)[None, :] - g[:, None], 0.0))
+    upper = tl.where(rC[:, None] < rC[None, :], upper, 0.0)
+    Y = _dot(u, tl.trans(G), PRECISION) * upper
+    dkeys = _add_dot(Y.to(TYPE), keys, dkeys, PRECISION)
+    W = Y * _dot(keys, tl.trans(keys), PRECISION)  # once, by rows and by columns: pairs that cancel do so exactly
+    read_by += tl.sum(W, 0)
+    by_column = tl.sum(W, 1)
+    lower = tl.where(rC[:, None] > rC[None, :], -_decay(g - ell, g), 0.0)
+    Y = _dot(G, tl.trans(u), PRECISION) * lower
+    dkeys = _add_dot(Y.to(TYPE), keys, dkeys, PRECISION)
     tl.store(dkeys_p + here, dkeys.to(TYPE))
     # log alpha of t decays what was written before it, and scales what is read after it: by keys, pairs, outputs
     o = tl.load(read_o_p + read * C + rC, mask=rC * 0 + box == N - 1, other=0.0)
-    read_by += by_row
-    dell = through + tl.cumsum(kept, 0) - kept + tl.cumsum(read_by - by_column + o, 0, reverse=True) - read_by
+    dell = keep * through + tl.cumsum(kept, 0) - kept + tl.cumsum(read_by - by_column + o, 0, reverse=True) - read_by
     of_layer = ((m * N + box) * 2 + (0 if OUTER else 1)) * C + rC
     tl.store(written_p + of_layer, written)
     tl.store(dell_p + of_layer, dell)
-    ds = keep * after
+    ds = keep * tl.load(ds_p + state)
     ds += tl.load(read_ds_p + read * K * K + square, mask=rK[:, None] * 0 + box == N - 1, other=0.0).to(tl.float32)
     ds = _add_dot(tl.load(keys_p + keys_from + turned), (before[:, None] * G.to(tl.float32)).to(TYPE), ds, PRECISION)
     tl.debug_barrier()  # all threads have read it
