@@ -14,7 +14,7 @@ tensors. It reads some of them for one chunk, and writes others:
 Only the states at the start of every group are kept: a chunk's tensors are five memories' [C, K], nine times. Tokens'
 k, v, gates and inverse are kept, so that the second pass over a group has no projections to make.
 
-`hope.memory.two_layer.fused` has the stages as kernels, benchmarks/mlp_stages.py as formulas of plain tensors. Sizes: M
+`hope.memory.two_layer.stages` has them as kernels, benchmarks/mlp_stages.py as formulas of plain tensors. Sizes: M
 sequences times heads, L tokens, C tokens of a chunk, G chunks of a group, N = 5 memories in the order k, v, eta, alpha,
 main.
 """

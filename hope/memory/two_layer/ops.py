@@ -99,7 +99,7 @@ def _before_the_loop(config: MemoryConfig, memories: Memories, given: Given, x: 
 
 
 def _stages() -> Stages:
-    stages: Stages = importlib.import_module("hope.memory.two_layer.fused").Kernels()
+    stages: Stages = importlib.import_module("hope.memory.two_layer.stages").Kernels()
     return stages
 
 

@@ -1,4 +1,4 @@
-"""The adjoints of `hope.memory.two_layer.fused`'s stages. Rows are tokens, W1, W2 and states are transposed.
+"""The adjoints of `hope.memory.two_layer.forward.fused`'s stages. Rows are tokens, W1, W2 and states are transposed.
 
 A chunk's systems, u = X eta R with R = e + e^{g-} x S, and S' = e^{g_C} S - x^T (p u), are alike in both layers, x the
 hidden vector or k. With G = eta dE and Y the adjoint of x x^T through the system, both ways:
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from hope.memory.fused import _add_dot, _decay, _dot
-from hope.memory.two_layer.fused import OPTIONS, _gate, _slope, _weight, constants, marks, pick, sizes
+from hope.memory.two_layer.forward.fused import OPTIONS, _gate, _slope, _weight, constants, marks, pick, sizes
 from hope.memory.two_layer.loop import READ_BOXES, Rule, Table
 
 
@@ -94,7 +94,9 @@ def _reads(
     row, slot = (m * chunks + first + place) * C, place * rows + m
     main = (slot + 1) * N - 1
     at, here = row * K + tile, slot * C * K + tile
-    q_from, keys_from = (slot * C * K, main * C * K) if OUTER else (row * K, row * K)
+    q_from, keys_from = row * K, row * K
+    if OUTER:
+        q_from, keys_from = slot * C * K, main * C * K
     g = tl.cumsum(tl.load(ell_p + row + rC), 0)
     eg = tl.exp(g)[:, None]
     df = tl.load(df_p + at)
@@ -143,7 +145,9 @@ def _systems(
     row, slot, read = (m * chunks + n) * C, (place * rows + m) * N + box, place * rows + m
     here, state = (m * N + box) * C * K + tile, (m * N + box) * K * K + square
     start = slot * K * K + square
-    keys_from, inverse_from = (slot * C * K, slot * C * C) if OUTER else (row * K, row * C)
+    keys_from, inverse_from = row * K, row * C
+    if OUTER:
+        keys_from, inverse_from = slot * C * K, slot * C * C
     of_main = rC[:, None] * 0 + box == N - 1
     eta, ell = tl.load(eta_p + row + rC), tl.load(ell_p + row + rC)
     g, total = tl.cumsum(ell, 0), tl.sum(ell, 0)

@@ -10,8 +10,8 @@ p = e^{g_C - g}:
     S1 <- e^{g_C} S1 - x1^T (p u1);    S2 <- e^{g_C} S2 - k^T (p u2)
 
 What `hope.memory.fused` says of products holds here. Beside that:
-- the five memories of a head are programs of their own, and k and v need all of them: the loop over chunks is outside of
-  the kernels. Its launches cost little in the training step's CUDA graph, and much without one;
+- the five memories of a head are programs of their own, and k and v need several of them: the loop over chunks is
+  outside of the kernels. Its launches cost little in a CUDA graph of the training step, and much without one;
 - the states stay fp32 in place in the GPU's memory, 32 KB per memory at K = 64, mostly in its L2 cache;
 - (I + T2)^-1 is of k alone, which all memories share: `_project` makes it once;
 - a tile that is needed transposed on the left is stored by one kernel, or before a barrier, and loaded so.
@@ -55,49 +55,42 @@ def marks(table: Table, *names: str) -> dict[str, bool]:
     return {flags[name]: name in table for name in names}
 
 
-class Kernels:
-    """`hope.memory.two_layer.loop.Stages`."""
+def project(table: Table, rule: Rule, n: int, place: int) -> None:
+    rows, chunks, heads = sizes(table, rule)
+    with torch.cuda.device_of(table["x"]):
+        _project[(rows,)](
+            *pick(table, "x a_k a_v g_eta g_alpha w1 w2 read_out s1 s2 valid k v rk rv eta ell inverse"),
+            n, chunks, heads, rule.eta_max, rule.contribution,
+            LOG_C=rule.chunk.bit_length() - 1, **marks(table, "valid"), **constants(table, rule), **OPTIONS,
+        )  # fmt: skip
 
-    def project(self, table: Table, rule: Rule, n: int, place: int) -> None:
-        rows, chunks, heads = sizes(table, rule)
-        with torch.cuda.device_of(table["x"]):
-            _project[(rows,)](
-                *pick(table, "x a_k a_v g_eta g_alpha w1 w2 read_out s1 s2 valid k v rk rv eta ell inverse"),
-                n, chunks, heads, rule.eta_max, rule.contribution,
-                LOG_C=rule.chunk.bit_length() - 1, **marks(table, "valid"), **constants(table, rule), **OPTIONS,
-            )  # fmt: skip
 
-    def write(self, table: Table, rule: Rule, n: int, place: int) -> None:
-        rows, chunks, heads = sizes(table, rule)
-        memories = table["w1"].shape[1]
-        with torch.cuda.device_of(table["x"]):
-            _write[(rows, memories)](
-                *pick(table, "k v eta ell inverse w1 w2 s1 s2 resets last"),
-                *pick(table, "start1 start2 u1 u2 x1 ak av dh e0 m inverse1 norm"),
-                n, place, rows, chunks, heads, rule.contribution, LOG_C=rule.chunk.bit_length() - 1,
-                ALL="ak" in table, **marks(table, "resets", "last"), **constants(table, rule), **OPTIONS,
-            )  # fmt: skip
+def write(table: Table, rule: Rule, n: int, place: int) -> None:
+    rows, chunks, heads = sizes(table, rule)
+    with torch.cuda.device_of(table["x"]):
+        _write[(rows, table["w1"].shape[1])](
+            *pick(table, "k v eta ell inverse w1 w2 s1 s2 resets last"),
+            *pick(table, "start1 start2 u1 u2 x1 ak av dh e0 m inverse1 norm"),
+            n, place, rows, chunks, heads, rule.contribution, LOG_C=rule.chunk.bit_length() - 1,
+            ALL="ak" in table, **marks(table, "resets", "last"), **constants(table, rule), **OPTIONS,
+        )  # fmt: skip
 
-    def read_inner(self, table: Table, rule: Rule, first: int, count: int) -> None:
-        self._read(table, rule, first, count, "q k u2 start2 w2 bq hq", OUTER=False)
 
-    def read_outer(self, table: Table, rule: Rule, first: int, count: int) -> None:
-        self._read(table, rule, first, count, "hq x1 u1 start1 w1 q y", OUTER=True)
+def read_inner(table: Table, rule: Rule, first: int, count: int) -> None:
+    _reads(table, rule, first, count, "q k u2 start2 w2 bq hq", OUTER=False)
 
-    def _read(self, table: Table, rule: Rule, first: int, count: int, names: str, OUTER: bool) -> None:
-        rows, chunks, heads = sizes(table, rule)
-        with torch.cuda.device_of(table["x"]):
-            _read[(count, rows)](
-                table["ell"], *pick(table, names), first, rows, chunks, heads, rule.contribution,
-                OUTER=OUTER, OF_U=table["u1"].shape[2], OF_X1=table["x1"].shape[2],
-                **constants(table, rule), **OPTIONS,
-            )  # fmt: skip
 
-    def __getattr__(self, name: str) -> Any:
-        """Stages of the backward."""
-        from hope.memory.two_layer.backward import fused
+def read_outer(table: Table, rule: Rule, first: int, count: int) -> None:
+    _reads(table, rule, first, count, "hq x1 u1 start1 w1 q y", OUTER=True)
 
-        return getattr(fused, name)
+
+def _reads(table: Table, rule: Rule, first: int, count: int, names: str, OUTER: bool) -> None:
+    rows, chunks, heads = sizes(table, rule)
+    with torch.cuda.device_of(table["x"]):
+        _read[(count, rows)](
+            table["ell"], *pick(table, names), first, rows, chunks, heads, rule.contribution,
+            OUTER=OUTER, OF_U=table["u1"].shape[2], OF_X1=table["x1"].shape[2], **constants(table, rule), **OPTIONS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -117,6 +110,13 @@ def _slope(a):
 def _weight(initial_p, initial_at, state_p, state_at, TYPE: tl.constexpr):
     """A layer as it is read: initial state + state."""
     return (tl.load(initial_p + initial_at).to(tl.float32) + tl.load(state_p + state_at).to(tl.float32)).to(TYPE)
+
+
+@triton.jit
+def _solution(keys, eta, ell, g, rC, LOG_C: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + T)^-1 of one chunk's keys and gates."""
+    T = _dot(keys, tl.trans(keys), PRECISION) * (eta[:, None] * _decay(g - ell, g))
+    return _inverse(tl.where(rC[:, None] > rC[None, :], T, 0.0), rC, LOG_C, TYPE, PRECISION).to(TYPE)
 
 
 @triton.jit(do_not_specialize=["n", "chunks", "heads"])
@@ -164,10 +164,8 @@ def _project(
     tl.store(rk_p + row + rC, r)
     k = (z * r[:, None]).to(TYPE)
     tl.store(k_p + at, k)
-    g = tl.cumsum(ell, 0)
-    T = _dot(k, tl.trans(k), PRECISION) * (eta[:, None] * _decay(g - ell, g))
-    X = _inverse(tl.where(rC[:, None] > rC[None, :], T, 0.0), rC, LOG_C, TYPE, PRECISION)
-    tl.store(inverse_p + row * C + rC[:, None] * C + rC[None, :], X.to(TYPE))
+    X = _solution(k, eta, ell, tl.cumsum(ell, 0), rC, LOG_C, TYPE, PRECISION)
+    tl.store(inverse_p + row * C + rC[:, None] * C + rC[None, :], X)
 
 
 @triton.jit(do_not_specialize=["n", "place", "rows", "chunks", "heads"])
@@ -243,9 +241,7 @@ def _write(
     S = _add_dot(keys, (gain[:, None] * u).to(TYPE), keep * tl.load(s2_p + state), PRECISION)
     tl.debug_barrier()  # x1 was stored by other threads, and all of them have read the state
     tl.store(s2_p + state, S)
-    x1 = tl.load(x1_p + slot * C * K + tile)
-    T = _dot(x1, tl.trans(x1), PRECISION) * (eta[:, None] * _decay(g - ell, g))
-    X = _inverse(tl.where(rC[:, None] > rC[None, :], T, 0.0), rC, LOG_C, TYPE, PRECISION).to(TYPE)
+    X = _solution(tl.load(x1_p + slot * C * K + tile), eta, ell, g, rC, LOG_C, TYPE, PRECISION)
     if ALL:
         tl.store(inverse1_p + slot * C * C + rC[:, None] * C + rC[None, :], X)
     u = _dot(X, E1, PRECISION)
@@ -269,7 +265,9 @@ def _read(
     square, tile = rK[:, None] * K + rK[None, :], rC[:, None] * K + rK[None, :]
     row, slot = (m * chunks + first + place) * C, place * rows + m
     at, here = row * K + tile, slot * C * K + tile
-    q_at, keys_at = (here, ((slot + 1) * OF_X1 - 1) * C * K + tile) if OUTER else (at, at)
+    q_at, keys_at = at, at
+    if OUTER:
+        q_at, keys_at = here, ((slot + 1) * OF_X1 - 1) * C * K + tile
     main = (slot + 1) * OF_U - 1
     q = tl.load(q_p + q_at)
     g = tl.cumsum(tl.load(ell_p + row + rC), 0)
