@@ -7,12 +7,12 @@
 `check` compares with float64: what every stage made of every chunk with formulas on what the stage was given
 (benchmarks/mlp_stages.py), then outputs, end states and all gradients of the loop with the plain loop, then two runs
 with each other. A wrong stage is named with its tensor and its first wrong chunk. Every case has a process and a time
-limit of its own, since a wrong kernel may hang or crash. `time` gives a whole layer, d 1024, 8 x 4096, as it is launched
-and as a CUDA graph, and the share of every kernel in the graph.
+limit of its own, since a wrong kernel may hang or crash. `time` gives a whole layer, d 1024, 8 x 4096, as it is
+launched and as a CUDA graph, and the share of every kernel in the graph.
 
 Keys of `one`: K, kind (bf16, ieee), L, B, H, chunk, group (chunks between states that are kept), documents, static,
-alpha (logit of the retention), device, warps (of all kernels, where it is not their own choice), plain (1: time the
-plain loop too).
+alpha (logit of the retention), device, stages (0: end to end only), options (of all kernels, as triton has them), plain
+(1: time the plain loop too).
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ TIMES: list[Case] = [
     {"B": 8, "L": 4096, "plain": 1},
     {"B": 8, "L": 4096, "group": 16},
     {"B": 8, "L": 4096, "group": 4},
-    {"B": 8, "L": 4096, "warps": 8},
+    {"B": 8, "L": 4096, "options": {"num_warps": 8}},
+    {"B": 8, "L": 4096, "options": {"maxnreg": 168}},
     {"B": 8, "L": 4096, "documents": 1},
 ]
 
@@ -287,7 +288,7 @@ def measure(case: Case) -> Case:
     from hope.memory.two_layer.forward import fused
 
     case, ops.GROUP = {**DEFAULTS, **case}, case.get("group", ops.GROUP)
-    fused.OPTIONS["num_warps"] = case.get("warps", fused.OPTIONS["num_warps"])
+    fused.OPTIONS.update(case.get("options", {}))
     loop = partial(ops.two_layer_scan, operands=torch.bfloat16, precision="tf32")
     step = build_layer(case, loop)
     torch.cuda.reset_peak_memory_stats()

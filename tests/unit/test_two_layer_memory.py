@@ -153,8 +153,9 @@ def test_operands_with_gaps_are_copied():
     assert all(map(torch.equal, ops.two_layer_loop(*dense, *rest), ops.two_layer_loop(*gaps, *rest)))
 
 
-# Bytes that a kernel may spill, by its name. Triton 3.9: 100 of _systems, nothing of the others.
-SPILLS = {"_project": 0, "_write": 0, "_read": 0, "_reads": 0, "_systems": 256, "_errors": 0, "_keys": 0, "_gates": 0}
+# Bytes that a kernel may spill, by its name. Triton 3.6 and 3.9: 24 and 100 of _systems, 64 and 0 of _errors, else 0.
+SPILLS = dict.fromkeys(("_project", "_write", "_read", "_reads", "_keys", "_gates"), 0)
+SPILLS |= {"_systems": 128, "_errors": 128}
 
 
 def test_kernels_compile_for_hopper(tmp_path):
