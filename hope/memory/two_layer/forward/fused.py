@@ -185,9 +185,7 @@ def _write(
     row = (m * chunks + n) * C
     at, weight, state = row * K + tile, (head * N + box) * K * K + square, (m * N + box) * K * K + square
     slot = (place * rows + m) * N + box
-    kept = slot
-    if not ALL:
-        kept = place * rows + m
+    kept = slot if ALL else place * rows + m
     first_box: tl.constexpr = 0 if ALL else N - 1
     seen, of_tile = rK[:, None] * 0 + box >= first_box, rC[:, None] * 0 + box >= first_box
     S2 = tl.load(s2_p + state)
