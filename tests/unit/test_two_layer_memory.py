@@ -144,6 +144,23 @@ def test_the_op_is_what_the_library_expects_of_one():
     assert set(torch.library.opcheck(ops.two_layer_loop, operands()).values()) == {"SUCCESS"}
 
 
+@pytest.mark.usefixtures("formulas")
+def test_torch_compile_sees_one_node():
+    seen = []
+
+    def backend(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    given = operands()
+    loss = lambda *tensors: sum((t * t).sum() for t in ops.two_layer_loop(*tensors)[:3])
+    compiled = torch.compile(loss, backend=backend, fullgraph=True)(*given)
+    assert sum("two_layer_loop" in target for target in seen) == 1
+    torch.testing.assert_close(compiled, loss(*given))
+    compiled.backward()
+    assert all(t.grad is not None for t in given if isinstance(t, torch.Tensor) and t.requires_grad)
+
+
 @interpreted
 def test_operands_with_gaps_are_copied():
     dense = [t.detach() for t in operands()[:11]]
