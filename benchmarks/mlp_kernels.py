@@ -93,12 +93,24 @@ class Checked:
             before = {name: t.nan_to_num().clone() if t.is_floating_point() else t for name, t in before.items()}
             expected = {name: t.clone() for name, t in before.items()}
             getattr(Formulas(), stage)(expected, rule, n, place)
-            getattr(Kernels(), stage)(table, rule, n, place)
+            self._launch(stage, table, rule, n, place)
             for name, t in table.items():
                 if t.is_floating_point():
                     self._compare(stage, name, n, before[name], expected[name], t.double())
 
         return run
+
+    def _launch(self, stage: str, table: Table, rule: Rule, n: int, place: int) -> None:
+        """Of one that hangs or crashes the last line that was printed has the name."""
+        if stage not in {of for of, _ in self.errors}:
+            print(f"  {stage} begins", flush=True)
+        try:
+            getattr(Kernels(), stage)(table, rule, n, place)
+            if table["x"].is_cuda:
+                torch.cuda.synchronize()
+        except Exception:
+            print(f"  {stage} failed in chunk {n}", flush=True)
+            raise
 
     def _compare(self, stage: str, name: str, n: int, before: Tensor, expected: Tensor, found: Tensor) -> None:
         changed = expected != before

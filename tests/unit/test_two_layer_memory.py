@@ -128,6 +128,27 @@ def test_the_benchmarks_check_names_a_wrong_stage(name, monkeypatch):
     assert any(bad.startswith(f"{name} ") for bad in mlp_kernels.check(case)["bad"])
 
 
+def test_the_benchmarks_check_names_a_stage_that_crashes(monkeypatch, capsys):
+    import mlp_kernels
+
+    class Crashing(stages.Kernels):
+        @staticmethod
+        def write(*_):
+            raise RuntimeError("an illegal memory access was encountered")
+
+        @staticmethod
+        def project(table, rule, n, place):
+            from mlp_stages import Formulas
+
+            Formulas().project(table, rule, n, place)
+
+    monkeypatch.setattr(mlp_kernels, "Kernels", Crashing)
+    with pytest.raises(RuntimeError, match="illegal"):
+        mlp_kernels.check({"B": 1, "H": 1, "L": 32, "K": 16, "chunk": 16, "device": "cpu", "kind": "ieee"})
+    said = capsys.readouterr().out.splitlines()
+    assert said == ["  project begins", "  write begins", "  write failed in chunk 0"]
+
+
 def operands(requires_grad: bool = True):
     """What the custom op takes, small: one row, one head, three chunks of 16 in groups of two."""
     generator = torch.Generator().manual_seed(0)
