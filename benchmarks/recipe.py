@@ -11,7 +11,8 @@ recipe_dmgd.yaml, recipe_ablation.yaml, recipe_position.yaml, recipe_family.yaml
 model then has one cell, as soon as those have found its rates:
 
     python benchmarks/recipe.py --plan benchmarks/recipe_100m_tune.yaml --json tune.json --data ...
-    python benchmarks/recipe.py --plan benchmarks/recipe_100m.yaml --tuned benchmarks/recipe_100m_tune.yaml tune.json ...
+    python benchmarks/recipe.py --plan benchmarks/recipe_100m.yaml --json ... --data ... \\
+        --tuned benchmarks/recipe_100m_tune.yaml tune.json
 """
 
 from __future__ import annotations

@@ -62,3 +62,34 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
     with interpreting():
         yield
+
+
+def rounded_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of bf16 operands as a GPU makes them, with sums in fp32, and fp32 rounded to the nearest bf16.
+
+    Triton's interpreter multiplies the bits of bf16 numbers as integers, and cuts fp32 off.
+    """
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    cast = builder.cast_impl
+
+    def widened(tensor):
+        if tensor.dtype.scalar != tl.bfloat16:
+            return tensor.data
+        return (tensor.data.astype(np.uint32) << 16).view(np.float32)
+
+    def create_dot(self, a, b, d, *_):
+        return handle(np.matmul(widened(a), widened(b), dtype=np.float32) + d.data, d.dtype.scalar)
+
+    def rounded(self, source, target):
+        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, source, target)
+        bits = np.ascontiguousarray(source.data).view(np.uint32)
+        return handle(((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16), tl.bfloat16)
+
+    monkeypatch.setattr(builder, "create_dot", create_dot)
+    for name in ("cast_impl", "create_fp_trunc", "create_fp_ext"):
+        monkeypatch.setattr(builder, name, rounded)

@@ -129,7 +129,8 @@ class _Products(torch.autograd.Function):
         dx = flat[0] @ turned[0]
         for g, w in zip(flat[1:], turned[1:], strict=True):
             dx.baddbmm_(g, w)
-        over_batch = lambda g, w: (x.mT @ g).sum(0, dtype=torch.float32).to(w.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        over_batch = lambda g, w: (x.mT @ g).sum(0, dtype=wide).to(w.dtype)
         of_added = (g if there else None for g, there in zip(gradients[:2], ctx.added, strict=True))
         return dx.view_as(x), *of_added, *(over_batch(g, w) for g, w in zip(gradients, weights, strict=True))
 

@@ -15,11 +15,15 @@ from hope.memory.given.ops import fused_memory
 from hope.memory.linear import linear_memory
 from hope.memory.linear_config import LinearConfig
 from hope.memory.scan import Scanned, scan
+from hope.memory.two_layer.ops import two_layer_scan
 
 HEADS = {torch.bfloat16: (64, 128), torch.float32: (64,)}
 """Widths of heads by the weights' dtype. In fp32 a head of 128 needs 288 KB of shared memory, an H100 has 227."""
 CHUNK = 64
 """The one chunk that was checked on a GPU. At 128 the inverse alone would fill the registers."""
+MLP_HEADS: int | None = None
+"""Width of the heads whose `mlp` memories take kernels: 64 once they were right on a GPU. They were interpreted and
+compiled, in bf16 with heads of 64, and not yet run: benchmarks/mlp_kernels.py."""
 SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16"}
 
 
@@ -43,11 +47,13 @@ def scan_for(config: MemoryConfig, device: torch.device, dtype: torch.dtype, hea
         return ScanChoice(scan, "plain", "as configured")
     if device.type not in ("cuda", "meta"):
         return ScanChoice(scan, "plain", device.type.upper())
-    if reason := _against_memory(config, head_dim) or _against_type(dtype, head_dim):
+    against_type = _against_type_of_mlp(dtype) if config.memory == "mlp" else _against_type(dtype, head_dim)
+    if reason := _against_memory(config, head_dim) or against_type:
         return ScanChoice(scan, "plain", reason)
     if device.type == "cuda" and not has_triton():
         return ScanChoice(scan, "plain", "no triton")
-    return ScanChoice(partial(fused_scan, operands=dtype, precision="tf32"), "fused", operands=dtype)
+    form = two_layer_scan if config.memory == "mlp" else fused_scan
+    return ScanChoice(partial(form, operands=dtype, precision="tf32"), "fused", operands=dtype)
 
 
 class LinearChoice(NamedTuple):
@@ -85,22 +91,29 @@ def linear_for(config: LinearConfig, device: torch.device, dtype: torch.dtype, h
 
 def _against_memory(config: MemoryConfig, head_dim: int) -> str:
     """Why the kernels cannot compute this memory anywhere, or nothing."""
-    chunks = (config.projection_chunk, config.main_chunk)
+    chunks, mlp = (config.projection_chunk, config.main_chunk), config.memory == "mlp"
+    widths = (MLP_HEADS,) if mlp else HEADS[torch.bfloat16]
+    rules = ("layerwise",) if mlp else ("layerwise", "input")  # one rule for a matrix
     reasons = {
-        f"{config.memory} memories": config.memory != "matrix",
+        "mlp memories: kernels not checked on a GPU yet": mlp and MLP_HEADS is None,
+        f"expansion {config.expansion}": mlp and config.expansion != 1,
         f"forget {config.forget}": config.forget != "initial",
         f"chunks {chunks[0]} and {chunks[1]}": chunks[0] != chunks[1],
         f"chunk {chunks[0]}": chunks[0] != CHUNK,
-        f"heads of {head_dim}": head_dim not in HEADS[torch.bfloat16],
+        f"heads of {head_dim}": head_dim not in widths,
         f"read {config.read}": config.read != "causal",
         "momentum": config.momentum > 0,
         "adaptive query": config.adaptive_query,
         f"self_made {config.self_made}": config.self_made != "all",
-        f"erase {config.erase}": config.erase not in ("layerwise", "input"),  # one rule for a matrix
+        f"erase {config.erase}": config.erase not in rules,
         "an erase rate of its own": config.erase_max is not None,
         "values not normalised": not config.normalise_values,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def _against_type_of_mlp(dtype: torch.dtype) -> str:
+    return "" if dtype == torch.bfloat16 else SHORT.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def _against_type(dtype: torch.dtype, head_dim: int) -> str:

@@ -115,6 +115,7 @@ class Mixer(Dense):
 
     Attributes:
         chunk: tokens between two writes of the state; memory use is linear in whole chunks. 1: no chunks.
+        period: chunks after which what is kept for the backward has grown by as much again.
         first_head: of the heads that are here, its number among those of the model; a tensor-parallel layout sets it.
         watched: whether the next forward passes collect what `report` tells.
         form: what its dense parts go through, see `hope.dense`.
@@ -123,6 +124,7 @@ class Mixer(Dense):
 
     name = ""
     chunk = 1
+    period = 1
     compiles_whole = True
     first_head = 0
     watched = False

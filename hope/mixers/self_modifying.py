@@ -43,6 +43,7 @@ from hope.memory.kernels import scan_for
 from hope.memory.matrix import MatrixMemories
 from hope.memory.mlp import MlpMemories
 from hope.memory.scan import Given, Memories, Scanned, States, join_gates
+from hope.memory.two_layer.ops import GROUP
 from hope.mixers.base import Mixer, Report, State, Trunk, mixer
 from hope.parameters import constant, new_parameter, normal, spread
 
@@ -115,6 +116,8 @@ class SelfModifyingTitans(Mixer):
         width, heads, head_dim = trunk.width, trunk.heads, trunk.head_dim
         self.config, self.width, self.head_dim, self.heads = config, width, head_dim, heads
         self.chunk = config.window
+        if config.memory == "mlp":
+            self.period = GROUP
         self.boxes = config.boxes
         projection = lambda: Linear(width, width, "column", head_dim)
         self.input, self.query = projection(), projection()

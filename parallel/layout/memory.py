@@ -177,18 +177,18 @@ def part_activations(config: ModelConfig, part: Slice, shape: StepShape) -> int:
 
 
 def _block_activations(config: ModelConfig, layer: int, shape: StepShape) -> int:
-    """Of one block (with embedding or head, if it is the first or last). Linear in the number of chunks: of a long
-    sequence two short pieces are measured."""
+    """Of one block (with embedding or head, if it is the first or last). Linear in the number of chunks, or
+    of a mixer's periods of them: of a long sequence two short pieces are measured."""
     shape = replace(shape, loss_chunk=shape.loss_block(config))  # of the whole sequence, whatever is measured
     measure = lambda s: activation_bytes(build_part(config, Slice(layer, layer + 1), s), s)
     with torch.device("meta"):
-        chunk = config.build_mixer(config.mixer_of_layer[layer]).chunk
-    unit = math.lcm(chunk if chunk > 1 else _SHORTEST, shape.tensor)
-    chunks, rest = divmod(shape.seq_len, unit)
-    if rest or chunks <= 4:
+        mixer = config.build_mixer(config.mixer_of_layer[layer])
+    unit = math.lcm(mixer.period * mixer.chunk if mixer.chunk > 1 else _SHORTEST, shape.tensor)
+    pieces, rest = divmod(shape.seq_len, unit)
+    if rest or pieces <= 4:
         return measure(shape)
     two, three = (measure(replace(shape, seq_len=count * unit)) for count in (2, 3))
-    return two + (chunks - 2) * (three - two)
+    return two + (pieces - 2) * (three - two)
 
 
 def state_bytes(model: Model, micro_batch: int) -> int:

@@ -15,6 +15,7 @@ from hope.memory.kernels import linear_for, scan_for
 from hope.memory.linear import linear_memory
 from hope.memory.linear_config import LinearConfig
 from hope.memory.scan import scan
+from hope.memory.two_layer.ops import two_layer_scan
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -37,7 +38,7 @@ def test_a_bf16_model_on_a_gpu_takes_the_kernels(head_dim, static):
         ("CPU", {"device": "cpu"}),
         ("XPU", {"device": "xpu"}),
         ("as configured", {"kernel": "plain"}),
-        ("mlp memories", {"memory": "mlp"}),
+        ("mlp memories: kernels not checked on a GPU yet", {"memory": "mlp"}),
         ("forget zero", {"forget": "zero"}),
         ("chunk 128", {"projection_chunk": 128, "main_chunk": 128}),
         ("chunks 64 and 128", {"main_chunk": 128}),
@@ -59,6 +60,50 @@ def test_a_bf16_model_on_a_gpu_takes_the_kernels(head_dim, static):
 )
 def test_all_else_is_plain_and_says_why(reason, settings):
     choice = chosen(**settings)
+    assert str(choice) == f"plain ({reason})"
+    assert choice.scan is scan
+
+
+@pytest.fixture
+def mlp_opened(monkeypatch):
+    monkeypatch.setattr(kernels, "MLP_HEADS", 64)
+
+
+@pytest.mark.usefixtures("mlp_opened")
+@pytest.mark.parametrize("static", ["learned", "projected", "identity", "none"])
+@pytest.mark.parametrize("device", ["cuda", "meta"])
+def test_mlp_memories_take_kernels_of_their_own_where_that_is_opened(device, static):
+    choice = chosen(device, memory="mlp", static=static)
+    assert str(choice) == "fused"
+    assert choice.scan.func is two_layer_scan
+    assert choice.scan.keywords == {"operands": BF16, "precision": "tf32"}
+
+
+@pytest.mark.usefixtures("mlp_opened")
+@pytest.mark.parametrize(
+    ("reason", "settings"),
+    [
+        ("CPU", {"device": "cpu"}),
+        ("as configured", {"kernel": "plain"}),
+        ("expansion 2", {"expansion": 2}),
+        ("forget zero", {"forget": "zero"}),
+        ("chunk 32", {"projection_chunk": 32, "main_chunk": 32}),
+        ("chunks 64 and 128", {"main_chunk": 128}),
+        ("heads of 128", {"head_dim": 128}),
+        ("read boundary", {"read": "boundary"}),
+        ("momentum", {"momentum": 0.5}),
+        ("adaptive query", {"adaptive_query": True}),
+        ("self_made gates", {"self_made": "gates"}),
+        ("erase input", {"erase": "input"}),
+        ("erase none", {"erase": "none"}),
+        ("an erase rate of its own", {"erase_max": 1.9}),
+        ("values not normalised", {"normalise_values": False}),
+        ("fp32", {"dtype": FP32}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_all_other_mlp_memories_are_plain_and_say_why(reason, settings):
+    choice = chosen(**{"memory": "mlp", **settings})
     assert str(choice) == f"plain ({reason})"
     assert choice.scan is scan
 

@@ -1,6 +1,7 @@
 """Predicted bytes: exact where they can be counted on a CPU. Peaks on a GPU are compared in docs/performance.md."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hope.heads.kernels import HeadsChoice
 from hope.memory.config import MemoryConfig
 from hope.memory.fused_scan import fused_scan
 from hope.memory.kernels import ScanChoice
+from hope.memory.two_layer import ops as two_layer
 from hope.mixers import self_modifying
 from hope.model import Model, Slice, next_token_loss
 from hope.optim.build import build_optimizer
@@ -84,6 +86,27 @@ def test_a_fused_run_is_predicted_with_what_its_kernels_keep(monkeypatch, interp
     monkeypatch.setattr(self_modifying, "heads_for", lambda *_: heads)
     assert fused == pytest.approx(really_kept(settings, 128), rel=0.02)
     assert fused < 0.8 * plain
+
+
+def test_what_the_kernels_of_mlp_memories_keep_is_predicted(monkeypatch):
+    """From the op's fake, on the meta device: as many bytes as autograd keeps, and fewer than of the plain loop. What
+    the op keeps does not hang on how its stages are computed: here by formulas."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    from mlp_stages import Formulas
+
+    cms = CmsConfig(periods=[1], hidden=16)
+    memories = MemoryConfig(memory="mlp", projection_chunk=16, main_chunk=16)
+    settings = named("hope", memory=memories, vocab_size=64, width=32, layers=2, heads=2, cms=cms)
+    length = 16 * 5 * two_layer.GROUP  # five groups, predicted from two and from three
+    predict = lambda: part_activations(settings, Slice(0, 2), StepShape(length, 2, False))
+    plain = predict()
+    form = partial(two_layer.two_layer_scan, operands=torch.float32, precision="ieee")
+    monkeypatch.setattr(self_modifying, "scan_for", lambda *_: ScanChoice(form, "fused"))
+    monkeypatch.setattr(two_layer, "_stages", Formulas)
+    monkeypatch.setattr(self_modifying, "heads_for", lambda *_: HeadsChoice(None, None, "plain"))  # on both devices
+    fused = predict()
+    assert fused == pytest.approx(really_kept(settings, length), rel=1e-4)
+    assert fused < 0.5 * plain
 
 
 def test_bytes_of_weights_and_states():

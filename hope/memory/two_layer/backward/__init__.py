@@ -1,0 +1,1 @@
+"""The adjoints of the loop of `mlp` memories, as kernels."""

@@ -1,0 +1,1 @@
+"""The loop of `mlp` memories, as kernels."""
