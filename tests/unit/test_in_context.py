@@ -1,7 +1,5 @@
 """CMS levels that are rewritten inside the sequence, against a token loop whose inner gradients are autograd's."""
 
-import itertools
-
 import pytest
 import torch
 from in_context_reference import chain_of_rows, level_of_a_document
@@ -189,47 +187,6 @@ CASES = {
     "nested": ("nested", levels([2, 6], objective="next")),
     "nested target": ("nested", levels([2, 4], objective="target", read="causal")),
 }
-
-
-def in_pieces(made: Model, tokens, cuts: list[int], starts) -> torch.Tensor:
-    state, out = None, []
-    for first, last in itertools.pairwise([0, *cuts, len(tokens)]):
-        part = None if starts is None else starts[first:last]
-        logits, state = made(tokens[first:last], state, part)
-        out.append(logits)
-    return torch.cat(out)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("cuts", [[1, 2, 9], [4, 8, 12], [7], list(range(1, 23))], ids=str)
-@pytest.mark.parametrize("name", list(CASES))
-def test_any_cut(name, cuts, packed):
-    """Within and at borders, and token by token, as generation goes on after a prompt."""
-    made = model(*CASES[name], layers=2)
-    tokens = torch.randint(0, 32, (23, BATCH), generator=torch.Generator().manual_seed(7))
-    starts = marks(packed, 23)
-    whole = made(tokens, starts=starts)[0]
-    assert (in_pieces(made, tokens, cuts, starts) - whole).abs().max() <= 1e-12 * whole.abs().max()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", list(CASES))
-def test_a_row_that_is_reset_is_a_new_sequence(name):
-    made = model(*CASES[name])
-    tokens = torch.randint(0, 32, (23, BATCH), generator=torch.Generator().manual_seed(7))
-    [fresh] = [tuple(s.start(BATCH) for s in block.sublayers()) for block in made.blocks.values()]
-    _, state = made(tokens[:10])
-    rows = torch.tensor([True, False])
-    state = {0: tuple(None if s is None else s.reset(rows, f) for s, f in zip(state[0], fresh, strict=True))}
-    block, x = made.blocks["0"], activations(9)
-    cms = len(state[0]) - len(block.sublayers()[1:]) - 1
-    assert cms == 0
-    continued = [s(x, own, None)[0] for s, own in zip(block.sublayers()[1:], state[0][1:], strict=True)]
-    alone = [s(x, None, None)[0] for s in block.sublayers()[1:]]
-    for one, other in zip(continued, alone, strict=True):
-        assert (one[:, 0] - other[:, 0]).abs().max() <= 1e-12
-    assert (continued[0][:, 1] - alone[0][:, 1]).abs().max() > 1e-6
 
 
 @pytest.mark.parametrize("name", list(CASES))
