@@ -222,3 +222,6 @@ class ModelConfig:
         for name in dict.fromkeys(self.mixer_of_layer):
             for sentence in self.mixers[name].hazards():
                 warnings.warn(f"model.mixers.{name}: {sentence} (docs/results.md)", stacklevel=2)
+        for number, level in enumerate(self.cms.in_context):
+            for sentence in level.hazards():
+                warnings.warn(f"model.cms.in_context[{number}]: {sentence} (docs/LOG.md)", stacklevel=2)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hope.documents import NO_PENDING, Documents, of_open_document, plain_layout
+from hope.documents import NO_PENDING, Documents, plain_layout
 from hope.flops import Flops
 from hope.layers import Linear, RMSNorm
 from hope.memory import in_context
@@ -106,8 +106,7 @@ class InContextMlp(Mixer):
             if documents is not None:
                 earlier = earlier * documents.same(2)[0].unsqueeze(-1)
             other = self._normed(earlier)
-            latest = of_open_document(inputs[-1:].to(history.dtype), documents)
-            history = latest.transpose(0, 1)
+            history = inputs[-1:].to(history.dtype).transpose(0, 1)  # always of the document that is open
         return torch.cat([u, other, *(rates(x_TBD, u.dtype) for rates in self._clocks())], -1), history
 
     def _apart(self, wide: Tensor) -> Tokens:

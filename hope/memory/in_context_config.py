@@ -10,8 +10,8 @@ from typing import Literal
 
 from hope.sections import Problem
 
-LARGEST_RATE = 0.1
-"""Of the default, for chunks of up to 16: TTT-MLP's (Sun et al., 2024)."""
+USUAL_RATE, USUAL_CHUNK = 0.025, 64
+"""The default rate, and the chunk up to which it is that. Four times as much diverged at chunks of 16 (docs/LOG.md)."""
 
 
 @dataclass(kw_only=True)
@@ -33,7 +33,7 @@ class InContextConfig:
     """boundary: all tokens of a chunk see the weights of its start (Eq. 71); causal: also the chunk's own writes up to
     the token."""
     rate: float | None = None
-    """Bound of the inner rate for inputs of norm 1; null: 0.1, for chunks of more than 16 tokens 1.6 / chunk.
+    """Bound of the inner rate for inputs of norm 1; null: 0.025, for chunks of more than 64 tokens 1.6 / chunk.
     0: nothing is ever written, and the level is an
     ordinary MLP."""
     forget_bias: float | None = -6.0
@@ -42,7 +42,16 @@ class InContextConfig:
 
     def rate_bound(self) -> float:
         """The largest inner rate for inputs of norm 1."""
-        return min(LARGEST_RATE, 16 * LARGEST_RATE / self.chunk) if self.rate is None else self.rate
+        return self._usual() if self.rate is None else self.rate
+
+    def _usual(self) -> float:
+        return min(USUAL_RATE, USUAL_RATE * USUAL_CHUNK / self.chunk)
+
+    def hazards(self) -> list[str]:
+        """Settings that were seen to diverge, as sentences for a warning."""
+        if self.rate_bound() < 4 * self._usual():
+            return []
+        return [f"rate {self.rate:g} is four times {self._usual():g} or more, at which training diverged"]
 
     def problems(self, path: str, width: int, model_heads: int) -> Iterator[Problem]:
         """What cannot work in a model of this width and these heads."""
@@ -51,7 +60,7 @@ class InContextConfig:
             if value is not None and value < 1:
                 yield Problem(f"{path}.{key}", f"{value} is less than 1", "64" if key == "chunk" else "null")
         if self.rate is not None and not 0 <= self.rate < math.inf:
-            yield Problem(f"{path}.rate", f"{self.rate} is not a rate", f"{InContextConfig(chunk=64).rate_bound():g}")
+            yield Problem(f"{path}.rate", f"{self.rate} is not a rate", f"{USUAL_RATE:g}")
         if self.forget_bias is not None and not math.isfinite(self.forget_bias):
             yield Problem(f"{path}.forget_bias", f"{self.forget_bias} is not finite", "-6.0, or null for none")
         heads = model_heads if self.heads is None else self.heads

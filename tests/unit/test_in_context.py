@@ -86,7 +86,7 @@ def test_the_shortest_and_the_longest_chunk(name):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("name", list(NESTED))
+@pytest.mark.parametrize("name", ["two", *(pytest.param(n, marks=pytest.mark.slow) for n in list(NESTED)[1:])])
 def test_nested_levels(name, objective, read, packed):
     assert_level("nested", levels(NESTED[name], objective=objective, read=read), packed)
 

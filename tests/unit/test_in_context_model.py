@@ -1,5 +1,6 @@
 """Levels in context as a part of the model: configuration, sizes, what is printed and logged, and how they begin."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from parallel.layout.plan import plan_of_config
 from parallel.layout.topology import ParallelConfig
 
 QUICKSTART = str(Path(__file__).parents[2] / "configs/quickstart.yaml")
+QUICK = (("sequential", "memory"), ("nested", "none"))
 TWO = "model.cms.in_context=[{chunk: 16, objective: next}, {chunk: 64, rate: 0.05}]"
 
 
@@ -126,8 +128,14 @@ def test_tensor_ranks_must_divide_the_heads():
 
 def test_the_default_rate_falls_with_long_chunks():
     rates = {chunk: InContextConfig(chunk=chunk).rate_bound() for chunk in (1, 16, 64, 512)}
-    assert rates == pytest.approx({1: 0.1, 16: 0.1, 64: 0.025, 512: 0.003125})
+    assert rates == pytest.approx({1: 0.025, 16: 0.025, 64: 0.025, 512: 0.003125})
     assert InContextConfig(rate=0.0).rate_bound() == 0.0
+
+
+def test_a_rate_that_diverged_is_warned_of():
+    with pytest.warns(UserWarning, match=r"model.cms.in_context\[1\]: rate 0.1 is four times 0.025 or more") as caught:
+        config(levels=[*fast(16), *fast(16, rate=0.1), *fast(64, rate=0.05)]).warn_hazards()
+    assert len(caught) == 1
 
 
 def test_they_belong_to_the_optimizers_fastest_level_and_are_cut_by_heads():
@@ -158,8 +166,13 @@ def test_bytes_that_a_sequence_carries():
     assert state_bytes(half, 2) == own // 4 + without // 4
 
 
-@pytest.mark.parametrize("recompute", ["none", "memory", "block"])
-@pytest.mark.parametrize("variant", ["sequential", "independent", "nested"])
+@pytest.mark.parametrize(
+    ("variant", "recompute"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in itertools.product(("sequential", "independent", "nested"), ("none", "memory", "block"))
+    ],
+)
 def test_activations_of_a_long_sequence_from_short_ones(variant, recompute):
     model, shape = config(variant, fast(4, 12), layers=4), StepShape(96, 2, False, recompute=recompute)
     part = Slice(1, 3)
