@@ -17,6 +17,7 @@ from configs.renamed import current
 from configs.schema import load, of_record, to_yaml
 from configs.used import recorded
 from data_prep.config import DataConfig
+from hope.block import Block
 from hope.config import CmsConfig, ModelConfig
 from hope.initial import differences, open_start
 from hope.memory.in_context_config import InContextConfig
@@ -177,6 +178,26 @@ def test_activations_of_a_long_sequence_from_short_ones(variant, recompute):
     model, shape = config(variant, fast(4, 12), layers=4), StepShape(96, 2, False, recompute=recompute)
     part = Slice(1, 3)
     assert part_activations(model, part, shape) == activation_bytes(build_part(model, part, shape), shape)
+
+
+def test_flops_per_token():
+    one = config(levels=fast(4, heads=3, head_dim=4, hidden=5, objective="target", read="causal"))
+    [level] = Model(one).blocks["0"].cms.fast()
+    maps, rates, weights = 3 * 2 * 16 * 12, 2 * 2 * 16 * 3, 2 * 2 * 4 * 5
+    assert level.mlp.flops(64).dense == maps + rates + 3 * (2 * weights + 2 * 4 * (4 + 5))
+    assert level.mlp.flops(64).writes == 3 * (2 * weights + weights / 2 + weights)
+    [nested] = Model(config("nested", fast(4, 8))).blocks["0"].cms.fast()
+    weights = 2 * 2 * 8 * 8
+    assert nested.mlp.flops(64).dense == 2 * 2 * 16 * 16 + 2 * 4 * 16 * 2 + 2 * weights
+    assert nested.mlp.flops(64).writes == 2 * 2 * (weights + weights / 2 + weights)
+    [still] = Model(config(levels=fast(4, rate=0.0))).blocks["0"].cms.fast()
+    assert still.mlp.flops(64).forward == 2 * sum(p.numel() for p in still.mlp.parameters())
+
+
+def test_a_block_with_them_is_not_compiled_whole():
+    """A graph of a loop over chunks would be one per length."""
+    assert Block(config(pattern=["linear"]), "linear").compiles_whole
+    assert not Block(config(pattern=["linear"], levels=fast(4)), "linear").compiles_whole
 
 
 @pytest.mark.parametrize("recompute", ["memory", "sublayer", "block"])
