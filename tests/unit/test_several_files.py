@@ -14,6 +14,7 @@ from configs.schema import load
 from data_prep.config import DataConfig
 from data_prep.training.index_build import read_config
 from hope.config import CmsConfig, ModelConfig
+from hope.memory.config import MemoryConfig
 from hope.memory.in_context_config import InContextConfig
 from hope.memory.linear_config import RULES, LinearConfig
 from hope.memory.titans_config import TitansConfig
@@ -128,8 +129,10 @@ def test_presets_are_the_models_they_are_called_after(monkeypatch):
     for name, sections in FAMILY.items():
         assert (models[name].pattern, models[name].periods) == (list(sections), [1])
         assert models[name].mixers == sections
-    fast = [InContextConfig(chunk=chunk, objective="next") for chunk in (16, 64)]
-    assert models["hope_in_context"] == ModelConfig(["hope"], **size, cms=CmsConfig(periods=[1, 4], in_context=fast))
+    fast = [InContextConfig(chunk=chunk, objective="next", head_dim=32, hidden=64) for chunk in (16, 64)]
+    hope = MemoryConfig(static="projected", output_gate="sigmoid")
+    cms = CmsConfig(periods=[1, 4], in_context=fast)
+    assert models["hope_in_context"] == ModelConfig(["hope"], **size, mixers={"hope": hope}, cms=cms)
     assert len(models) == 6 + len(FAMILY)
 
 
