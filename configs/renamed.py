@@ -28,6 +28,7 @@ RENAMED: dict[str, tuple[str, ...]] = {
 """Old path: what it is now. Of two, the one in the section of `optim.name` is meant."""
 
 NEWER: dict[str, Any] = {
+    "model.cms.in_context": [],
     "optim.lr_elementwise": None,
     "optim.level_rate": 0.0,
     "optim.momentum_warmup": 0,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,23 +16,10 @@ from hope.flops import Flops
 from hope.layers import RMSNorm
 from hope.mixers import Mixer, State
 from hope.parameters import scale_outputs
+from hope.sublayer import Sublayer
 
 BlockState = tuple[State | None, ...]
 """One state per sublayer, None for those that carry nothing."""
-
-
-class Sublayer(NamedTuple):
-    """x <- x + body(norm(x)). The modules belong to the block, which names them.
-
-    body: (x [T, B, D], state, documents) -> (y [T, B, D], state).
-    """
-
-    norm: Callable[[Tensor], Tensor]
-    body: Callable[[Tensor, State | None, Documents | None], tuple[Tensor, State | None]]
-    mixes: bool = False
-
-    def __call__(self, x: Tensor, state: State | None, documents: Documents | None) -> tuple[Tensor, State | None]:
-        return self.body(self.norm(x), state, documents)
 
 
 _again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -47,10 +33,10 @@ class Block(nn.Module):
     Args:
         mixer: name of the mixer, as in `model.pattern`.
 
-    `recompute`: what the backward pass computes again instead of keeping it. "none"; "memory", the mixer only, whose
-    chunk loop keeps tens of times more per token than an MLP does; "sublayer", each sublayer by itself; "block", all of
-    it. The inner writes are repeated exactly: they are a function of the block's input, and no random numbers are
-    involved.
+    `recompute`: what the backward pass computes again instead of keeping it. "none"; "memory", the mixer and levels in
+    context only, whose chunk loops keep tens of times more per token than an MLP does; "sublayer", each sublayer by
+    itself; "block", all of it. The inner writes are repeated exactly: they are a function of the block's input, and no
+    random numbers are involved.
 
     `whole`: a compiled `stateless`, or None. It stands in for passes of training that begin every sequence anew, keep
     no state, and have no marks of documents, on which the shapes inside of some mixers depend. All others are made as
@@ -70,9 +56,17 @@ class Block(nn.Module):
 
     def sublayers(self) -> list[Sublayer]:
         """In order. Made anew for every pass, so that a copy of the block uses its own modules."""
-        stateless = lambda function: lambda x, state, documents: (function(x), None)
-        levels = [Sublayer(norm, stateless(function)) for norm, function in self.cms.sublayers()]
-        return [Sublayer(self.norm, self.mixer, mixes=True), *levels]
+        return [Sublayer(self.norm, self.mixer, mixes=True, start=self.mixer.start), *self.cms.sublayers()]
+
+    def mixing(self) -> dict[str, Mixer]:
+        """Every module in which tokens meet, by what to put before names of its own: the mixer, whose are its own, and
+        the levels in context."""
+        return {"": self.mixer} | {f"in_context{number}.": level.mlp for number, level in enumerate(self.cms.fast())}
+
+    @property
+    def compiles_whole(self) -> bool:
+        """Whether `train.compile=block` makes one graph of it."""
+        return all(part.compiles_whole for part in self.mixing().values())
 
     def forward(
         self, x: Tensor, states: BlockState | None = None, documents: Documents | None = None, keep_state: bool = True
@@ -116,4 +110,4 @@ class Block(nn.Module):
 
     def flops(self, length: int) -> Flops:
         """Per token, forward, at this sequence length."""
-        return self.mixer.flops(length) + self.cms.flops()
+        return self.mixer.flops(length) + self.cms.flops(length)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from hope.memory.in_context_config import InContextConfig, order_problems
 from hope.mixers import MIXERS, Mixer, Trunk
 from hope.parameters import UndeclaredParameter, declarations
 from hope.renamed import current_model
@@ -41,14 +42,34 @@ def mixer_sections() -> dict[str, type[MixerSection]]:
 class CmsConfig:
     """Continuum memory system (Eq. 70-74): a chain of MLP blocks, each with its own clock."""
 
-    variant: Literal["sequential", "independent"] = "sequential"
-    """sequential: Eq. 70/73, one block after the other; independent: Eq. 74, a learned weighted sum."""
+    variant: Literal["sequential", "independent", "nested"] = "sequential"
+    """sequential: Eq. 70/73, one block after the other; independent: Eq. 74, a learned weighted sum; nested: Eq. 72,
+    of the levels in context each starts from the slower one's weights, and anew when those are rewritten."""
     periods: list[int] = field(default_factory=lambda: [1, 4])
     """Time between updates of each level, fastest first; its length is the number of levels. [1]: one ordinary MLP."""
     unit: Literal["steps", "tokens"] = "steps"
     """What periods count: optimizer steps, or tokens (multiples of train.global_batch x train.seq_len)."""
     hidden: int | None = None
     """Hidden width of each level's SwiGLU; null: 8/3 width, divided over the levels, rounded to 16."""
+    in_context: list[InContextConfig] = field(default_factory=list)
+    """[{chunk: 16, objective: next}, {chunk: 64}, ...]: levels before these, fastest first, whose MLPs every sequence
+    rewrites as it goes (`hope.memory.in_context_config.InContextConfig`, docs/model.md)."""
+
+    def __post_init__(self) -> None:
+        """Records have entries as plain values."""
+        typed = lambda entry: InContextConfig(**entry) if isinstance(entry, Mapping) else entry
+        self.in_context = [typed(entry) for entry in self.in_context]
+
+    @property
+    def chain(self) -> str:
+        """sequential or independent: how levels are put together."""
+        return "independent" if self.variant == "independent" else "sequential"
+
+    @property
+    def groups(self) -> list[list[InContextConfig]]:
+        """The levels in context by the modules that they are: nested ones are one."""
+        nested = self.variant == "nested" and self.in_context
+        return [self.in_context] if nested else [[level] for level in self.in_context]
 
     def problems(self, path: str) -> Iterator[Problem]:
         if not self.periods or min(self.periods) < 1:
@@ -57,6 +78,7 @@ class CmsConfig:
             yield Problem(f"{path}.periods", f"{self.periods} is not fastest first", f"{sorted(self.periods)}")
         if self.hidden is not None and self.hidden < 1:
             yield Problem(f"{path}.hidden", f"{self.hidden} is less than 1", "null")
+        yield from order_problems(self.in_context, self.variant == "nested", f"{path}.in_context")
 
 
 @dataclass
@@ -134,6 +156,10 @@ class ModelConfig:
         """Clock of each level of MLPs."""
         return list(self.cms.periods)
 
+    def in_context_heads(self) -> list[int]:
+        """MLPs side by side of every level in context."""
+        return [self.heads if level.heads is None else level.heads for level in self.cms.in_context]
+
     def hidden_per_level(self) -> int:
         """SwiGLU width of a level: all levels together cost as many parameters as one 4x MLP, 8 d^2."""
         if self.cms.hidden is not None:
@@ -156,6 +182,8 @@ class ModelConfig:
             yield Problem(f"{path}.norm_eps", f"{self.norm_eps} is not positive", "1e-6")
         yield from self._pattern_problems(path)
         yield from self.cms.problems(f"{path}.cms")
+        for number, level in enumerate(self.cms.in_context):
+            yield from level.problems(f"{path}.cms.in_context[{number}]", self.width, self.heads)
         for word in self.init_allow:
             if word not in INIT_WORDS:
                 yield Problem(f"{path}.init_allow", f"there is no word {word!r}", f"some of [{', '.join(INIT_WORDS)}]")
@@ -194,3 +222,6 @@ class ModelConfig:
         for name in dict.fromkeys(self.mixer_of_layer):
             for sentence in self.mixers[name].hazards():
                 warnings.warn(f"model.mixers.{name}: {sentence} (docs/results.md)", stacklevel=2)
+        for number, level in enumerate(self.cms.in_context):
+            for sentence in level.hazards():
+                warnings.warn(f"model.cms.in_context[{number}]: {sentence} (docs/LOG.md)", stacklevel=2)

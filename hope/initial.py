@@ -26,13 +26,14 @@ import torch
 from torch import Tensor
 
 from hope.config import INIT_WORDS, ModelConfig
+from hope.memory.in_context_config import Sizes
 from hope.model import Model
 from hope.pretrained import Pretrained, open_pretrained
 from hope.sections import Problem
 from hope.stored.errors import CheckpointError
 from hope.stored.tokenizer import recorded_tokenizers, sha256_of
 
-_PART = re.compile(r"blocks\.(\d+)\.(mixer|cms\.levels\.(\d+)|cms)\.")
+_PART = re.compile(r"blocks\.(\d+)\.(mixer|cms\.levels\.(\d+)|cms\.in_context|cms)\.")
 _SAME_RESULT = ("kernel",)
 """Settings of mixers that do not change what is computed."""
 
@@ -73,6 +74,9 @@ class Start:
         part = _PART.match(name)
         if part is None or part[2] == "cms" or not part[2].startswith("cms"):
             return None if part and (part[2] == "mixer" and self._drawn(int(part[1]))) else weights.get(name)
+        if part[2] == "cms.in_context":
+            new = name not in weights  # as an added level below
+            return torch.zeros(()) if new and name.endswith("mlp.output.weight") else weights.get(name)
         if not _split(self.found.model.config, self.config):
             new = name not in weights  # an added level: the identity until its first update
             return torch.zeros(()) if new and name.endswith("mlp.down.weight") else weights.get(name)
@@ -134,25 +138,45 @@ def _rows(source: ModelConfig, target: ModelConfig) -> Iterator[Problem]:
 
 def _levels(source: ModelConfig, target: ModelConfig) -> Iterator[Problem]:
     old, new = source.cms, target.cms
+    yield from _in_context(source, target)
     hidden = source.hidden_per_level()
     count, wanted = len(old.periods), len(new.periods)
     if _split(source, target) or (
-        old.variant == new.variant
+        old.chain == new.chain
         and hidden == target.hidden_per_level()
-        and (count == wanted or (count < wanted and new.variant == "sequential"))
+        and (count == wanted or (count < wanted and new.chain == "sequential"))
     ):
         return
     what = (
-        f"{wanted} {new.variant} of hidden width {target.hidden_per_level()}, and model.init has {count} {old.variant} "
+        f"{wanted} {new.chain} of hidden width {target.hidden_per_level()}, and model.init has {count} {old.chain} "
         f"of {hidden}: the chain would compute something else"
     )
     fix = f"model.cms.variant={old.variant} model.cms.hidden={hidden} and {count} periods"
-    if old.variant == "sequential":
+    if old.chain == "sequential":
         fix += " or more"
     if count == 1:
         parts = [k for k in range(2, 9) if hidden % k == 0]
         fix += f"; or model.cms.variant=independent with K periods and model.cms.hidden={hidden}/K, K of {parts}"
     yield Problem("model.cms", what, fix)
+
+
+def _in_context(source: ModelConfig, target: ModelConfig) -> Iterator[Problem]:
+    """Levels in context can be added to a model without any: they add nothing until their first update."""
+    old, new = source.cms, target.cms
+    fits = old.groups == new.groups and _sizes(source) == _sizes(target)
+    if fits or (not old.in_context and (old.chain == "sequential" or _split(source, target))):
+        return
+    what = f"{_told(target)}, and model.init has {_told(source)}: the chain would compute something else"
+    yield Problem("model.cms.in_context", what, "those of model.init")
+
+
+def _sizes(config: ModelConfig) -> list[Sizes]:
+    return [Sizes.of(level, config.width, config.heads) for level in config.cms.in_context]
+
+
+def _told(config: ModelConfig) -> str:
+    chunks = [level.chunk for level in config.cms.in_context]
+    return f"{len(chunks)} {config.cms.variant} levels with chunks {chunks}" if chunks else "no levels"
 
 
 def _split(source: ModelConfig, target: ModelConfig) -> bool:
@@ -161,7 +185,7 @@ def _split(source: ModelConfig, target: ModelConfig) -> bool:
     return (
         len(source.periods) == 1
         and target.cms.variant == "independent"
-        and source.cms.variant == "sequential"
+        and source.cms.chain == "sequential"
         and parts * target.hidden_per_level() == source.hidden_per_level()
     )
 

@@ -119,7 +119,7 @@ class Model(nn.Module):
         set_form(self, form)
         for block in self.blocks.values():
             assert isinstance(block, Block)
-            block.whole = whole(block.stateless) if what == "block" and block.mixer.compiles_whole else None
+            block.whole = whole(block.stateless) if what == "block" and block.compiles_whole else None
 
     def forward(
         self,

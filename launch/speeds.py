@@ -64,7 +64,8 @@ MEASURED = (
 def nearest(config: Config, parameters: int, known: Sequence[Speed] = MEASURED) -> Speed:
     """The row that an estimate rests on: of the slowest mixer of the pattern, the nearest number of parameters.
 
-    Of equally large models the one with the nearest sequence. A mixer that was never measured counts as hope's. Rows
+    Of equally large models the one with the nearest sequence. A mixer that was never measured counts as hope's, and so
+    do levels in context. Rows
     with CUDA graphs count for a run with them, if there are some, and others for others. `known` may be a user's own;
     of a mixer that is not among them it is `MEASURED`.
     """
@@ -77,6 +78,8 @@ def nearest(config: Config, parameters: int, known: Sequence[Speed] = MEASURED) 
 def slowest(config: Config) -> set[str]:
     """Names, as in `Speed.mixer`, of the mixers that decide how fast a model is."""
     names = {_measured_as(config, name) for name in config.model.pattern}
+    if config.model.cms.in_context:  # a loop over chunks too, and never measured
+        names.add("hope matrix")
     return names - {"attention"} or names
 
 

@@ -159,6 +159,6 @@ def _states(nodes: dict[str, Any], model: Model, tensors: dict[str, Tensor], dev
     unpack, states = _Unpack(tensors, device), {}
     for name, block in model.blocks.items():
         assert isinstance(block, Block)
-        like = tuple(block.mixer.start(1) if sublayer.mixes else None for sublayer in block.sublayers())
+        like = tuple(sublayer.start(1) for sublayer in block.sublayers())
         states[int(name)] = unpack.value(nodes[name], like)
     return states

@@ -101,7 +101,8 @@ class TrainConfig:
     eval_windows: int = 0
     """Held-out windows (sequences) of one evaluation, per source; 0: all."""
     eval_levels: bool = False
-    """Evaluate once more for each CMS level with that level switched off, `heldout_loss_without.cms0` and so on."""
+    """Evaluate once more for each level of model.cms.periods with that level switched off, `heldout_loss_without.cms0`
+    and so on."""
     tasks: dict[str, str] = field(default_factory=dict)
     """Files of JSON lines that are scored at every evaluation, {NAME: FILE} (docs/evaluate.md): task.NAME.accuracy.
     Needs the tokenizer beside the data, and parallel.tensor and parallel.pipeline 1."""

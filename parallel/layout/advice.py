@@ -21,6 +21,9 @@ class ModelSizes(Protocol):
     def hidden_per_level(self) -> int:
         """Hidden width of one MLP."""
 
+    def in_context_heads(self) -> list[int]:
+        """MLPs side by side of every level in context."""
+
 
 def divisors(number: int) -> list[int]:
     """All divisors, ascending."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from hope.block import Block
 from hope.config import ModelConfig
 from hope.loss import Unscored, block_of, blockwise_loss, working_bytes
 from hope.mixers import Mixer
@@ -182,8 +183,9 @@ def _block_activations(config: ModelConfig, layer: int, shape: StepShape) -> int
     shape = replace(shape, loss_chunk=shape.loss_block(config))  # of the whole sequence, whatever is measured
     measure = lambda s: activation_bytes(build_part(config, Slice(layer, layer + 1), s), s)
     with torch.device("meta"):
-        mixer = config.build_mixer(config.mixer_of_layer[layer])
-    unit = math.lcm(mixer.period * mixer.chunk if mixer.chunk > 1 else _SHORTEST, shape.tensor)
+        parts = list(Block(config, config.mixer_of_layer[layer]).mixing().values())
+    clocks = [part.period * part.chunk for part in parts if part.chunk > 1]
+    unit = math.lcm(*(clocks or [_SHORTEST]), shape.tensor)
     pieces, rest = divmod(shape.seq_len, unit)
     if rest or pieces <= 4:
         return measure(shape)
@@ -192,15 +194,17 @@ def _block_activations(config: ModelConfig, layer: int, shape: StepShape) -> int
 
 
 def state_bytes(model: Model, micro_batch: int) -> int:
-    """What all mixers on this rank carry for one micro-batch at the start of its sequences: fast weights, mostly."""
-    states = [block.mixer.start(micro_batch) for block in model.blocks.values()]  # type: ignore[union-attr, operator]
+    """What mixers and levels in context on this rank carry for one micro-batch at the start of its sequences: fast
+    weights, mostly."""
+    parts = [part for block in model.blocks.values() for part in block.mixing().values()]  # type: ignore[operator]
+    states = [part.start(micro_batch) for part in parts]
     return sum(state.nbytes() for state in states if state is not None)
 
 
 def carried_bytes(config: ModelConfig, parts: Sequence[Slice], shape: StepShape, micro_batches: int) -> int:
     """States that a rank with `parts` carries from step to step (`data.documents: stream`), of all its micro-batches.
 
-    Of every kind of mixer the state is measured on the meta device, window after window, until it grows no more.
+    Of every kind of block the state is measured on the meta device, window after window, until it grows no more.
     """
     layers = [config.mixer_of_layer[layer] for part in parts for layer in range(part.first, part.last)]
     sizes = {name: _carried_by(config, config.mixer_of_layer.index(name), shape) for name in dict.fromkeys(layers)}
@@ -211,11 +215,14 @@ def carried_bytes(config: ModelConfig, parts: Sequence[Slice], shape: StepShape,
 def _carried_by(config: ModelConfig, layer: int, shape: StepShape) -> int:
     model = build_part(config, Slice(layer, layer + 1), replace(shape, sequence=False))
     [block] = model.blocks.values()
-    mixer = block.mixer
-    assert isinstance(mixer, Mixer)
+    assert isinstance(block, Block)
+    return sum(_carried_in(part, model, shape) for part in block.mixing().values())
+
+
+def _carried_in(mixer: Mixer, model: Model, shape: StepShape) -> int:
     # whole chunks leave nothing behind in a state but their writes: one of them is as good as all
     length = shape.seq_len if mixer.chunk == 1 else mixer.chunk + shape.seq_len % mixer.chunk
-    x = torch.empty(length, shape.micro_batch, config.width, dtype=next(model.parameters()).dtype, device="meta")
+    x = torch.empty(length, shape.micro_batch, model.config.width, dtype=next(model.parameters()).dtype, device="meta")
     state, largest, grows = None, -1, True
     with _FusedAttention():
         while grows:

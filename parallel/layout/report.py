@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from hope.block import Block
 from hope.config import ModelConfig
 from hope.dense import COMPILED
 from hope.flops import Flops
@@ -89,6 +90,24 @@ def kernel_facts(choices: Iterable[tuple[str, str]]) -> str:
     return "  ".join(f"{part}: {choice}" for part, choice in choices)
 
 
+def in_context_lines(config: ModelConfig, shape: StepShape) -> Iterator[str]:
+    """Of every level in context, or all nested ones: what it is, and the bytes that it carries of one sequence in one
+    layer on a rank. Tokens of an open chunk come on top."""
+    with torch.device("meta"):
+        fast = Block(config, config.mixer_of_layer[0]).cms.fast()
+    for group, level in zip(config.cms.groups, fast, strict=True):
+        mlp, sizes = level.mlp, level.mlp.sizes
+        clock = " within ".join(str(section.chunk) for section in group)
+        state = mlp.start(1)
+        bytes_ = 0 if state is None else state.nbytes() // shape.tensor
+        kind = "nested, " if len(group) > 1 else ""
+        yield (
+            f"{kind}{sizes.heads} MLPs {sizes.head_dim} -> {sizes.hidden} -> {sizes.head_dim}, rewritten every {clock} "
+            f"tokens for the {group[0].objective} ({group[0].read}), {bytes_:,} bytes of state per sequence, layer and "
+            "rank"
+        )
+
+
 def _mixer_kernels(config: ModelConfig, device: str, bf16: bool) -> Iterator[tuple[str, str]]:
     """(mixer's name, what it would run and why) of every mixer that has a choice."""
     for name in dict.fromkeys(config.mixer_of_layer):
@@ -139,6 +158,7 @@ def describe(
                                   *([(COMPILED[compile], "compiled")] if compile in COMPILED else [])])),
     ]  # fmt: skip
     text = [f"{name:<11} {fact}" for name, fact in rows]
+    text[3:3] = [f"{'in context':<11} {line}" for line in in_context_lines(config, shape)]
     if stream:
         parts = split(config, shape.seq_len, dims.pipeline, dims.virtual_pipeline)
         carried = max(carried_bytes(config, slices, shape, count) for slices in parts) / GIB

@@ -123,6 +123,10 @@ class ParallelConfig:
             ("heads", model.heads, "model.heads"),
             ("vocabulary", model.vocab_size, "model.vocab_size"),
             ("MLP hidden width", model.hidden_per_level(), "model.cms.hidden"),
+            *(
+                (f"heads of level {number} in context", heads, f"model.cms.in_context[{number}].heads")
+                for number, heads in enumerate(model.in_context_heads())
+            ),
         )
         for name, size, key in divided:
             if size >= 1 and size % self.tensor:

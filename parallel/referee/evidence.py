@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hope.batch import Batch
+from hope.block import Block
 from hope.config import ModelConfig
-from hope.mixers import Mixer
 from hope.model import Model
 from hope.optim.config import OptimConfig
 from hope.optim.policy import learns
@@ -59,8 +59,8 @@ def clip_scale(norm: float, limit: float) -> float:
 
 @contextmanager
 def state_squares(models: Sequence[Model]) -> Iterator[dict[str, Tensor]]:
-    """Sums of squares of what every mixer's end state offers for comparison, by `LAYER NAME`, over every forward pass
-    inside the block. A mixer that offers nothing has no entry."""
+    """Sums of squares of what the end states of mixers and of levels in context offer, by `LAYER NAME`, over every
+    forward pass inside the block. A mixer that offers nothing has no entry."""
     total: dict[str, Tensor] = {}
     hooks = []
 
@@ -69,15 +69,15 @@ def state_squares(models: Sequence[Model]) -> Iterator[dict[str, Tensor]]:
             state = outputs[1]
             for name, values in (state.compared() if state is not None else {}).items():
                 square = values.detach().double().square().sum().cpu()
-                key = f"{layer} {name}"
+                key = f"{layer}{name}"
                 total[key] = total.get(key, torch.zeros((), dtype=torch.float64)) + square
 
         return hook
 
     for model in models:
         for name, block in model.blocks.items():
-            assert isinstance(block.mixer, Mixer)
-            hooks.append(block.mixer.register_forward_hook(watch(name)))
+            assert isinstance(block, Block)
+            hooks += [part.register_forward_hook(watch(f"{name} {own}")) for own, part in block.mixing().items()]
     try:
         yield total
     finally:

@@ -28,12 +28,27 @@ from parallel.referee import verdict as verdicts
 
 ROOT = Path(__file__).parents[2]
 BASE = ["model.layers=4", "model.heads=4", "model.width=32", "data.train=none", "data.heldout=none"]
+FAST = "chunk: 4, rate: 0.5, forget_bias: -2.0"
 KINDS = {
     "matrix": [],
     "mlp": ["model.mixers.hope.memory=mlp", "model.cms.variant=independent"],
     "hope_attention": ["model.pattern=[attention]"],
     "transformer": ["model.pattern=[attention]", "model.cms.periods=[1]", "model.tie_embeddings=false"],
     "hybrid": ["model.pattern=[hope,hope,hope,attention]", "model.layers=7"],
+    "in_context": [
+        "model.pattern=[attention]",
+        f"model.cms.in_context=[{{{FAST}}}, {{{FAST}, head_dim: 4, hidden: 6, objective: target, read: causal}}]",
+    ],
+    "in_context_independent": [
+        "model.pattern=[hope]",
+        f"model.cms.in_context=[{{{FAST}}}, {{{FAST}, objective: target}}]",
+        "model.cms.variant=independent",
+    ],
+    "in_context_nested": [
+        "model.pattern=[attention]",
+        f"model.cms.in_context=[{{{FAST}}}, {{{FAST.replace('4', '8')}}}]",
+        "model.cms.variant=nested",
+    ],
     "own": ["model.imports=[gated_delta]", "model.pattern=[gated_delta_of_a_test]"],
     **{rule: ["model.pattern=[linear]", f"model.mixers.linear.rule={rule}"] for rule in RULES},
     **{
@@ -66,6 +81,8 @@ LAYOUTS = {
 # In the suite every kind of layout and every kind of model, `test_whole_matrix` has all pairs.
 QUICK = [
     ("tp2-pp2+sp", "hybrid"),
+    ("tp2+sp", "in_context_nested"),
+    ("pp2", "in_context"),
     ("tp2+sp", "own"),
     ("pp2", "own"),
     ("tp2+sp", "gated_deltanet"),
@@ -198,6 +215,7 @@ SPOILERS = {
     "blocks.*.mixer.norm_memory.weight": forget("blocks.*.mixer.norm_memory.weight"),
     "blocks.*.mixer.norm_attention.weight": forget("blocks.*.mixer.norm_attention.weight"),
     "blocks.*.cms.levels.*.norm.weight": forget("blocks.*.cms.levels.*.norm.weight"),
+    "blocks.*.cms.in_context.*.norm.weight": forget("blocks.*.cms.in_context.*.norm.weight"),
     "blocks.*.cms.aggregate": forget("blocks.*.cms.aggregate"),
     "sum twice": sum_twice,
     "forget the tied gradient": forget_tied,
@@ -217,6 +235,7 @@ BROKEN = [
     ("tp2", "titans_mag", "blocks.*.mixer.norm_memory.weight"),
     ("tp2+sp", "titans_mag", "blocks.*.mixer.norm_attention.weight"),
     ("tp2+sp", "matrix", "blocks.*.cms.levels.*.norm.weight"),
+    ("tp2+sp", "in_context", "blocks.*.cms.in_context.*.norm.weight"),
     ("tp2", "matrix", "sum twice"),
     ("pp2", "matrix", "other seed on a stage"),
 ]

@@ -17,8 +17,9 @@ import pretrain_hope
 from configs.schema import load
 from data_prep.training.index_store import open_store
 from data_prep.training.order import LaneOrder
-from hope.config import ModelConfig
+from hope.config import CmsConfig, ModelConfig
 from hope.memory.config import MemoryConfig
+from hope.memory.in_context_config import InContextConfig
 from hope.mixers.attention import AttentionConfig
 from hope.mixers.base import tensors_of
 from hope.model import Model, next_token_loss
@@ -36,15 +37,20 @@ def model_config(kind: str) -> ModelConfig:
         return ModelConfig(pattern=["attention"], mixers={"attention": AttentionConfig(window=7)}, **sizes)
     if kind == "linear":
         return ModelConfig(pattern=["linear"], **sizes)
+    if kind in LEVELS:
+        fast = [InContextConfig(chunk=chunk, rate=0.5) for chunk in (4, 8)]
+        return ModelConfig(pattern=["linear"], cms=CmsConfig(kind, in_context=fast), **sizes)
     memory, projection_chunk = kind.split()
     section = MemoryConfig(memory=memory, projection_chunk=int(projection_chunk), main_chunk=8)
     return named("hope", memory=section, **sizes)
 
 
+LEVELS = ("sequential", "independent", "nested")
+"""How levels in context are put together."""
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("kind", ["matrix 8", "matrix 4", "mlp 4", "linear", "attention"])
+@pytest.mark.parametrize("kind", ["matrix 8", "matrix 4", "mlp 4", "linear", "attention", *LEVELS])
 def test_steps_equal_one_long_sequence_with_its_past_detached(kind):
     """Float64, two micro-batches of four steps of 13 tokens, a length that no chunk divides. Outputs are those of one
     call over all tokens; gradients those of one call over the whole past without any, and one with."""
@@ -172,7 +178,7 @@ def test_layouts_equal_one_device(tmp_path, ranks, words):
     assert held[0] == pytest.approx(held[1], rel=2e-5)
 
 
-@pytest.mark.parametrize("memory", ["matrix", slow("attention"), slow("linear")])
+@pytest.mark.parametrize("memory", ["matrix", slow("attention"), slow("linear"), *map(slow, LEVELS)])
 @pytest.mark.parametrize(("ranks", "layout"), [(1, []), (2, ["parallel.tensor=2"]), (2, ["parallel.pipeline=2"])])
 def test_a_resumed_run_is_the_run_to_the_last_bit(tmp_path, memory, ranks, layout):
     """With windows of 18 tokens no chunk ends with a step, so that tokens are pending; attention's window of 40 is
@@ -180,6 +186,8 @@ def test_a_resumed_run_is_the_run_to_the_last_bit(tmp_path, memory, ranks, layou
     path = config_file(tmp_path, "attention" if memory == "attention" else "matrix")
     words = [*layout, "train.seq_len=18"]
     words += ["model.mixers.attention.window=40"] if memory == "attention" else []
+    if memory in LEVELS:
+        words += ["model.cms.in_context=[{chunk: 4}, {chunk: 8}]", f"model.cms.variant={memory}"]
     if memory == "linear":
         path = str(tmp_path / "linear.yaml")
         text = (tmp_path / "tiny.yaml").read_text().splitlines()

@@ -12,6 +12,7 @@ from spoilers import forget
 
 from hope.config import CmsConfig, ModelConfig
 from hope.memory.config import MemoryConfig
+from hope.memory.in_context_config import InContextConfig
 from hope.mixers.attention import AttentionConfig
 from hope.model import Model, next_token_loss
 from parallel.compute.gradients import combine_over_tensor_ranks
@@ -112,6 +113,22 @@ def test_normed_queries_and_keys_in_a_window(packed):
     settings = config("hope_attention")
     settings.mixers = {"attention": AttentionConfig(qk_norm=True, window=5)}
     assert max(run_ranks(on_rank, 2, settings, 2, True, torch.float64, packed, timeout=60)) <= TENSOR["fp64"]
+
+
+LEVELS = {
+    "sequential": [InContextConfig(chunk=4, rate=0.5), InContextConfig(chunk=5, objective="target", read="causal")],
+    "independent": [InContextConfig(chunk=3, objective="target", hidden=5), InContextConfig(chunk=8, rate=0.5)],
+    "nested": [InContextConfig(chunk=chunk, rate=0.5) for chunk in (2, 6)],
+}
+
+
+@pytest.mark.parametrize(
+    "variant", ["nested", *(pytest.param(v, marks=pytest.mark.slow) for v in ("sequential", "independent"))]
+)
+def test_levels_in_context_and_packed_documents(variant):
+    settings = config("hope_attention")
+    settings.cms = CmsConfig(variant, [1, 2], in_context=LEVELS[variant])
+    assert max(run_ranks(on_rank, 2, settings, 2, True, torch.float64, True, timeout=60)) <= TENSOR["fp64"]
 
 
 PARTS = {"static": "projected", "output_gate": "sigmoid", "alpha_spread": 2.0, "erase_max": 1.9}

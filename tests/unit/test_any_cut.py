@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hope.config import CmsConfig, ModelConfig
 from hope.memory.config import MemoryConfig
+from hope.memory.in_context_config import InContextConfig
 from hope.memory.linear_config import RULES, LinearConfig
 from hope.memory.titans_config import TITANS_RULES, TitansConfig
 from hope.mixers import MIXERS
@@ -22,6 +23,21 @@ from hope.model import Model
 
 LENGTH, BATCH, VOCAB = 23, 3, 32
 BOUND = 1e-12
+
+
+def fast(chunk: int, **keys) -> InContextConfig:
+    """A level in context that writes and forgets enough to be seen."""
+    return InContextConfig(**{"chunk": chunk, "rate": 0.5, "forget_bias": -2.0, **keys})
+
+
+LEVELS = {
+    "in-context": CmsConfig(
+        periods=[1, 2], hidden=16, in_context=[fast(2), fast(4, objective="target", read="causal")]
+    ),
+    "in-context-independent": CmsConfig("independent", [1, 2], hidden=16, in_context=[fast(3), fast(4)]),
+    "in-context-nested": CmsConfig("nested", [1, 2], hidden=16, in_context=[fast(2), fast(6)]),
+}
+"""CMS of the models with levels in context; that of all others is on the optimizer's clock."""
 MEMORIES = {
     "matrix": MemoryConfig(projection_chunk=4, main_chunk=4, eta_max=0.5),
     "matrix-zero": MemoryConfig(forget="zero", projection_chunk=4, main_chunk=4, eta_max=0.5),
@@ -47,13 +63,15 @@ PATTERNS = {name: (["hope"], {"hope": memory}) for name, memory in MEMORIES.item
     "mag": (["titans_mag"], {"titans_mag": GateConfig(chunk=4, window=5, persistent=3, theta_max=0.2)}),
     "mal": (["titans_mal"], {"titans_mal": LayerConfig(chunk=4, window=6, persistent=2, theta_max=0.2)}),
     "mac": (["titans_mac"], {"titans_mac": ContextConfig(chunk=2, segment=6, persistent=2, theta_max=0.2)}),
+    **{name: (["attention"], {}) for name in LEVELS},
     "lmm-online": (["titans"], {"titans": TitansConfig(depth=1, chunk=1, conv_width=0, theta_max=0.1)}),
 }
 
 
 def build(name: str) -> Model:
     pattern, mixers = PATTERNS[name]
-    config = ModelConfig(pattern, VOCAB, 16, 2, 2, mixers=mixers, cms=CmsConfig(periods=[1, 2], hidden=16))
+    cms = LEVELS.get(name, CmsConfig(periods=[1, 2], hidden=16))
+    config = ModelConfig(pattern, VOCAB, 16, 2, 2, mixers=mixers, cms=cms)
     model = Model(config).double().initialise(5)
     with torch.no_grad():  # away from special initial values: identity convolutions, saturated gates
         generator = torch.Generator().manual_seed(6)
@@ -124,7 +142,19 @@ def test_calls_with_and_without_documents_may_be_mixed(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["matrix-two-clocks", "matrix-projected", "mlp", "attention", "hybrid", *RULES, *TITANS_RULES, "mag", "mal", "mac"],
+    [
+        "matrix-two-clocks",
+        "matrix-projected",
+        "mlp",
+        "attention",
+        "hybrid",
+        *RULES,
+        *TITANS_RULES,
+        "mag",
+        "mal",
+        "mac",
+        *LEVELS,
+    ],
 )
 def test_gradients_pass_through_a_cut(name):
     model = MODELS[name]
@@ -156,10 +186,10 @@ def test_reset_and_detach(name):
     rows = torch.tensor([True, False, True])
     with torch.no_grad():
         _, state = model(TOKENS[:10])
-        fresh = {number: block.mixer.start(BATCH) for number, block in enumerate(model.blocks.values())}
+        fresh = {n: [s.start(BATCH) for s in block.sublayers()] for n, block in enumerate(model.blocks.values())}
         changed = {
-            number: tuple(s if s is None else s.reset(rows, fresh[number]).detach() for s in states)
-            for number, states in state.items()
+            n: tuple(s if s is None else s.reset(rows, new).detach() for s, new in zip(states, fresh[n], strict=True))
+            for n, states in state.items()
         }
         after, _ = model(TOKENS[10:], changed)
         alone, _ = model(TOKENS[10:])

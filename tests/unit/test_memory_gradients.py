@@ -59,7 +59,8 @@ def test_every_memory_learns_from_what_its_writes_do_later(kind, monkeypatch):
     The memories that are read in the first chunk have a gradient even without writes, so 'non-zero' alone would not
     notice a detach; this test does: it makes one and sees the difference.
     """
-    whole = gradients(small(kind))
+    learned = {"memory": {"static": "learned"}}
+    whole = gradients(small(kind, **learned))
     original = DeltaChunk.write
 
     def detached(self, state, read_keys, errors):
@@ -68,7 +69,7 @@ def test_every_memory_learns_from_what_its_writes_do_later(kind, monkeypatch):
         return written
 
     monkeypatch.setattr(DeltaChunk, "write", detached)
-    cut = gradients(small(kind))
+    cut = gradients(small(kind, **learned))
     watched = [n for n in whole if "memories.initial" in n or "static_" in n or "eta_" in n or "alpha_" in n]
     # the last block's main matrix multiplies the shared factors from outside: its gradient needs their value only
     watched = [n for n in watched if n != "blocks.1.mixer.memories.initial.main"]

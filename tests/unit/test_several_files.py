@@ -13,7 +13,9 @@ from configs.given import is_file
 from configs.schema import load
 from data_prep.config import DataConfig
 from data_prep.training.index_build import read_config
-from hope.config import ModelConfig
+from hope.config import CmsConfig, ModelConfig
+from hope.memory.config import MemoryConfig
+from hope.memory.in_context_config import InContextConfig
 from hope.memory.linear_config import RULES, LinearConfig
 from hope.memory.titans_config import TitansConfig
 from hope.mixers.attention import AttentionConfig
@@ -127,10 +129,14 @@ def test_presets_are_the_models_they_are_called_after(monkeypatch):
     for name, sections in FAMILY.items():
         assert (models[name].pattern, models[name].periods) == (list(sections), [1])
         assert models[name].mixers == sections
-    assert len(models) == 5 + len(FAMILY)
+    fast = [InContextConfig(chunk=chunk, objective="next", head_dim=32, hidden=64) for chunk in (16, 64)]
+    hope = MemoryConfig(static="projected", output_gate="sigmoid")
+    cms = CmsConfig(periods=[1, 4], in_context=fast)
+    assert models["hope_in_context"] == ModelConfig(["hope"], **size, mixers={"hope": hope}, cms=cms)
+    assert len(models) == 6 + len(FAMILY)
 
 
-@pytest.mark.parametrize("rule", list(FAMILY))
+@pytest.mark.parametrize("rule", [*FAMILY, "hope_in_context"])
 def test_a_preset_says_which_mlp_gives_it_the_parameters_of_a_transformer(monkeypatch, rule):
     """ "such as N at WIDTH", or "the same MLP"; within 2 %."""
     monkeypatch.setattr(DataConfig, "problems", lambda *args: iter(()))
