@@ -66,7 +66,7 @@ class Probes(Runs):
             return None
         seconds = round(time.monotonic() - began, 1)
         print(f"{cell.name:<44} {_mean(found):.4f}  {seconds} s", flush=True)
-        return {**cell._asdict(), **found, "seconds": seconds, "gpu": recipe._gpu(), "jobs": self.args.jobs}
+        return {**cell._asdict(), **found, "seconds": seconds, "gpu": recipe.gpu_name(), "jobs": self.args.jobs}
 
     def _probe(self, cell: Cell, device: int, out: Path) -> Row:
         how, target = self.plan["probes"][cell.probe], out / f"{cell.name}.json"

@@ -226,13 +226,13 @@ class Runs:
             "parameters": parameters(config.model), "tokens": train.total_steps * train.tokens_per_step,
             **self.measured(records, diverged),
             "seconds": round(time.monotonic() - began, 1),
-            "train_loss": last.get("loss"), "gpu": _gpu(), "jobs": self.args.jobs,
+            "train_loss": last.get("loss"), "gpu": gpu_name(), "jobs": self.args.jobs,
         }  # fmt: skip
         print(f"{cell.name:<44} {row['heldout']}  {row['seconds']} s", flush=True)
         return row
 
 
-def _gpu() -> str:
+def gpu_name() -> str:
     import torch
 
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"

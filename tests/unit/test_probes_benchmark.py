@@ -1,0 +1,98 @@
+"""benchmarks/probes.py: which cells are run, which rate counts, and the table."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def probes(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("probes")
+
+
+def row(probe: str, model: str, rate: float, seed: int, *accuracies: float, size: int | None = 8) -> dict:
+    tests = {f"T{n}": {"accuracy": {"value": value}, "state_bytes": size} for n, value in enumerate(accuracies)}
+    return {"probe": probe, "model": model, "rate": rate, "seed": seed, "tests": tests}
+
+
+def test_the_rate_that_counts_has_the_highest_mean_over_tests_and_seeds(probes):
+    rows = [row("parity", "a", 0.1, 1, 1.0, 0.0), row("parity", "a", 0.1, 2, 0.2, 0.0),
+            row("parity", "a", 0.2, 1, 0.5, 0.3), row("parity", "a", 0.2, 2, 0.5, 0.4)]  # fmt: skip
+    assert probes.best_rows(rows) == {("parity", "a"): rows[2:]}
+    first, _, line = probes.table(rows).splitlines()
+    assert first == "| parity | rate | seeds | T0 | T1 | state bytes |"
+    assert line == "| a | 0.2 | 2 | 50.0 (50.0 - 50.0) | 35.0 (30.0 - 40.0) | 8 |"
+
+
+def test_probes_have_tables_of_their_own(probes):
+    rows = [row("parity", "a", 0.1, 1, 1.0), row("needle", "b", 0.0, 1, 0.25, size=None)]
+    parity, needle = probes.table(rows).split("\n\n")
+    assert parity.splitlines()[2] == "| a | 0.1 | 1 | 100.0 | 8 |"
+    assert needle.splitlines()[2] == "| b |  | 1 | 25.0 |  |"
+
+
+def test_cells_of_the_plan_seeds_last_and_none_twice(probes, tmp_path):
+    plan = yaml.safe_load((BENCHMARKS / "probes.yaml").read_text())
+    args = probes.arguments(["--json", str(tmp_path / "rows.json"), "--only", "parity"])
+    cells = list(probes.Probes(plan, args).cells())
+    how = plan["probes"]["parity"]
+    assert [cell.seed for cell in cells] == [seed for seed in how["seeds"] for _ in how["models"]]
+    assert len(set(cells)) == len(cells) == len(how["models"]) * len(how["rates"]) * len(how["seeds"])
+    done = [{**cell._asdict(), "tests": {}} for cell in cells[:-1]]
+    args.json.write_text(json.dumps(done))
+    assert probes.Probes(plan, args).next() == cells[-1]
+
+
+def test_every_model_of_the_plan_can_be_built(probes):
+    plan = yaml.safe_load((BENCHMARKS / "probes.yaml").read_text())
+    load = importlib.import_module("configs.schema").load
+    for probe in plan["probes"].values():
+        for model in probe["models"]:
+            words = [*plan["common"], *probes.flat(plan["models"][model])]
+            assert list(load(str(probes.ROOT / plan["config"]), words, check=False).model.problems()) == []
+    for words in plan["needle"]["models"].values():
+        given = [*plan["needle"]["common"], *probes.flat(words), "data.train=a", "data.heldout=b", "run.name=x"]
+        config = load(str(probes.ROOT / plan["needle"]["config"]), given, check=False)
+        assert config.checkpoint.every == config.train.steps  # the needle is asked of its checkpoint
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--only", "parity"], "--json is needed"),
+        (["--json", "x", "--only", "chess"], "chess"),
+        (["--json", "x", "--only", "needle"], "needs --data, --tokenizer and --haystack"),
+    ],
+)
+def test_what_cannot_work_is_said(probes, flags, said, capsys):
+    with pytest.raises(SystemExit):
+        probes.arguments(flags)
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_cells_are_run_once(probes, tmp_path, capfd):
+    plan = yaml.safe_load((BENCHMARKS / "probes.yaml").read_text())
+    plan["common"] = ["model.width=16", "model.heads=2", "model.cms.hidden=16"]
+    plan["probes"] = {"parity": {
+        "options": ["--steps", "2", "--batch", "2", "--tested", "4", "--layers", "1", "--device", "cpu"],
+        "models": ["transformer", "hope_erase_1.9"], "rates": [1e-3], "seeds": [1],
+    }}  # fmt: skip
+    file, rows = tmp_path / "plan.yaml", tmp_path / "rows.json"
+    file.write_text(yaml.safe_dump(plan))
+    flags = ["--plan", str(file), "--json", str(rows), "--out", str(tmp_path / "out")]
+    assert probes.main(flags) == 0
+    found = json.loads(rows.read_text())
+    assert {r["model"]: (r["steps"], r["batch"], r["layers"], list(r["tests"])) for r in found} == {
+        model: (2, 2, 1, ["T40", "T128", "T256"]) for model in ("transformer", "hope_erase_1.9")
+    }
+    before = rows.read_text()
+    assert probes.main(flags) == 0  # nothing is left to do
+    assert rows.read_text() == before
+    assert "| hope_erase_1.9 | 0.001 | 1 |" in capfd.readouterr().out
