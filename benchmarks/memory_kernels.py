@@ -17,9 +17,7 @@ import argparse
 import itertools
 import json
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -29,6 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from cases import Case, child, report
 from memory_stages import Run, check_chunk, not_finite, relative
 from torch import Tensor
 
@@ -45,7 +44,6 @@ from hope.mixers import Trunk, self_modifying
 from hope.mixers.self_modifying import SelfModifyingTitans
 from hope.parameters import initialise
 
-Case = dict[str, Any]
 # (outputs, gradients and stages) by kind, relative in norm. Triton cuts fp32 operands off to TF32 instead of rounding
 # them: 2e-3 was seen in gradients on an H100. bf16: 5e-3.
 BOUNDS = {"bf16": (1e-2, 2e-2), "tf32": (4e-3, 4e-3), "tf32x3": (1e-4, 1e-4), "ieee": (1e-5, 3e-5)}
@@ -268,29 +266,7 @@ def measure(case: Case) -> Case:
 
 
 def one(mode: str, case: Case) -> None:
-    found = (check if mode == "check" else measure)({**DEFAULTS, "width": 1536, "repeat": 10, **case})
-    print("JSON", json.dumps(found))
-    print("RESULT", f"BAD {', '.join(found['bad'])}" if found["bad"] else "ok", flush=True)
-
-
-def child(mode: str, limit: int, case: Case) -> Case:
-    """One configuration in a process of its own; what it printed goes out in one piece."""
-    command = [sys.executable, __file__, "one", mode, json.dumps(case)]
-    began = time.time()
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-        out, ending = done.stdout, f"exit {done.returncode}"
-        if done.returncode:
-            out += "".join(f"  {line}\n" for line in done.stderr.strip().splitlines()[-8:])
-    except subprocess.TimeoutExpired as error:
-        said = error.stdout or b""
-        out, ending = said.decode() if isinstance(said, bytes) else said, f"stopped after {limit} s"
-    lines = out.splitlines()
-    verdict = next((line for line in lines if line.startswith("RESULT")), f"RESULT BAD no result, {ending}")
-    numbers = next((json.loads(line[5:]) for line in lines if line.startswith("JSON")), {})
-    shown = "\n".join(line for line in lines if not line.startswith(("JSON", "RESULT")))
-    print(f"{mode} {json.dumps(case)}\n{shown}\n{verdict}  ({ending}, {time.time() - began:.0f} s)", flush=True)
-    return {"mode": mode, "case": case, "verdict": verdict.removeprefix("RESULT "), **numbers}
+    report((check if mode == "check" else measure)({**DEFAULTS, "width": 1536, "repeat": 10, **case}))
 
 
 def main() -> int:
@@ -306,7 +282,7 @@ def main() -> int:
         return 0
     cases, jobs = (CHECKS, args.jobs) if args.mode == "check" else (TIMES, 1)
     with ThreadPoolExecutor(jobs) as pool:
-        results = list(pool.map(partial(child, args.mode, args.limit), cases))
+        results = list(pool.map(partial(child, __file__, args.mode, args.limit), cases))
     print("\nSUMMARY")
     for result in results:
         print(result["mode"], json.dumps(result["case"]), result["verdict"])

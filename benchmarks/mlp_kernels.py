@@ -20,17 +20,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from cases import Case, child, report
 from mlp_stages import Formulas
 from torch import Tensor
 
@@ -48,7 +46,6 @@ from hope.mixers import Trunk, self_modifying
 from hope.mixers.self_modifying import SelfModifyingTitans
 from hope.parameters import initialise
 
-Case = dict[str, Any]
 BOXES = ("k", "v", "eta", "alpha", "main")
 # (outputs, gradients and stages) by kind, relative in norm, as in benchmarks/memory_kernels.py
 BOUNDS = {"bf16": (1e-2, 2e-2), "ieee": (1e-5, 3e-5)}
@@ -321,31 +318,6 @@ def measure(case: Case) -> Case:
     return found
 
 
-def one(mode: str, case: Case) -> None:
-    found = (check if mode == "check" else measure)(case)
-    print("JSON", json.dumps(found))
-    print("RESULT", f"BAD {', '.join(found['bad'])}" if found["bad"] else "ok", flush=True)
-
-
-def child(mode: str, limit: int, case: Case) -> Case:
-    """One case in a process of its own; what it printed goes out in one piece."""
-    command, began = [sys.executable, __file__, "one", mode, json.dumps(case)], time.time()
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-        out, ending = done.stdout, f"exit {done.returncode}"
-        if done.returncode:
-            out += "".join(f"  {line}\n" for line in done.stderr.strip().splitlines()[-8:])
-    except subprocess.TimeoutExpired as error:
-        said = error.stdout or b""
-        out, ending = said.decode() if isinstance(said, bytes) else said, f"stopped after {limit} s"
-    lines = out.splitlines()
-    verdict = next((line for line in lines if line.startswith("RESULT")), f"RESULT BAD no result, {ending}")
-    numbers = next((json.loads(line[5:]) for line in lines if line.startswith("JSON")), {})
-    shown = "\n".join(line for line in lines if not line.startswith(("JSON", "RESULT")))
-    print(f"{mode} {json.dumps(case)}\n{shown}\n{verdict}  ({ending}, {time.time() - began:.0f} s)", flush=True)
-    return {"mode": mode, "case": case, "verdict": verdict, **numbers}
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", nargs="?", choices=["all", "check", "time", "one"], default="all")
@@ -354,15 +326,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, default=240, help="seconds per case")
     args = parser.parse_args(argv)
     if args.mode == "one":
-        one(args.rest[0], json.loads(args.rest[1]))
+        report((check if args.rest[0] == "check" else measure)(json.loads(args.rest[1])))
         return 0
     rows = []
     for mode, cases in (("check", CHECKS), ("time", TIMES)):
         for case in cases if args.mode in ("all", mode) else []:
-            rows.append(child(mode, args.limit, case))
+            rows.append(child(__file__, mode, args.limit, case))
             if args.json:
                 args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    wrong = [row for row in rows if row["verdict"] != "RESULT ok"]
+    wrong = [row for row in rows if row["verdict"] != "ok"]
     print(f"{len(rows) - len(wrong)} of {len(rows)} cases ok", flush=True)
     return int(bool(wrong))
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import LEVELS
 
 from hope.config import CmsConfig, ModelConfig
 from hope.memory.config import MemoryConfig
-from hope.memory.in_context_config import InContextConfig
 from hope.memory.linear_config import RULES, LinearConfig
 from hope.memory.titans_config import TITANS_RULES, TitansConfig
 from hope.mixers import MIXERS
@@ -23,21 +23,6 @@ from hope.model import Model
 
 LENGTH, BATCH, VOCAB = 23, 3, 32
 BOUND = 1e-12
-
-
-def fast(chunk: int, **keys) -> InContextConfig:
-    """A level in context that writes and forgets enough to be seen."""
-    return InContextConfig(**{"chunk": chunk, "rate": 0.5, "forget_bias": -2.0, **keys})
-
-
-LEVELS = {
-    "in-context": CmsConfig(
-        periods=[1, 2], hidden=16, in_context=[fast(2), fast(4, objective="target", read="causal")]
-    ),
-    "in-context-independent": CmsConfig("independent", [1, 2], hidden=16, in_context=[fast(3), fast(4)]),
-    "in-context-nested": CmsConfig("nested", [1, 2], hidden=16, in_context=[fast(2), fast(6)]),
-}
-"""CMS of the models with levels in context; that of all others is on the optimizer's clock."""
 MEMORIES = {
     "matrix": MemoryConfig(projection_chunk=4, main_chunk=4, eta_max=0.5),
     "matrix-zero": MemoryConfig(forget="zero", projection_chunk=4, main_chunk=4, eta_max=0.5),

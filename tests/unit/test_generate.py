@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from models import LEVELS
 
 from hope.config import CmsConfig, ModelConfig
 from hope.generate.errors import GenerationError
@@ -14,7 +15,6 @@ from hope.generate.sampling import Sampling, allowed, choose, uniform
 from hope.generate.session import Session, identity_of, read_session, write_session
 from hope.generate.text import Stream, Writer
 from hope.memory.config import MemoryConfig
-from hope.memory.in_context_config import InContextConfig
 from hope.memory.linear_config import LinearConfig
 from hope.memory.titans_config import TitansConfig
 from hope.mixers import MIXERS
@@ -25,21 +25,6 @@ from hope.stored.safetensors import read_with_metadata
 
 VOCAB, CPU = 24, torch.device("cpu")
 BOUND = 1e-10
-
-
-def fast(chunk: int, **keys) -> InContextConfig:
-    """A level in context that writes and forgets enough to be seen."""
-    return InContextConfig(**{"chunk": chunk, "rate": 0.5, "forget_bias": -2.0, **keys})
-
-
-LEVELS = {
-    "in-context": CmsConfig(
-        periods=[1, 2], hidden=16, in_context=[fast(2), fast(4, objective="target", read="causal")]
-    ),
-    "in-context-independent": CmsConfig("independent", [1, 2], hidden=16, in_context=[fast(3), fast(4)]),
-    "in-context-nested": CmsConfig("nested", [1, 2], hidden=16, in_context=[fast(2), fast(6)]),
-}
-"""CMS of the models with levels in context; that of all others is on the optimizer's clock."""
 TWO_CLOCKS = MemoryConfig(projection_chunk=2, main_chunk=4, eta_max=0.5)
 PATTERNS = {
     "matrix": (["hope"], {"hope": MemoryConfig(projection_chunk=4, main_chunk=4, eta_max=0.5)}),
