@@ -1,6 +1,7 @@
 """Levels that learn from what is read: against a loop by hand, causality, what is frozen, and state that goes on."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -184,3 +185,20 @@ def test_weights_of_few_bits_and_losses_without_bounds_are_refused():
     learner = Learner(made(), Settings((0,), 0.1, EVERY))
     with pytest.raises(ValueError, match="9 tokens in a window that has room for 8"):
         learner.learn(torch.zeros((), requires_grad=True), 9)
+
+
+def test_pieces_of_a_window_make_one_gradient():
+    """Every token of a window counts the same, wherever an end of a prompt cuts it."""
+    ids, found = tokens(EVERY + 1)[:, None], []
+    for cuts in ((0, EVERY), (0, 3, EVERY)):
+        scorer = ModelScorer(made(), dtype=torch.float64)
+        learner = Learner(scorer.model, Settings((0, 1), 0.05, EVERY))
+        for begin, end in itertools.pairwise(cuts):
+            nats = scorer.scores(ids[:-1], ids[1:], None, False).nats_TB
+            learner.learn(nats[begin:end].sum(), end - begin)
+        found.append(learner.learned())
+    one, two = found
+    assert one.record == two.record
+    assert any("state/memory/" in name and tensor.any() for name, tensor in one.tensors.items())
+    for name, tensor in one.tensors.items():
+        torch.testing.assert_close(two.tensors[name], tensor, rtol=1e-9, atol=1e-11, msg=name)
