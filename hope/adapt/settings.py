@@ -12,7 +12,8 @@ from hope.optim.config import DmgdConfig, OptimConfig
 from hope.optim.group_config import GroupConfig
 
 RATE = 1e-4
-"""Nobody has tuned it. A fifteenth of `optim.lr`'s default, about where the default schedule of training ends."""
+"""A fifteenth of `optim.lr`'s default, about where the default schedule of training ends. Tried on one toy model only
+(docs/LOG.md): the best of six, by little, where ten times as much lost."""
 EVERY = 512
 """Tokens of a window, of a model that does not record what it was trained on."""
 ALL = "levels"

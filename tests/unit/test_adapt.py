@@ -19,11 +19,15 @@ from hope.model import Model
 VOCAB, EVERY = 48, 8
 
 
-def made(memory: str = "matrix", variant: str = "sequential") -> Model:
-    """float64, two blocks, CMS levels with periods 1 and 2."""
-    section = MemoryConfig(memory=memory, projection_chunk=4, main_chunk=4)
-    cms = CmsConfig(periods=[1, 2], variant=variant)
-    model = Model(named("hope", memory=section, vocab_size=VOCAB, width=16, layers=2, heads=2, cms=cms)).initialise(0)
+def made(memory: str = "matrix", variant: str = "sequential", in_context: int = 0) -> Model:
+    """float64, two blocks, CMS levels with periods 1 and 2. memory: of the mixer hope, or attention for that mixer;
+    in_context: chunk of a level in context."""
+    kinds = {
+        "kind": "hope_attention" if memory == "attention" else "hope",
+        "memory": None if memory == "attention" else MemoryConfig(memory=memory, projection_chunk=4, main_chunk=4),
+    }
+    cms = CmsConfig(periods=[1, 2], variant=variant, in_context=[{"chunk": in_context}] if in_context else [])
+    model = Model(named(**kinds, vocab_size=VOCAB, width=16, layers=2, heads=2, cms=cms)).initialise(0)
     with torch.no_grad():
         model.embedding.weight.mul_(5)
     return model.double()
@@ -91,11 +95,15 @@ def test_three_windows_are_those_of_a_loop_by_hand(levels, memory):
     assert learner.updates == {f"level{level}": (3, 1)[level] for level in levels}
 
 
-def test_rate_0_goes_through_all_of_it_and_changes_no_bit():
+KINDS = [{}, {"memory": "mlp"}, {"memory": "attention"}, {"in_context": 4}, {"in_context": 4, "variant": "independent"}]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_rate_0_goes_through_all_of_it_and_changes_no_bit(kind):
     ids = tokens(4 * EVERY + 3)
-    nats, model, learner = read(ids, Settings((0, 1), 0.0, EVERY))
+    nats, model, learner = read(ids, Settings((0, 1), 0.0, EVERY), made(**kind))
     plain, state = [], None
-    scorer = ModelScorer(made(), dtype=torch.float64)
+    scorer = ModelScorer(made(**kind), dtype=torch.float64)
     for begin in range(0, len(ids) - 1, EVERY):
         piece = ids[begin : begin + EVERY + 1, None]
         scores = scorer(piece[:-1], piece[1:], state, True)
@@ -103,7 +111,8 @@ def test_rate_0_goes_through_all_of_it_and_changes_no_bit():
         state = scores.state
     assert torch.equal(nats, torch.cat(plain))
     assert learner.updates == {"level0": 4, "level1": 2}
-    assert all(map(torch.equal, model.parameters(), made().parameters()))
+    assert all(map(torch.equal, model.parameters(), made(**kind).parameters()))
+    assert not torch.equal(read(ids, Settings((0, 1), 0.05, EVERY), made(**kind))[0], nats)
 
 
 def test_no_score_depends_on_its_token_or_a_later_one():
