@@ -24,6 +24,8 @@ from data_prep.errors import DataError
 from data_prep.files import sha256_file
 from data_prep.paths import naming
 from data_prep.texts import text_of_file, text_of_set, tokenizer_for
+from hope.adapt.learner import Learner
+from hope.adapt.settings import AdaptError, settings_of
 from hope.devices import device_of
 from hope.evaluate.errors import EvaluationError
 from hope.evaluate.options import DTYPES, WINDOW, Named, check, delimiters_of, parser_of, sources_of, table
@@ -44,7 +46,7 @@ from parallel.start.pipe import piped
 Made = TypeVar("Made")
 
 DONE, REFUSED, INTERRUPTED = 0, 2, 130
-EXPLAINED = (EvaluationError, CheckpointError, DataError, LaunchError, OSError, ImportError)
+EXPLAINED = (EvaluationError, AdaptError, CheckpointError, DataError, LaunchError, OSError, ImportError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,9 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     launch: launcher.Launch | None = None
     met = False
     try:
-        check(args)
-        sources = sources_of(args)
         launch = launcher.from_environment(os.environ)
+        check(args, launch.world_size)
+        sources = sources_of(args)
         if launch.world_size == 1:
             Evaluation(args, Alone(), device_of(args.device, EvaluationError)).run(sources)
         else:
@@ -93,6 +95,7 @@ class Evaluation:
         self.window = args.window or found.seq_len or WINDOW
         if args.stride is not None and args.stride > self.window:
             raise EvaluationError(f"--stride {args.stride} is more than the window of {self.window} tokens")
+        self.adapt = settings_of(args, found.model.config, found.seq_len)
         identity = {
             "model": fingerprint(found.model),
             "dtype": args.dtype,
@@ -131,10 +134,17 @@ class Evaluation:
             text, digest = text_of_set(source.path, self.documents, self.tokenizer, self.scorer.vocab_size)
             if self.documents == "reset":
                 self.scorer.starts_after = text.eos_id
-        window = None if args.carry else self.window
-        entry = self._entry(source, sha256=digest, window=window, stride=args.stride, block=self.window)
+        window = None if args.carry or self.adapt else self.window
+        known = {"adapt": str(self.adapt)} if self.adapt else {}
+        entry = self._entry(source, sha256=digest, window=window, stride=args.stride, block=self.window, **known)
         how = {"window": window, "stride": args.stride, "block": self.window, "limit": args.limit}
-        return evaluate_text(engine, text, entry, **how)
+        if self.adapt is None:
+            return evaluate_text(engine, text, entry, **how)
+        learner = Learner(self.scorer.model, self.adapt)
+        try:
+            return evaluate_text(engine, text, entry, **how, learner=learner)
+        finally:
+            learner.restore()  # every text meets the model as it is stored
 
     def _task(self, engine: Engine, source: Named) -> dict[str, Any]:
         assert self.tokenizer is not None

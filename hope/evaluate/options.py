@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from hope.adapt import settings
 from hope.evaluate.errors import EvaluationError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -43,6 +44,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     add("--carry", action="store_true", help="one pass over every text, the state carried from its first token on")
     add("--limit", type=int, metavar="N", help="at most N windows of a text and N items of a task")
     add("--batch-tokens", type=int, metavar="N", help="tokens of a batch (default: 4096, on a GPU 16384)")
+    settings.add_options(parser)
     add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.model, if it is not found by itself")
     add("--dtype", choices=DTYPES, default="float32", help="of the weights (default float32)")
     add("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
@@ -89,9 +91,9 @@ def _named(kind: str, word: str) -> Named:
     return Named(Path(word).name if kind == "tokens" else Path(word).name.split(".")[0], kind, word)
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raises EvaluationError for options that cannot work, with all that is wrong."""
-    problems = list(_problems(args))
+def check(args: argparse.Namespace, processes: int = 1) -> None:
+    """Raises EvaluationError for options that cannot work, or not in so many processes, with all that is wrong."""
+    problems = [*_problems(args), *settings.problems(args), *_order_problems(args, processes)]
     if problems:
         raise EvaluationError("\n  ".join(["this cannot work:", *problems] if len(problems) > 1 else problems))
 
@@ -107,6 +109,20 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--json {args.json}: there is no folder {args.json.parent}"
 
 
+def _order_problems(args: argparse.Namespace, processes: int) -> Iterator[str]:
+    """Where there is no order in which a model could learn."""
+    if args.adapt is None:
+        return
+    if args.task:
+        yield f"--adapt learns from a text in order, and the items of --task {args.task[0]} have none; leave out one"
+    if args.stride is not None:
+        yield "--adapt reads every text once, with the state carried; leave out --stride"
+    if args.dtype == "bfloat16":
+        yield "--adapt: steps are lost in the rounding of --dtype bfloat16; float32 works"
+    if processes > 1:
+        yield f"--adapt reads a text in order, and {processes} processes share the windows of a text; start one"
+
+
 def _short(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
 
@@ -116,10 +132,10 @@ def table(results: Sequence[tuple[str, dict[str, object]]]) -> str:
     lines = [("source", "measure", "value", "standard error")]
     for name, result in results:
         for key, value in result.items():
-            if isinstance(value, dict):
+            if isinstance(value, dict) and "value" in value:
                 error = "" if value["error"] is None else _short(value["error"])
                 lines.append((name, key, _short(value["value"]), error))
-            elif key in ("items", "tokens", "bytes"):
+            elif key in ("items", "tokens", "bytes", "updates"):
                 lines.append((name, key, "unknown" if value is None else f"{value:,}", ""))
     widths = [max(len(line[column]) for line in lines) for column in range(4)]
     shown = [

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from hope.adapt.learner import Learner
 from hope.evaluate.record import Source
 from hope.evaluate.rows import ListedRows, Rows, Share, Values, score_rows
-from hope.evaluate.scorer import Scorer
+from hope.evaluate.scorer import ModelScorer, Scorer
+from hope.evaluate.stream import adapted, score_stream
 from hope.evaluate.tasks import Encode, Task, reduce_pair, result_of, rows_of
 from hope.evaluate.texts import Text, TextSums, Windows
 
@@ -42,22 +44,30 @@ def evaluate_text(
     stride: int | None,
     block: int,
     limit: int | None = None,
+    learner: Learner | None = None,
 ) -> dict[str, Any]:
     """Measures of a text; see `Windows` for `window` and `stride`. Collective.
 
     Args:
         block: targets of a cluster of the standard error.
         limit: windows at most; bytes are then those of the tokens that count, and words are not defined.
+        learner: what learns from the text while it is scored, in order and by one process, whose scorer is a
+            `ModelScorer`. Nothing is kept of a text that is not finished. None: the weights stay as they are.
     """
     if (known := engine.share.agree(source.result)) is not None:
         return known
     windows = Windows(text, window, stride)
     count = len(windows) if limit is None else min(limit, len(windows))
     sums = TextSums(windows, block)
-    values = score(engine, windows.first(count), sums.reduce, source)
+    if learner is None:
+        values = score(engine, windows.first(count), sums.reduce, source)
+    else:
+        assert isinstance(engine.scorer, ModelScorer)
+        values = score_stream(windows.first(count), engine.scorer, learner, sums.reduce, engine.say)
     scored = sum(windows.counted(index) for index in range(count))
     whole = scored == text.tokens
     result = {"rows": count, **sums.result(values, text.bytes_of(scored), text.words if whole else None)}
+    result |= {} if learner is None else adapted(learner)
     source.finish(result, keep_rows=False)
     return result
 

@@ -62,9 +62,14 @@ class ModelScorer:
         self.model = model.to(self.device, dtype).eval()
         self.vocab_size = model.config.vocab_size
 
-    @torch.no_grad()
     def __call__(self, tokens_TB: Tensor, targets_TB: Tensor, state: Any, keep_state: bool) -> Scores:
         """See `Scorer`. Raises ValueError for an id that the model has no row for."""
+        with torch.no_grad():
+            return self.scores(tokens_TB, targets_TB, state, keep_state)
+
+    def scores(self, tokens_TB: Tensor, targets_TB: Tensor, state: Any, keep_state: bool) -> Scores:
+        """The same, with a graph to the weights that require a gradient; the state is that of the model, and the last
+        token [1, B]."""
         largest = int(torch.maximum(tokens_TB.max(), targets_TB.max()))
         if largest >= self.vocab_size:
             raise ValueError(f"token {largest} is outside the model's vocabulary of {self.vocab_size}")

@@ -16,20 +16,24 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from data_prep.errors import DataError
 from data_prep.texts import tokenizer_for
 from data_prep.tokenizing.tokenizer import Tokenizer
+from hope.adapt.learner import Learner
+from hope.adapt.settings import AdaptError, settings_of
 from hope.devices import device_of
 from hope.generate.errors import GenerationError
+from hope.generate.learning import read_and_learn
 from hope.generate.loop import Forward, Memory, Sequences, on_one_device, write
 from hope.generate.options import DTYPES, check, parser_of, sampling_of
 from hope.generate.prompts import checked, read_prompts
-from hope.generate.session import Session, identity_of, read_session, write_session
+from hope.generate.session import Session, identity_of, learner_of, read_session, write_session
 from hope.generate.text import Stream, Writer
+from hope.model import Model
 from hope.pretrained import Pretrained, open_pretrained
 from hope.stored.errors import CheckpointError
 from parallel.compute.generation import on_tensor_ranks
@@ -40,7 +44,7 @@ from parallel.start.pipe import piped
 
 DONE, REFUSED, INTERRUPTED = 0, 2, 130
 LARGE = "--dtype bfloat16, fewer prompts, a smaller --prefill-chunk, or torchrun over several devices takes less"
-EXPLAINED = (GenerationError, CheckpointError, DataError, LaunchError, OSError, ImportError)
+EXPLAINED = (GenerationError, AdaptError, CheckpointError, DataError, LaunchError, OSError, ImportError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,11 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class _Engine:
-    """What computes: a model on one device, or this rank's part of it."""
+    """What computes: a model on one device, or this rank's part of it; and what of the model learns."""
 
     forward: Forward
     device: torch.device
     speaks: bool
+    model: Model
+    learner: Learner | None = None
 
 
 def _run(args: argparse.Namespace, ranks: groups.Ranks | None) -> None:
@@ -90,12 +96,14 @@ def _run(args: argparse.Namespace, ranks: groups.Ranks | None) -> None:
     model = found.model.to(wanted).requires_grad_(False)
     if ranks is None:
         device = device_of(args.device, GenerationError)
-        engine = _Engine(on_one_device(model.to(device)), device, True)
+        engine = _Engine(on_one_device(model.to(device)), device, True, model)
     else:
-        engine = _Engine(on_tensor_ranks(model, ranks), ranks.device, ranks.rank == 0)
+        engine = _Engine(on_tensor_ranks(model, ranks), ranks.device, ranks.rank == 0, model)
     session = Session(Memory(), [], 0)
     if args.state_in is not None:
         session = read_session(args.state_in, found.model, identity, engine.device)
+    settings = settings_of(args, found.model.config, found.seq_len)
+    engine = replace(engine, learner=learner_of(session, args.state_in, model, settings))
     if engine.speaks:
         name = args.dtype or str(wanted).removeprefix("torch.")
         where = str(engine.device) if ranks is None else f"{ranks.tp_size} x {engine.device.type}"
@@ -128,14 +136,19 @@ def _continue(
     streams = [Stream(tokenizer.decode, [*session.tail, *row], held) for row in ids]
     ends = frozenset() if args.ignore_eos else frozenset([tokenizer.eos_id])
     writers = [Writer(stream, args.stop, ends) for stream in streams]
+    memory, prompt_ids = session.memory, ids
+    if engine.learner is not None:
+        memory, prompt_ids = read_and_learn(engine.model, engine.learner, memory, ids[0]), [[]]
+        made = ", ".join(f"{count} of {name}" for name, count in engine.learner.updates.items())
+        print(f"adapt: updates so far {made}, {engine.learner.gathered} tokens wait", file=sys.stderr, flush=True)
     sequences = Sequences(
         engine.forward,
-        ids,
+        prompt_ids,
         sampling_of(args),
         engine.device,
         vocabulary=tokenizer.vocab_size,
         chunk=args.prefill_chunk,
-        memory=None if args.state_in is None else session.memory,
+        memory=None if args.state_in is None and engine.learner is None else memory,
     )
     texts = [""] * len(ids)
 
@@ -145,7 +158,7 @@ def _continue(
             sys.stdout.write(text)
             sys.stdout.flush()
 
-    read = sum(map(len, ids)) + len(session.memory.unread)
+    read = sum(map(len, prompt_ids)) + len(memory.unread)
     speed = write(sequences, writers, args.tokens, read, emit)
     for number, writer in enumerate(writers):
         emit(number, writer.finish(whole=args.state_out is None))
@@ -155,7 +168,8 @@ def _continue(
         if seq_len is not None and longest > seq_len:
             print(f"note: {longest:,} tokens, the training windows had {seq_len:,}", file=sys.stderr)
         print(speed, file=sys.stderr, flush=True)
-    return Session(sequences.memory(), *streams[0].tail()) if len(ids) == 1 else session
+    learned = None if engine.learner is None else engine.learner.learned()
+    return Session(sequences.memory(), *streams[0].tail(), learned) if len(ids) == 1 else session
 
 
 def _close(args: argparse.Namespace, prompts: list[str], texts: list[str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from hope.adapt import settings
 from hope.generate.errors import GenerationError
 from hope.generate.loop import CHUNK
 from hope.generate.sampling import Sampling
@@ -43,12 +44,13 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
         metavar="N",
         help=f"tokens of the prompt at a time (default {CHUNK})",
     )
+    settings.add_options(parser)
     return parser
 
 
 def check(args: argparse.Namespace, processes: int) -> None:
     """Raises GenerationError for options that cannot work by themselves, or with this many processes."""
-    problems = list(_problems(args, processes))
+    problems = [*_problems(args, processes), *settings.problems(args), *_learning_problems(args, processes)]
     if problems:
         raise GenerationError("\n  ".join(["this cannot work:", *problems] if len(problems) > 1 else problems))
 
@@ -76,6 +78,21 @@ def _problems(args: argparse.Namespace, processes: int) -> Iterator[str]:
         yield f"--state-out {args.state_out} is a folder; give a file, such as {args.state_out}/session"
     if args.device is not None and processes > 1:
         yield f"--device goes with one process; each of {processes} takes the device of its rank"
+
+
+def _learning_problems(args: argparse.Namespace, processes: int) -> Iterator[str]:
+    """Where there is no one sequence on one device to learn from."""
+    if args.adapt is None:
+        return
+    if args.batch is not None:
+        yield "--adapt learns from one sequence in order, --batch has several; give --prompt"
+    if args.prefill_chunk != CHUNK:
+        said = f"--prefill-chunk {args.prefill_chunk}"
+        yield f"--adapt reads the prompt in windows of --adapt-every tokens; leave out {said}"
+    if args.dtype == "bfloat16":
+        yield "--adapt: steps are lost in the rounding of --dtype bfloat16; float32 works"
+    if processes > 1:
+        yield f"--adapt learns with a model that is not cut over processes, and {processes} were started; start one"
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hope.adapt.learner import Learned, Learner, settings_in
+from hope.adapt.settings import AdaptError, Settings
 from hope.block import Block
 from hope.generate.errors import GenerationError
 from hope.generate.loop import Memory
@@ -25,16 +27,20 @@ from hope.stored.safetensors import as_safetensors, read_with_metadata
 from hope.train.written import replace_text
 
 FORMAT = "hope.generate session 1"
+LEARNED = "hope.generate session 2"
+"""Format of a session with levels that have learned: who knows only the first would go on without what they did."""
+_PREFIX = "adapt/"
 
 
 @dataclass(frozen=True)
 class Session:
     """A sequence that can go on: its memory, the last tokens whose text is known, and how many of them were not shown
-    because their last character is not whole."""
+    because their last character is not whole; and what levels have learned, None without --adapt."""
 
     memory: Memory
     tail: list[int]
     held: int
+    learned: Learned | None = None
 
 
 def identity_of(model: Model) -> str:
@@ -58,7 +64,11 @@ def write_session(path: Path, session: Session, identity: str, dtype: torch.dtyp
     content = {"state": state, "unread": session.memory.unread, "place": session.memory.place}
     content |= {"tail": session.tail, "held": session.held}
     metadata = {"format": FORMAT, "model": identity, "dtype": _name(dtype), "session": json.dumps(content)}
-    replace_text(path, as_safetensors(pack.tensors, metadata))
+    tensors = pack.tensors
+    if session.learned is not None:
+        metadata |= {"format": LEARNED, "adapt": json.dumps(session.learned.record)}
+        tensors = tensors | {_PREFIX + name: tensor for name, tensor in session.learned.tensors.items()}
+    replace_text(path, as_safetensors(tensors, metadata))
 
 
 def read_session(path: Path, model: Model, identity: str, device: torch.device) -> Session:
@@ -73,7 +83,7 @@ def read_session(path: Path, model: Model, identity: str, device: torch.device) 
         raise GenerationError(f"{path} cannot be read: {error.strerror}; --state-out FILE writes one") from None
     except UnfitWeights as error:
         raise GenerationError(f"{error}; --state-out FILE writes what --state-in reads") from None
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") not in (FORMAT, LEARNED):
         raise GenerationError(f"{path} is no session; --state-out FILE writes what --state-in reads")
     if metadata.get("model") != identity:
         raise GenerationError(
@@ -87,9 +97,45 @@ def read_session(path: Path, model: Model, identity: str, device: torch.device) 
         content = json.loads(metadata["session"])
         state = None if content["state"] is None else _states(content["state"], model, tensors, device)
         memory = Memory(state, content["unread"], content["place"])
-        return Session(memory, content["tail"], content["held"])
+        return Session(memory, content["tail"], content["held"], _learned(tensors, metadata))
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise GenerationError(f"{path} was changed, or written by another version: {error!r}") from None
+
+
+def learner_of(session: Session, path: Path | None, model: Model, settings: Settings | None) -> Learner | None:
+    """The levels of `model` that learn, as far as `session` has brought them; None if none do.
+
+    path: that the session was read from; None: it begins now.
+
+    Raises:
+        GenerationError: the session and `settings` do not agree, or its file was changed.
+        AdaptError: the weights cannot learn.
+    """
+    if path is not None and (session.learned is None) != (settings is None):
+        if session.learned is None:
+            raise GenerationError(f"{path} was written without --adapt; leave it out, or begin without --state-in")
+        said = settings_in(session.learned.record)
+        raise GenerationError(f"{path} holds levels that have learned; give {said}, as it was written with")
+    if settings is None:
+        return None
+    learner = Learner(model, settings)
+    if session.learned is not None:
+        try:
+            learner.load(session.learned)
+        except AdaptError as error:
+            raise GenerationError(f"{path} {error}") from None
+        except (KeyError, ValueError, TypeError) as error:
+            raise GenerationError(f"{path} was changed, or written by another version: {error!r}") from None
+    return learner
+
+
+def _learned(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Learned | None:
+    if metadata["format"] != LEARNED:
+        return None
+    record = json.loads(metadata["adapt"])
+    settings_in(record)  # what is no record is found here
+    found = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(_PREFIX)}
+    return Learned(found, record)
 
 
 def _name(dtype: torch.dtype) -> str:
