@@ -283,7 +283,6 @@ def test_a_trained_model_gets_levels_that_add_nothing_at_first(tmp_path, variant
         (config(levels=fast(4)), config(levels=fast(8))),
         (config(levels=fast(4)), config(levels=fast(4, 8))),
         (config(levels=fast(4, 8)), config("nested", fast(4, 8))),
-        (config("independent"), config("independent", fast(4))),
         (config(levels=fast(4, heads=2)), config(levels=fast(4, heads=4))),
     ],
 )
