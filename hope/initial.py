@@ -10,6 +10,7 @@ Either the new model computes what the trained one does, to the last digit, or `
 | more rows of vocabulary | `vocab`: the new rows are drawn, as in a new model |
 | another tokenizer, as far as both are known | `tokenizer`, or `vocab` |
 | settings of a mixer whose parameters stay, such as `rope_base` | `settings`: its weights are kept |
+| how levels in context are rewritten, and whether at all | `settings`: their weights are kept, rates may be drawn |
 | another mixer, other heads, settings that change its parameters | `mixers`: drawn in that layer, the rest stays |
 | width, number of layers, fewer rows, tied embeddings, epsilon of the norms, other shapes of levels | refused |
 """
@@ -25,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hope.config import INIT_WORDS, ModelConfig
-from hope.initial_levels import aggregate_value, level_problems, level_value
+from hope.config import ModelConfig
+from hope.initial_levels import aggregate_value, allow, level_problems, level_value
 from hope.model import Model
 from hope.pretrained import Pretrained, open_pretrained
 from hope.sections import Problem
@@ -130,7 +131,7 @@ def _rows(source: ModelConfig, target: ModelConfig) -> Iterator[Problem]:
         yield Problem("model.vocab_size", what, f"model.vocab_size={old}")
     elif new > old and "vocab" not in target.init_allow:
         what = f"{new}, and model.init has {old}: {new - old} rows would be drawn"
-        yield Problem("model.vocab_size", what, f"model.vocab_size={old}; or {_allow(target, 'vocab')}")
+        yield Problem("model.vocab_size", what, f"model.vocab_size={old}; or {allow(target, 'vocab')}")
 
 
 def _mixers(source: ModelConfig, target: ModelConfig) -> Iterator[Problem]:
@@ -142,15 +143,15 @@ def _mixers(source: ModelConfig, target: ModelConfig) -> Iterator[Problem]:
         differ = "settings that change its parameters" if same else f"{kinds(now)}, and model.init has {kinds(was)}"
         what = f"layers {', '.join(map(str, others))}: {differ}"
         fix = f"model.pattern=[{', '.join(source.pattern)}] model.heads={source.heads}"
-        yield Problem("model.pattern", what, f"{fix}, and its settings; or {_allow(target, 'mixers')} to draw them")
+        yield Problem("model.pattern", what, f"{fix}, and its settings; or {allow(target, 'mixers')} to draw them")
     for name in dict.fromkeys(target.mixer_of_layer[i] for i in range(target.layers) if i not in others):
         old, new = _settings(source, name), _settings(target, name)
         changed = [key for key in new if old.get(key) != new[key]]
         if changed and "settings" not in target.init_allow:
-            allow = _allow(target, "settings")
+            allowed = allow(target, "settings")
             for key in changed:
                 what = f"{new[key]}, and model.init has {old.get(key)}: the same weights would compute something else"
-                fix = f"model.mixers.{name}.{key}={_word(old.get(key))}; or {allow}"
+                fix = f"model.mixers.{name}.{key}={_word(old.get(key))}; or {allowed}"
                 yield Problem(f"model.mixers.{name}.{key}", what, fix)
 
 
@@ -181,12 +182,7 @@ def _tokenizers(found: Pretrained, config: ModelConfig, data: Mapping[str, Any])
     old, new = sha256_of(Path(there)) if there else hash_of(found.data), hash_of(data)
     if old and new and old != new and not {"vocab", "tokenizer"} & set(config.init_allow):
         what = f"its tokenizer has sha256 {old[:12]}..., that of the data {new[:12]}...: ids would mean other words"
-        yield Problem("model.init", what, f"data made with its tokenizer; or {_allow(config, 'tokenizer')}")
-
-
-def _allow(config: ModelConfig, word: str) -> str:
-    words = [known for known in INIT_WORDS if known == word or known in config.init_allow]
-    return f"model.init_allow=[{', '.join(words)}]"
+        yield Problem("model.init", what, f"data made with its tokenizer; or {allow(config, 'tokenizer')}")
 
 
 def _word(value: Any) -> str:

@@ -12,13 +12,14 @@ One MLP can also be divided: K independent levels of H / K hidden units each, wh
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from hope.config import ModelConfig
-from hope.memory.in_context_config import Sizes
+from hope.config import INIT_WORDS, ModelConfig
+from hope.memory.in_context_config import InContextConfig, Sizes
 from hope.sections import Problem
 
 
@@ -115,12 +116,23 @@ def _another_chain(source: ModelConfig, target: ModelConfig) -> Problem:
 
 
 def _in_context(source: ModelConfig, target: ModelConfig) -> Iterator[Problem]:
-    """Levels in context can be added to a model without any: they add nothing until their first update."""
+    """Levels in context can be added to a model without any: they add nothing until their first update. Those of a
+    model that has some keep their weights, and with the word `settings` may be rewritten in another way, or at all."""
     old, new = source.cms, target.cms
     if not old.in_context or (old.groups == new.groups and _sizes(source) == _sizes(target)):
         return
+    same_weights = [*map(len, old.groups)] == [*map(len, new.groups)] and _sizes(source) == _sizes(target)
+    if same_weights and "settings" in target.init_allow:
+        return
     what = f"{_told(target)}, and model.init has {_told(source)}: the chain would compute something else"
-    yield Problem("model.cms.in_context", what, "those of model.init")
+    fix = "those of model.init" + (f"; or {allow(target, 'settings')}" if same_weights else "")
+    yield Problem("model.cms.in_context", what, fix)
+
+
+def allow(config: ModelConfig, word: str) -> str:
+    """The setting that allows `word` beside what `config` allows."""
+    words = [known for known in INIT_WORDS if known == word or known in config.init_allow]
+    return f"model.init_allow=[{', '.join(words)}]"
 
 
 def _sizes(config: ModelConfig) -> list[Sizes]:
@@ -128,5 +140,11 @@ def _sizes(config: ModelConfig) -> list[Sizes]:
 
 
 def _told(config: ModelConfig) -> str:
-    chunks = [level.chunk for level in config.cms.in_context]
-    return f"{len(chunks)} {config.cms.variant} levels with chunks {chunks}" if chunks else "no levels"
+    """Their number, variant, chunks, and whatever else an entry says."""
+    levels = [{key: value for key, value in dataclasses.asdict(level).items() if value != getattr(_USUAL, key)}
+              for level in config.cms.in_context]  # fmt: skip
+    entries = [f"{{{', '.join(f'{key}: {value}' for key, value in level.items())}}}" for level in levels]
+    return f"{len(entries)} {config.cms.variant} levels {', '.join(entries)}" if entries else "no levels"
+
+
+_USUAL = InContextConfig()
