@@ -68,6 +68,22 @@ def test_a_run_begins_with_the_held_out_loss_of_its_origin_in_another_layout_too
     assert [event["event"] for event in lines(tmp_path, "two", "events")].count("INIT") == 1
 
 
+def test_a_run_with_more_levels_begins_with_the_held_out_loss_of_its_origin(tmp_path):
+    """The origin's levels behind and before a new one, its scalars moved by training, on one rank and on two."""
+    path = config_file(tmp_path)
+    cms = ["model.cms.variant=independent", "model.cms.hidden=16"]
+    assert run_ranks(run, 1, path, *cms, "train.steps=6", timeout=60) == [0]
+    trained = lines(tmp_path, "tiny", "metrics")[-1]["heldout_loss"]
+    new = [*cms, "model.cms.periods=[1, 3, 6]", f"model.init={tmp_path / 'runs/tiny'}", "train.stop_after=1"]
+    places = lambda name, levels: [f"run.name={name}", f"model.init_levels={levels}"]
+    assert run_ranks(run, 1, path, *new, *places("one", [1, 2]), timeout=60) == [0]
+    tensor = ["parallel.tensor=2", "parallel.sequence=true"]
+    assert run_ranks(run, 2, path, *new, *places("two", [0, 2]), *tensor, timeout=60) == [0, 0]
+    for name in ("one", "two"):
+        assert lines(tmp_path, name, "metrics")[0]["heldout_loss"] == pytest.approx(trained, abs=1e-6)
+    assert run(path, *new, *places("three", [2, 1]), "--dry-run") == 2
+
+
 def test_what_cannot_start_from_it_ends_with_2_on_all_ranks_and_in_a_dry_run(tmp_path, capfd):
     path = config_file(tmp_path)
     store(tmp_path / "runs/old", Model(named(**{**TRUNK, "vocab_size": 64, "layers": 3})).initialise(1), 5)
