@@ -36,6 +36,7 @@ FREE = (
     "model.mixers.linear.kernel",
     "model.init",  # the weights are the checkpoint's; where they began is in its `origin`
     "model.init_allow",
+    "model.init_levels",
     "train.stop_after",
     "train.micro_batch",
     "train.deterministic",

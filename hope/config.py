@@ -113,6 +113,9 @@ class ModelConfig:
     schedule, data and clocks begin anew. A run that resumes from its own checkpoint does not read it."""
     init_allow: list[str] = only_if("init", factory=list)
     """Differences from `init` that change what is computed: vocab, tokenizer, settings, mixers."""
+    init_levels: list[int] | None = only_if("init", default=None)
+    """The level of cms.periods, from 0, that each of `init`'s levels becomes, in order; null: the first ones. Others
+    start as the identity. [1] places a pretrained MLP in the second level, behind a new fast one."""
 
     def __post_init__(self) -> None:
         """Give every mixer of the pattern its section, and every section its type. What is unknown stays as it is, for

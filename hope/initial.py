@@ -6,10 +6,11 @@ Either the new model computes what the trained one does, to the last digit, or `
 |---|---|
 | window, periods and unit of the clocks, everything outside of the model section | free: the function is the same |
 | one MLP of hidden width H, and K independent levels (Eq. 74) of H / K | free: the sum of the parts is the whole |
-| more sequential levels (Eq. 70) of the same hidden width | free: a new level starts as the identity, its `down` 0 |
+| more levels of the same hidden width | free: a new level is the identity, its `down` 0 (`hope.initial_levels`) |
 | more rows of vocabulary | `vocab`: the new rows are drawn, as in a new model |
 | another tokenizer, as far as both are known | `tokenizer`, or `vocab` |
 | settings of a mixer whose parameters stay, such as `rope_base` | `settings`: its weights are kept |
+| how levels in context are rewritten, and whether at all | `settings`: their weights are kept, rates may be drawn |
 | another mixer, other heads, settings that change its parameters | `mixers`: drawn in that layer, the rest stays |
 | width, number of layers, fewer rows, tied embeddings, epsilon of the norms, other shapes of levels | refused |
 """
@@ -25,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hope.config import INIT_WORDS, ModelConfig
-from hope.memory.in_context_config import Sizes
+from hope.config import ModelConfig
+from hope.initial_levels import aggregate_value, allow, level_problems, level_value
 from hope.model import Model
 from hope.pretrained import Pretrained, open_pretrained
 from hope.sections import Problem
@@ -72,17 +73,14 @@ class Start:
     def _value(self, name: str, weights: Mapping[str, Tensor]) -> Tensor | None:
         """What a parameter of a block or the last norm starts from; None: what it was drawn as."""
         part = _PART.match(name)
-        if part is None or part[2] == "cms" or not part[2].startswith("cms"):
-            return None if part and (part[2] == "mixer" and self._drawn(int(part[1]))) else weights.get(name)
+        if part is None or part[2] == "mixer":
+            return None if part and self._drawn(int(part[1])) else weights.get(name)
+        if part[2] == "cms":
+            return aggregate_value(name, weights, self.found.model.config, self.config)
         if part[2] == "cms.in_context":
-            new = name not in weights  # as an added level below
+            new = name not in weights  # the identity until its first update
             return torch.zeros(()) if new and name.endswith("mlp.output.weight") else weights.get(name)
-        if not _split(self.found.model.config, self.config):
-            new = name not in weights  # an added level: the identity until its first update
-            return torch.zeros(()) if new and name.endswith("mlp.down.weight") else weights.get(name)
-        whole = weights[name.replace(f"cms.levels.{part[3]}.", "cms.levels.0.")]
-        dim = 1 if name.endswith("down.weight") else 0
-        return whole if name.endswith("norm.weight") else whole.chunk(len(self.config.periods), dim)[int(part[3])]
+        return level_value(name, int(part[3]), weights, self.found.model.config, self.config)
 
 
 def open_start(
@@ -112,7 +110,7 @@ def differences(source: ModelConfig, target: ModelConfig) -> Iterator[Problem]:
             yield Problem(f"model.{name}", f"{new}, and model.init has {old}: {why}", f"model.{name}={_word(old)}")
     yield from _rows(source, target)
     if source.width == target.width:
-        yield from _levels(source, target)
+        yield from level_problems(source, target)
         if source.layers == target.layers:
             yield from _mixers(source, target)
 
@@ -133,61 +131,7 @@ def _rows(source: ModelConfig, target: ModelConfig) -> Iterator[Problem]:
         yield Problem("model.vocab_size", what, f"model.vocab_size={old}")
     elif new > old and "vocab" not in target.init_allow:
         what = f"{new}, and model.init has {old}: {new - old} rows would be drawn"
-        yield Problem("model.vocab_size", what, f"model.vocab_size={old}; or {_allow(target, 'vocab')}")
-
-
-def _levels(source: ModelConfig, target: ModelConfig) -> Iterator[Problem]:
-    old, new = source.cms, target.cms
-    yield from _in_context(source, target)
-    hidden = source.hidden_per_level()
-    count, wanted = len(old.periods), len(new.periods)
-    if _split(source, target) or (
-        old.chain == new.chain
-        and hidden == target.hidden_per_level()
-        and (count == wanted or (count < wanted and new.chain == "sequential"))
-    ):
-        return
-    what = (
-        f"{wanted} {new.chain} of hidden width {target.hidden_per_level()}, and model.init has {count} {old.chain} "
-        f"of {hidden}: the chain would compute something else"
-    )
-    fix = f"model.cms.variant={old.variant} model.cms.hidden={hidden} and {count} periods"
-    if old.chain == "sequential":
-        fix += " or more"
-    if count == 1:
-        parts = [k for k in range(2, 9) if hidden % k == 0]
-        fix += f"; or model.cms.variant=independent with K periods and model.cms.hidden={hidden}/K, K of {parts}"
-    yield Problem("model.cms", what, fix)
-
-
-def _in_context(source: ModelConfig, target: ModelConfig) -> Iterator[Problem]:
-    """Levels in context can be added to a model without any: they add nothing until their first update."""
-    old, new = source.cms, target.cms
-    fits = old.groups == new.groups and _sizes(source) == _sizes(target)
-    if fits or (not old.in_context and (old.chain == "sequential" or _split(source, target))):
-        return
-    what = f"{_told(target)}, and model.init has {_told(source)}: the chain would compute something else"
-    yield Problem("model.cms.in_context", what, "those of model.init")
-
-
-def _sizes(config: ModelConfig) -> list[Sizes]:
-    return [Sizes.of(level, config.width, config.heads) for level in config.cms.in_context]
-
-
-def _told(config: ModelConfig) -> str:
-    chunks = [level.chunk for level in config.cms.in_context]
-    return f"{len(chunks)} {config.cms.variant} levels with chunks {chunks}" if chunks else "no levels"
-
-
-def _split(source: ModelConfig, target: ModelConfig) -> bool:
-    """Whether the one MLP of `source` becomes the independent levels of `target`, a part of its hidden units each."""
-    parts = len(target.periods)
-    return (
-        len(source.periods) == 1
-        and target.cms.variant == "independent"
-        and source.cms.chain == "sequential"
-        and parts * target.hidden_per_level() == source.hidden_per_level()
-    )
+        yield Problem("model.vocab_size", what, f"model.vocab_size={old}; or {allow(target, 'vocab')}")
 
 
 def _mixers(source: ModelConfig, target: ModelConfig) -> Iterator[Problem]:
@@ -199,15 +143,15 @@ def _mixers(source: ModelConfig, target: ModelConfig) -> Iterator[Problem]:
         differ = "settings that change its parameters" if same else f"{kinds(now)}, and model.init has {kinds(was)}"
         what = f"layers {', '.join(map(str, others))}: {differ}"
         fix = f"model.pattern=[{', '.join(source.pattern)}] model.heads={source.heads}"
-        yield Problem("model.pattern", what, f"{fix}, and its settings; or {_allow(target, 'mixers')} to draw them")
+        yield Problem("model.pattern", what, f"{fix}, and its settings; or {allow(target, 'mixers')} to draw them")
     for name in dict.fromkeys(target.mixer_of_layer[i] for i in range(target.layers) if i not in others):
         old, new = _settings(source, name), _settings(target, name)
         changed = [key for key in new if old.get(key) != new[key]]
         if changed and "settings" not in target.init_allow:
-            allow = _allow(target, "settings")
+            allowed = allow(target, "settings")
             for key in changed:
                 what = f"{new[key]}, and model.init has {old.get(key)}: the same weights would compute something else"
-                fix = f"model.mixers.{name}.{key}={_word(old.get(key))}; or {allow}"
+                fix = f"model.mixers.{name}.{key}={_word(old.get(key))}; or {allowed}"
                 yield Problem(f"model.mixers.{name}.{key}", what, fix)
 
 
@@ -238,12 +182,7 @@ def _tokenizers(found: Pretrained, config: ModelConfig, data: Mapping[str, Any])
     old, new = sha256_of(Path(there)) if there else hash_of(found.data), hash_of(data)
     if old and new and old != new and not {"vocab", "tokenizer"} & set(config.init_allow):
         what = f"its tokenizer has sha256 {old[:12]}..., that of the data {new[:12]}...: ids would mean other words"
-        yield Problem("model.init", what, f"data made with its tokenizer; or {_allow(config, 'tokenizer')}")
-
-
-def _allow(config: ModelConfig, word: str) -> str:
-    words = [known for known in INIT_WORDS if known == word or known in config.init_allow]
-    return f"model.init_allow=[{', '.join(words)}]"
+        yield Problem("model.init", what, f"data made with its tokenizer; or {allow(config, 'tokenizer')}")
 
 
 def _word(value: Any) -> str:

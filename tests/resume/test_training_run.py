@@ -60,7 +60,7 @@ def test_loss_falls_and_the_run_folder_is_complete(tmp_path, memory):
     records, folder = metrics(tmp_path), tmp_path / "runs" / "tiny"
     assert records[0]["step"] == 0
     assert records[-1]["step"] == 40
-    assert records[0]["heldout_loss"] == pytest.approx(4.1589, rel=0.02)  # ln 64
+    assert records[0]["heldout_loss"] == pytest.approx(4.1589, rel=0.04)  # ln 64; gates begin half open
     assert records[-1]["heldout_loss"] < records[0]["heldout_loss"] - 0.5
     contract = (
         "step tokens loss grad_norm lr step_time_s data_time_s tokens_per_s tokens_per_s_per_device mfu memory_gb"

@@ -67,7 +67,7 @@ def test_runs_checkpoints_and_exports_give_the_same_text(made, capsys):
     flags = ("--prompt", PROMPT, "--tokens", "30")
     code, out, err = call(capsys, made.run, *flags)
     assert code == 0
-    assert len(out) > 30
+    assert len(out) > 20
     assert f"model: {made.run}/checkpoints/step_00000008, step 8, float32 on cpu" in err
     assert "prefill " in err
     assert "steps 29 tokens in " in err

@@ -1,5 +1,6 @@
 """Levels in context as a part of the model: configuration, sizes, what is printed and logged, and how they begin."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -283,7 +284,6 @@ def test_a_trained_model_gets_levels_that_add_nothing_at_first(tmp_path, variant
         (config(levels=fast(4)), config(levels=fast(8))),
         (config(levels=fast(4)), config(levels=fast(4, 8))),
         (config(levels=fast(4, 8)), config("nested", fast(4, 8))),
-        (config("independent"), config("independent", fast(4))),
         (config(levels=fast(4, heads=2)), config(levels=fast(4, heads=4))),
     ],
 )
@@ -292,3 +292,48 @@ def test_what_would_compute_something_else_is_refused(source, target):
     [problem] = differences(source, target)
     assert problem.path == "model.cms.in_context"
     assert "the chain would compute something else" in problem.what
+
+
+def test_a_level_that_was_never_rewritten_is_rewritten_from_its_trained_weights(tmp_path):
+    """Section 7.3: as the inner rate goes to 0 the model is the trained one. Rates have no origin and are drawn."""
+    old = config(levels=fast(4, 8, rate=0))
+    store(tmp_path / "source", Model(old).initialise(1), 5)
+    ids = torch.arange(24).view(12, 2) % 32
+    moved = []
+    for rate in (1e-9, 0.025):
+        target = config(levels=fast(4, 8, rate=rate))
+        target.init = str(tmp_path / "source")
+        [problem] = open_start(target, {})[1]
+        assert problem.path == "model.cms.in_context"
+        assert "rate: 0}" in problem.what
+        assert problem.fix == "those of model.init; or model.init_allow=[settings]"
+        target.init_allow = ["settings"]
+        start, problems = open_start(target, {})
+        assert problems == []
+        model = Model(target).initialise(2)
+        start.fill(model)
+        known = dict(start.found.model.named_parameters())
+        new = {
+            name
+            for name, value in model.named_parameters()
+            if not torch.equal(value, known.get(name, value * torch.nan))
+        }
+        assert new
+        assert all(".mlp.rates." in name for name in new), new
+        moved.append((model.double()(ids)[0] - start.found.model.double()(ids)[0]).abs().max().item())
+    assert moved[0] < 1e-6
+    assert moved[1] > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        (config(levels=fast(4)), config(levels=fast(4, 8))),
+        (config(levels=fast(4, 8)), config("nested", fast(4, 8))),
+        (config(levels=fast(4, heads=2)), config(levels=fast(4, heads=4))),
+        (config(levels=fast(4)), config()),
+    ],
+)
+def test_the_word_for_settings_is_none_for_other_weights(source, target):
+    [problem] = differences(source, dataclasses.replace(target, init_allow=["settings"]))
+    assert (problem.path, problem.fix) == ("model.cms.in_context", "those of model.init")
