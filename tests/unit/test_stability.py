@@ -26,12 +26,24 @@ def stream(kind: str) -> torch.Tensor:
 ERASING = {"erase_max": 1.9, "static": "projected", "output_gate": "sigmoid"}
 
 
-@pytest.mark.parametrize("inputs", ["random", "correlated", "walk"])
-@pytest.mark.parametrize(
-    ("settings", "erase_bias"),
-    [({}, None), ({"memory": "mlp"}, None), (ERASING, 0.0), (ERASING, 20.0), ({**ERASING, "memory": "mlp"}, 20.0)],
-    ids=["matrix", "mlp", "matrix-erase", "matrix-erase-all", "mlp-erase-all"],
-)
+MODELS = {
+    "matrix": ({}, None),
+    "mlp": ({"memory": "mlp"}, None),
+    "matrix-erase": (ERASING, 0.0),
+    "matrix-erase-all": (ERASING, 20.0),
+    "mlp-erase-all": ({**ERASING, "memory": "mlp"}, 20.0),
+}
+CASES = [
+    pytest.param(
+        *of_model, inputs, id=f"{name}-{inputs}",
+        marks=pytest.mark.slow if (name, inputs) in {("mlp-erase-all", "walk"), ("mlp-erase-all", "correlated")} else (),
+    )
+    for name, of_model in MODELS.items()
+    for inputs in ("random", "correlated", "walk")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "erase_bias", "inputs"), CASES)
 def test_long_sequences_stay_finite(settings, erase_bias, inputs):
     """Also where each write flips the sign of what it finds: with a bias of 20 the erase rate is 1.9 throughout."""
     mixer = SelfModifyingTitans(Trunk(32, 1, 1), MemoryConfig(**settings))
