@@ -33,10 +33,10 @@ MODELS = {
     "matrix-erase-all": (ERASING, 20.0),
     "mlp-erase-all": ({**ERASING, "memory": "mlp"}, 20.0),
 }
+SLOW = {("mlp-erase-all", "walk"), ("mlp-erase-all", "correlated")}
 CASES = [
     pytest.param(
-        *of_model, inputs, id=f"{name}-{inputs}",
-        marks=pytest.mark.slow if (name, inputs) in {("mlp-erase-all", "walk"), ("mlp-erase-all", "correlated")} else (),
+        *of_model, inputs, id=f"{name}-{inputs}", marks=pytest.mark.slow if (name, inputs) in SLOW else ()
     )
     for name, of_model in MODELS.items()
     for inputs in ("random", "correlated", "walk")
