@@ -16,6 +16,7 @@ import argparse
 import json
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 import recipe
@@ -117,11 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.table:
         print(table(plan, _rows(args.table)))
         return 0
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    runs = Phases(plan, args)
-    runs.all()
-    print(table(plan, runs.rows))
-    return int(bool(runs.failed))
+    return Phases(plan, args).told(partial(table, plan))
 
 
 if __name__ == "__main__":

@@ -178,11 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.table:
         print(table(json.loads(args.table.read_text())))
         return 0
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    runs = Probes(yaml.safe_load(args.plan.read_text()), args)
-    runs.all()
-    print(table(runs.rows))
-    return int(bool(runs.failed))
+    return Probes(yaml.safe_load(args.plan.read_text()), args).told(table)
 
 
 if __name__ == "__main__":

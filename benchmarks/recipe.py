@@ -25,7 +25,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -181,6 +182,13 @@ class Runs:
         for slot in slots:
             slot.join()
 
+    def told(self, table: Callable[[list[Row]], str]) -> int:
+        """All cells, then the table of their rows; 1 if one failed."""
+        Path(self.args.out).mkdir(parents=True, exist_ok=True)
+        self.all()
+        print(table(self.rows))
+        return int(bool(self.failed))
+
     def work(self, slot: int) -> None:
         """Of one slot."""
         while (cell := self.next()) is not None:
@@ -299,11 +307,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.table:
         print(table(plan, json.loads(args.table.read_text())))
         return 0
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    runs = Runs(plan, args)
-    runs.all()
-    print(table(plan, runs.rows))
-    return int(bool(runs.failed))
+    return Runs(plan, args).told(partial(table, plan))
 
 
 if __name__ == "__main__":
