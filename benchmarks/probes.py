@@ -84,8 +84,8 @@ class Probes(Runs):
         how, run, target = self.plan[NEEDLE], out / cell.name, out / f"{cell.name}.json"
         words = [*how["common"], *flat(how["models"][cell.model]), f"run.name={cell.name}", f"run.dir={out}",
                  f"data.train={self.args.data[0]}", f"data.heldout={self.args.data[1]}"]  # fmt: skip
-        if not (run / "metrics.jsonl").exists():
-            self._start([str(ROOT / "pretrain_hope.py"), str(ROOT / how["config"]), *words], cell, device)
+        # the same command again goes on with a run that was cut, and leaves a finished one alone
+        self._start([str(ROOT / "pretrain_hope.py"), str(ROOT / how["config"]), *words], cell, device)
         records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         self._start([
             "-m", "hope.evaluate", "probe", NEEDLE, str(run), *how["options"], "--tokenizer", str(self.args.tokenizer),

@@ -65,9 +65,8 @@ def nearest(config: Config, parameters: int, known: Sequence[Speed] = MEASURED) 
     """The row that an estimate rests on: of the slowest mixer of the pattern, the nearest number of parameters.
 
     Of equally large models the one with the nearest sequence. A mixer that was never measured counts as hope's, and so
-    do levels in context. Rows
-    with CUDA graphs count for a run with them, if there are some, and others for others. `known` may be a user's own;
-    of a mixer that is not among them it is `MEASURED`.
+    do levels in context. Rows with CUDA graphs count for a run with them, if there are some, and others for others.
+    `known` may be a user's own; of a mixer that is not among them it is `MEASURED`.
     """
     slow = slowest(config)
     rows = [row for row in known if row.mixer in slow] or [row for row in MEASURED if row.mixer in slow]
