@@ -8,12 +8,13 @@ from evaluated import TEXT, stored_model
 from models import named
 
 from hope.evaluate.probes import __main__ as program
+from hope.evaluate.probes.base import IGNORE
 from hope.evaluate.probes.options import best_of
-from hope.evaluate.probes.passes import Passes, one_pass
-from hope.evaluate.probes.recall import Palindrome, SelectiveCopy
+from hope.evaluate.probes.passes import Passes, asked, one_pass
+from hope.evaluate.probes.recall import Mqar, SelectiveCopy
 from hope.evaluate.probes.state import Word
-from hope.evaluate.probes.train import Plan, accuracy, adamw, batch_of, train, training_batch
-from hope.model import Model
+from hope.evaluate.probes.train import Plan, accuracy, adamw, batch_of, batches, train, training_batch
+from hope.model import Model, next_token_loss
 from hope.optim.config import OptimConfig
 
 CPU = torch.device("cpu")
@@ -57,23 +58,47 @@ def test_sizes_are_taken_by_their_shares_and_examples_from_their_number():
     assert {example.tokens.tobytes() for batch in short for example in batch} == known
 
 
+def test_batches_come_in_order_however_many_processes_make_them():
+    plan = Plan([(Word(3, "S3"), 30), (Word(5, "S3"), 10)], 7, 4, 1)
+    alone, shared = list(batches(plan, 0)), list(batches(plan, 2))
+    assert len(alone) == len(shared) == 7
+    for step, (mine, theirs) in enumerate(zip(alone, shared, strict=True), 1):
+        made = batch_of(training_batch(plan, step))
+        assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(mine, theirs, made, strict=True))
+
+
+def test_the_loss_is_that_of_the_places_that_are_asked():
+    """Loss and gradients of scoring all places, where those that are not asked weigh nothing; in float64."""
+    tokens_TB, targets_TB = batch_of([Mqar(32, 4, 64).example(1, index) for index in range(3)])
+    model = Model(named("hope", vocab_size=64, width=16, layers=2, heads=2)).initialise(1).double()
+    loss = one_pass(model, asked(tokens_TB, targets_TB, CPU))
+    found = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    counts = (targets_TB != IGNORE).double()
+    whole = next_token_loss(model(tokens_TB)[0], targets_TB.clamp(min=0), counts * counts.numel() / counts.sum())
+    whole.backward()
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-12)
+    for parameter, gradient in zip(model.parameters(), found, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-9, atol=1e-13)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("mixer", ["transformer", "hope"])
 def test_recorded_passes_are_the_passes(mixer):
     """Sizes come in turn: loss and gradients of every batch are what a pass as it is gives, bit for bit."""
     device = torch.device("cuda")
     config = named(mixer, vocab_size=64, width=128, layers=2, heads=2)
-    plan = Plan([(Palindrome(64, 64), 100), (Palindrome(128, 64), 100)], 12, 4, 1)
+    plan = Plan([(Mqar(64, 4, 64), 100), (Mqar(64, 8, 64), 100), (Mqar(128, 8, 64), 100)], 12, 4, 1)
     model = Model(config).initialise(1).to(device)
     passes, sizes = Passes(model, device), set()
     for step in range(1, 13):
-        batch = [part.to(device) for part in batch_of(training_batch(plan, step))]
-        sizes.add(batch[0].shape)
-        loss = passes(*batch).clone()
+        batch = asked(*batch_of(training_batch(plan, step)), device)
+        sizes.add(batch.size)
+        loss = passes(batch).clone()
         found = [parameter.grad.clone() for parameter in model.parameters()]
-        assert torch.equal(one_pass(model, *batch), loss)
+        assert torch.equal(one_pass(model, batch), loss)
         assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), found, strict=True))
-    assert len(sizes) == 2
+    assert len(sizes) == 3
 
 
 def run(*words):

@@ -11,7 +11,7 @@ from hope.config import ModelConfig
 from hope.evaluate.classes.data import Example
 from hope.evaluate.classes.stream import Prompts, batches
 from hope.evaluate.errors import EvaluationError
-from hope.evaluate.probes.passes import one_pass
+from hope.evaluate.probes.passes import asked, one_pass
 from hope.evaluate.rows import Alone, ListedRows, score_rows
 from hope.evaluate.scorer import ModelScorer
 from hope.evaluate.tasks import reduce_pair
@@ -112,7 +112,7 @@ class Learner:
         plan = self._plan
         drawn = batches(examples, self._prompts, plan.batch, plan.epochs, seed)
         for step, (tokens_TB, targets_TB) in enumerate(drawn, 1):
-            loss = one_pass(self.model, tokens_TB.to(self._device), targets_TB.to(self._device))
+            loss = one_pass(self.model, asked(tokens_TB, targets_TB, self._device))
             scale = min(1.0, CLIP / (self._optimizer.norm() + 1e-6))
             for group in self._optimizer.param_groups:
                 group["grad_scale"] = scale

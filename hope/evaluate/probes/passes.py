@@ -6,13 +6,33 @@ host cannot issue them as fast as a GPU does them. `parallel.compute.graphs` say
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hope.evaluate.probes.base import IGNORE
 from hope.model import Model, next_token_loss
+
+
+class Asked(NamedTuple):
+    """A batch by what it asks: tokens [T, B]; which of its T B places are asked [N]; the answers there [N]; int64."""
+
+    tokens_TB: Tensor
+    places: Tensor
+    answers: Tensor
+
+    @property
+    def size(self) -> tuple[torch.Size, int]:
+        """What a recording depends on: sizes of one probe may ask more places of as many tokens."""
+        return self.tokens_TB.shape, len(self.answers)
+
+
+def asked(tokens_TB: Tensor, targets_TB: Tensor, device: torch.device) -> Asked:
+    """A batch on a device; targets that are IGNORE are not asked."""
+    targets = targets_TB.flatten()
+    places = (targets != IGNORE).nonzero().squeeze(1)
+    return Asked(*(part.to(device, non_blocking=True) for part in (tokens_TB, places, targets[places])))
 
 
 class Passes:
@@ -24,34 +44,32 @@ class Passes:
 
     def __init__(self, model: Model, device: torch.device) -> None:
         self._model, self._device = model, device
-        self._seen: set[torch.Size] = set()
-        self._graphs: dict[torch.Size, _Graph] = {}
+        self._seen: set[tuple[torch.Size, int]] = set()
+        self._graphs: dict[tuple[torch.Size, int], _Graph] = {}
         self._pool: Any = None
         if device.type == "cuda":
             torch.cuda.set_stream(torch.cuda.Stream(device))
 
-    def __call__(self, tokens_TB: Tensor, targets_TB: Tensor) -> Tensor:
-        """The loss, a scalar; targets that are IGNORE do not count. Both int64 [T, B], on any device."""
-        size = tokens_TB.shape
-        graph = self._graphs.get(size)
-        if graph is None and self._device.type == "cuda" and size in self._seen:
+    def __call__(self, batch: Asked) -> Tensor:
+        """The loss, a scalar."""
+        graph = self._graphs.get(batch.size)
+        if graph is None and self._device.type == "cuda" and batch.size in self._seen:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            graph = self._graphs[size] = _Graph(self._model, tokens_TB, targets_TB, self._device, self._pool)
+            graph = self._graphs[batch.size] = _Graph(self._model, batch, self._pool)
         if graph is not None:
-            return graph.replay(tokens_TB, targets_TB)
-        self._seen.add(size)
-        return one_pass(self._model, tokens_TB.to(self._device), targets_TB.to(self._device))
+            return graph.replay(batch)
+        self._seen.add(batch.size)
+        return one_pass(self._model, batch)
 
 
-def one_pass(model: Model, tokens_TB: Tensor, targets_TB: Tensor) -> Tensor:
-    """Forward and backward: the mean loss over the targets that count, and its gradients."""
+def one_pass(model: Model, batch: Asked) -> Tensor:
+    """Forward and backward: the mean loss over the places that are asked, and its gradients. Others are not scored."""
     for parameter in model.parameters():
         parameter.grad = None
-    asked = targets_TB != IGNORE
-    weights_TB = asked.float() * (asked.numel() / asked.sum())
-    logits_TBV, _ = model(tokens_TB, keep_state=False)
-    loss = next_token_loss(logits_TBV, targets_TB.clamp(min=0), weights_TB)
+    x_TBD, _ = model.trunk(batch.tokens_TB, keep_state=False)
+    logits_NV = model.vocabulary.logits(x_TBD.flatten(0, 1).index_select(0, batch.places))
+    loss = next_token_loss(logits_NV.unsqueeze(0), batch.answers)
     loss.backward()
     return loss.detach()
 
@@ -59,15 +77,15 @@ def one_pass(model: Model, tokens_TB: Tensor, targets_TB: Tensor) -> Tensor:
 class _Graph:
     """One recording, with the batch that it reads and the gradients that it writes."""
 
-    def __init__(self, model: Model, tokens_TB: Tensor, targets_TB: Tensor, device: torch.device, pool: Any) -> None:
-        self._batch = tokens_TB.to(device), targets_TB.to(device)
+    def __init__(self, model: Model, batch: Asked, pool: Any) -> None:
+        self._batch = Asked(*(part.clone() for part in batch))
         self._parameters: list[nn.Parameter] = list(model.parameters())
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool, stream=torch.cuda.current_stream()):
-            self._loss = one_pass(model, *self._batch)
+            self._loss = one_pass(model, self._batch)
         self._gradients = [parameter.grad for parameter in self._parameters]
 
-    def replay(self, *batch: Tensor) -> Tensor:
+    def replay(self, batch: Asked) -> Tensor:
         for mine, new in zip(self._batch, batch, strict=True):
             mine.copy_(new)
         self._graph.replay()

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from hope.config import ModelConfig
 from hope.evaluate.measures import Measure, mean, ratio
 from hope.evaluate.probes.base import IGNORE, Example, Probe
-from hope.evaluate.probes.passes import Passes
+from hope.evaluate.probes.passes import Passes, asked
 from hope.mixers.base import tensors_of
 from hope.model import Model
 from hope.optim.build import build_optimizer
@@ -59,15 +60,26 @@ def training_batch(plan: Plan, step: int) -> list[Example]:
     return [probe.example(plan.seed, int(index)) for index in rng.integers(0, count, plan.batch)]
 
 
-def _batches(plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of all steps, each made while the one before it is computed."""
-    made = lambda step: batch_of(training_batch(plan, step))
-    with ThreadPoolExecutor(1) as maker:
-        coming = maker.submit(made, 1)
-        for step in range(1, plan.steps + 1):
-            batch = coming.result()
-            coming = maker.submit(made, step + 1)
-            yield batch
+class _Batches(Dataset[tuple[Tensor, Tensor]]):
+    """Of all steps of a plan."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+
+    def __len__(self) -> int:
+        return self._plan.steps
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return batch_of(training_batch(self._plan, index + 1))
+
+
+def batches(plan: Plan, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of all steps in order, made ahead by so many other processes: examples cost more than a GPU's step."""
+    yield from DataLoader(_Batches(plan), batch_size=None, num_workers=workers)
+
+
+def _workers(device: torch.device) -> int:
+    return min(4, len(os.sched_getaffinity(0)) // 2) if device.type == "cuda" else 0
 
 
 def train(
@@ -81,8 +93,8 @@ def train(
     model = Model(config).initialise(plan.seed).to(device)
     optimizer = build_optimizer(parameter_groups(model, optim.weight_decay, optim), optim)
     passes = Passes(model, device)
-    for step, batch in enumerate(_batches(plan), 1):
-        loss = passes(*batch)
+    for step, batch in enumerate(batches(plan, _workers(device)), 1):
+        loss = passes(asked(*batch, device))
         norm = optimizer.norm()
         for group in optimizer.param_groups:
             group["grad_scale"] = min(1.0, plan.clip / (norm + 1e-6))
