@@ -9,13 +9,16 @@ from models import named
 
 from hope.evaluate.probes import __main__ as program
 from hope.evaluate.probes.base import IGNORE
+from hope.evaluate.probes.flat import flatten
 from hope.evaluate.probes.options import best_of
 from hope.evaluate.probes.passes import Passes, asked, one_pass
 from hope.evaluate.probes.recall import Mqar, SelectiveCopy
 from hope.evaluate.probes.state import Word
 from hope.evaluate.probes.train import Plan, accuracy, adamw, batch_of, batches, train, training_batch
 from hope.model import Model, next_token_loss
+from hope.optim.build import build_optimizer
 from hope.optim.config import OptimConfig
+from hope.optim.levels import parameter_groups
 
 CPU = torch.device("cpu")
 SMALL = ("configs/quickstart.yaml", "configs/models/transformer.yaml", "model.width=16", "model.heads=2")
@@ -82,6 +85,25 @@ def test_the_loss_is_that_of_the_places_that_are_asked():
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-9, atol=1e-13)
 
 
+def test_flat_groups_train_as_their_parameters_do():
+    """AdamW on HOPE with a slow level, and with weight decay for matrices alone: the same weights to the bit."""
+    optim, ends = OptimConfig(name="adamw", lr=1e-2, weight_decay=0.1), []
+    for of in (list, flatten):
+        model = Model(named("hope", vocab_size=64, width=16, layers=2, heads=2)).initialise(1)
+        groups = of(parameter_groups(model, 0.1, optim))
+        assert len(groups) > 3
+        optimizer = build_optimizer(groups, optim)
+        for step in range(1, 6):
+            one_pass(model, asked(*batch_of(training_batch(Plan([(Mqar(32, 4, 64), 9)], 5, 3, 1), step)), CPU))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=of is list)
+        ends.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    start = Model(named("hope", vocab_size=64, width=16, layers=2, heads=2)).initialise(1)
+    for name, p in start.named_parameters():
+        assert torch.equal(ends[0][name], ends[1][name]), name
+        assert not torch.equal(ends[0][name], p), name
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("mixer", ["transformer", "hope"])
 def test_recorded_passes_are_the_passes(mixer):
@@ -90,14 +112,17 @@ def test_recorded_passes_are_the_passes(mixer):
     config = named(mixer, vocab_size=64, width=128, layers=2, heads=2)
     plan = Plan([(Mqar(64, 4, 64), 100), (Mqar(64, 8, 64), 100), (Mqar(128, 8, 64), 100)], 12, 4, 1)
     model = Model(config).initialise(1).to(device)
+    wholes = [group["params"][0] for group in flatten(parameter_groups(model, 0.1))]
     passes, sizes = Passes(model, device), set()
     for step in range(1, 13):
         batch = asked(*batch_of(training_batch(plan, step)), device)
         sizes.add(batch.size)
         loss = passes(batch).clone()
-        found = [parameter.grad.clone() for parameter in model.parameters()]
+        found = [whole.grad.clone() for whole in wholes]
+        torch._foreach_zero_([whole.grad for whole in wholes])
         assert torch.equal(one_pass(model, batch), loss)
-        assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), found, strict=True))
+        assert all(g.any() and torch.equal(whole.grad, g) for whole, g in zip(wholes, found, strict=True))
+        torch._foreach_zero_([whole.grad for whole in wholes])
     assert len(sizes) == 3
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hope.evaluate.probes.base import IGNORE
 from hope.model import Model, next_token_loss
@@ -36,7 +36,7 @@ def asked(tokens_TB: Tensor, targets_TB: Tensor, device: torch.device) -> Asked:
 
 
 class Passes:
-    """Every call leaves the gradients of its batch in the parameters, and nothing of the batches before.
+    """Every call ADDS the gradients of its batch to those of the parameters, which are there (`flatten` makes them).
 
     Make it before the first pass of the model: work then goes to a stream that can be recorded. The first batch of a
     size is computed as it is, which compiles kernels. The second one is recorded, and replayed from then on.
@@ -64,9 +64,8 @@ class Passes:
 
 
 def one_pass(model: Model, batch: Asked) -> Tensor:
-    """Forward and backward: the mean loss over the places that are asked, and its gradients. Others are not scored."""
-    for parameter in model.parameters():
-        parameter.grad = None
+    """Forward and backward: the mean loss over the places that are asked, whose gradients are added. Others are not
+    scored."""
     x_TBD, _ = model.trunk(batch.tokens_TB, keep_state=False)
     logits_NV = model.vocabulary.logits(x_TBD.flatten(0, 1).index_select(0, batch.places))
     loss = next_token_loss(logits_NV.unsqueeze(0), batch.answers)
@@ -75,20 +74,16 @@ def one_pass(model: Model, batch: Asked) -> Tensor:
 
 
 class _Graph:
-    """One recording, with the batch that it reads and the gradients that it writes."""
+    """One recording, and the batch that it reads."""
 
     def __init__(self, model: Model, batch: Asked, pool: Any) -> None:
         self._batch = Asked(*(part.clone() for part in batch))
-        self._parameters: list[nn.Parameter] = list(model.parameters())
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool, stream=torch.cuda.current_stream()):
             self._loss = one_pass(model, self._batch)
-        self._gradients = [parameter.grad for parameter in self._parameters]
 
     def replay(self, batch: Asked) -> Tensor:
         for mine, new in zip(self._batch, batch, strict=True):
             mine.copy_(new)
         self._graph.replay()
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-            parameter.grad = gradient
         return self._loss

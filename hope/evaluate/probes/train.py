@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from hope.config import ModelConfig
 from hope.evaluate.measures import Measure, mean, ratio
 from hope.evaluate.probes.base import IGNORE, Example, Probe
+from hope.evaluate.probes.flat import flatten
 from hope.evaluate.probes.passes import Passes, asked
 from hope.mixers.base import tensors_of
 from hope.model import Model
@@ -79,7 +80,7 @@ def batches(plan: Plan, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _workers(device: torch.device) -> int:
-    return min(4, len(os.sched_getaffinity(0)) // 2) if device.type == "cuda" else 0
+    return min(2, len(os.sched_getaffinity(0)) // 2) if device.type == "cuda" else 0
 
 
 def train(
@@ -91,7 +92,8 @@ def train(
 ) -> Model:
     """A model that has taken `plan.steps` steps; single process, fp32. `say` is told step and loss."""
     model = Model(config).initialise(plan.seed).to(device)
-    optimizer = build_optimizer(parameter_groups(model, optim.weight_decay, optim), optim)
+    groups = flatten(parameter_groups(model, optim.weight_decay, optim))
+    optimizer = build_optimizer(groups, optim)
     passes = Passes(model, device)
     for step, batch in enumerate(batches(plan, _workers(device)), 1):
         loss = passes(asked(*batch, device))
@@ -100,7 +102,7 @@ def train(
             group["grad_scale"] = min(1.0, plan.clip / (norm + 1e-6))
             group["lr"] = rate_at(step, optim, plan.steps)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)
         say(step, loss.item())
     return model
 
