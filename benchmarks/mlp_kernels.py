@@ -63,8 +63,6 @@ CHECKS: list[Case] = [
 ]
 TIMES: list[Case] = [
     {"B": 8, "L": 4096},
-    {"B": 8, "L": 4096, "options": {"num_warps": 8}},
-    {"B": 8, "L": 4096, "options": {"maxnreg": 168}},
     {"B": 8, "L": 4096, "group": 16},
     {"B": 8, "L": 4096, "documents": 1},
     {"B": 8, "L": 4096, "plain": 1},
