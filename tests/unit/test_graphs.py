@@ -17,9 +17,11 @@ import pretrain_hope
 from configs.errors import ConfigError
 from configs.schema import load
 from hope.batch import Batch
-from hope.config import CmsConfig
+from hope.config import CmsConfig, ModelConfig
+from hope.mixers.titans_attention import LayerConfig
 from hope.model import Model
 from hope.optim.config import OptimConfig
+from hope.train.diagnostics import MixerProbe
 from parallel.compute import graphs
 from parallel.compute.graphs import Graphs
 from parallel.compute.recording import Recorder
@@ -115,6 +117,18 @@ def test_gradients_are_the_mean_over_micro_batches(passes):
     torch.stack([model(row)[0].float().logsumexp(-1).mean() for row in ids]).mean().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, once[name])
+
+
+def test_a_memory_within_a_layer_is_not_what_is_watched():
+    """The layer tells it in a forward pass, which a replay is not: steps after a watched one would be another kind."""
+    sections = {"titans_mal": LayerConfig(chunk=4, window=4)}
+    model = Model(ModelConfig(pattern=["titans_mal"], mixers=sections, vocab_size=64, width=32, layers=1, heads=2))
+    probe, tokens = MixerProbe([model]), torch.zeros(8, 2, dtype=torch.long)
+    for on in (True, False):
+        probe.arm(on)
+        assert model.watched == on
+        model.initialise(1)(tokens)
+    assert "memory_norm.0" in probe.scalars()
 
 
 @pytest.mark.parametrize(
