@@ -35,8 +35,14 @@ LENGTH, MEMORY = (128, MemoryConfig()) if GPU else (32, MemoryConfig(projection_
 MODEL = named("hope", memory=MEMORY, vocab_size=64, width=64, layers=5, heads=2, cms=CmsConfig(periods=[1, 2]))
 PP2, INTERLEAVED = ParallelConfig(pipeline=2), ParallelConfig(pipeline=2, virtual_pipeline=2)
 SLOTS = {1: [2, 1], 2: [4 + 2, 3 + 1]}
-"""By virtual stages and rank: micro-batches that a chunk of it holds at once, summed over its chunks."""
-LAYOUTS = pytest.mark.parametrize("layout", [PP2, INTERLEAVED], ids=["pp2", "pp2x2"])
+"""For one and for two chunks on a rank, by stage: micro-batches that a chunk holds at once, summed over the chunks."""
+TP2_INTERLEAVED = dataclasses.replace(INTERLEAVED, tensor=2, sequence=True)
+
+
+def name(value: object) -> str:
+    if not isinstance(value, ParallelConfig):
+        return str(value)
+    return f"tp{value.tensor}-pp{value.pipeline}x{value.virtual_pipeline}"
 
 
 def mapped(value: Any, change) -> Any:
@@ -172,17 +178,28 @@ def assert_did_something(steps: list[list[dict[str, Any]]]) -> None:
 
 
 @pytest.mark.skipif(GPU, reason="a GPU is here")
-@pytest.mark.parametrize(("precision", "recompute"), [("bf16", "none"), ("fp32", "none"), ("bf16", "block")])
-@LAYOUTS
+@pytest.mark.parametrize(
+    ("layout", "precision", "recompute"),
+    [
+        (PP2, "bf16", "none"),
+        (PP2, "fp32", "none"),
+        (INTERLEAVED, "bf16", "none"),
+        (INTERLEAVED, "fp32", "none"),
+        (INTERLEAVED, "bf16", "block"),
+        (TP2_INTERLEAVED, "bf16", "none"),
+    ],
+    ids=name,
+)
 def test_slots_repeat_the_passes_to_the_last_bit(layout, precision, recompute):
     """Steps as they are and in slots, mixers watched and not; and evaluation after them."""
-    expected = run_ranks(trained, 2, layout, "eager", precision, "dmgd", recompute, timeout=120)
-    found = run_ranks(trained, 2, layout, "stand-in", precision, "dmgd", recompute, timeout=120)
+    world = layout.tensor * layout.pipeline
+    expected = run_ranks(trained, world, layout, "eager", precision, "dmgd", recompute, timeout=110)
+    found = run_ranks(trained, world, layout, "stand-in", precision, "dmgd", recompute, timeout=110)
     assert_did_something([steps for steps, _, _ in expected])
     for rank, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
         assert_equal(mine[:2], theirs[:2], f"rank {rank}")
         assert theirs[2] == {}
-        slots = SLOTS[layout.virtual_pipeline][rank]
+        slots = SLOTS[layout.virtual_pipeline][rank // layout.tensor]
         # recorded in step 1; closed in 3, recorded again in 4; watched, in the same slots, in 5; closed at the end
         assert mine[2] == {
             "wait": 4, "free": 4, "pool": 2 * slots, "record": 6 * slots,
@@ -236,7 +253,7 @@ def test_what_is_recorded_and_when():
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
 @pytest.mark.parametrize(("optim", "recompute"), [("dmgd", "none"), ("muon", "block")])
-@LAYOUTS
+@pytest.mark.parametrize("layout", [PP2, INTERLEAVED], ids=name)
 def test_graphs_of_stages_repeat_the_passes_to_the_last_bit(layout, optim, recompute, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     expected = run_ranks(trained, 2, layout, "eager", "bf16", optim, recompute, timeout=110)
