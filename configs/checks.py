@@ -46,8 +46,8 @@ def section_problems(sections: Mapping[str, Any], world_size: int | None, paths:
         yield from _tasks_and_layout(sections["parallel"])
     if model and train and sections.get("parallel") and train.compile == "block":
         yield from _whole_blocks(model, train, sections["parallel"])
-    if train and train.cuda_graphs and data and sections.get("parallel"):
-        yield from _recorded_passes(data.documents, sections["parallel"])
+    if train and train.cuda_graphs and data:
+        yield from _recorded_passes(data.documents)
     if model and train and data and data.documents == "stream":
         yield from _stream(model, train)
     if "checkpoint" in sections:
@@ -101,14 +101,11 @@ def _whole_blocks(model: ModelConfig, train: TrainConfig, parallel: ParallelConf
         yield Problem("train.compile", what, "dense; or fewer lengths in train.seq_len_stages")
 
 
-def _recorded_passes(documents: str, parallel: ParallelConfig) -> Iterator[Problem]:
+def _recorded_passes(documents: str) -> Iterator[Problem]:
     """What differs from pass to pass, and cannot be in a graph."""
     if documents == "reset":
         what = "true, and with data.documents=reset shapes depend on where documents begin"
         yield Problem("train.cuda_graphs", what, "false; or data.documents=carry")
-    if parallel.pipeline > 1:
-        what = f"true, and the passes of parallel.pipeline {parallel.pipeline} wait for other stages"
-        yield Problem("train.cuda_graphs", what, "false; or parallel.pipeline=1")
 
 
 def _stream(model: ModelConfig, train: TrainConfig) -> Iterator[Problem]:

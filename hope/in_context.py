@@ -54,7 +54,6 @@ class InContextMlp(Mixer):
         self.first, self.second = new(sizes.hidden, sizes.head_dim), new(sizes.head_dim, sizes.hidden)
         rates = lambda level: Rates(heads, width, _rates(level, sizes), sizes.head_dim)
         self.rates = nn.ModuleList(rates(level) for level in levels if self.writes)
-        self._collected = Report()
 
     def forward(
         self, x_TBD: Tensor, state: State | None = None, documents: Documents | None = None
@@ -79,7 +78,7 @@ class InContextMlp(Mixer):
         y, weights = self._mlp(wide.dtype)(tokens, layout, None if state is None else before.weights)
         after = MemoryState(weights, history, layout.remaining(wide), layout.left)
         if self.watched:
-            self._collected = self._summary(after, tokens)
+            self.collected = self._summary(after, tokens)
         return self.leave(self.output(self.form(joined)(layout.collect(y), x_TBD.dtype))), after
 
     def ordinary(self, x_TBD: Tensor) -> Tensor:
@@ -168,7 +167,7 @@ class InContextMlp(Mixer):
 
     def report(self) -> Report:
         """See `_summary`."""
-        return self._collected
+        return self.collected
 
 
 def _rates(level: InContextConfig, sizes: Sizes) -> TitansConfig:

@@ -17,7 +17,6 @@ from hope.documents import Documents
 from hope.flops import Flops
 from hope.layers import RMSNorm
 from hope.loss import Unscored, block_of
-from hope.mixers import Mixer
 from hope.parameters import initialise, new_parameter, normal
 
 States = dict[int, BlockState]
@@ -155,8 +154,8 @@ class Model(nn.Module):
 
     @property
     def watched(self) -> bool:
-        """Whether its mixers collect what they report."""
-        return any(module.watched for module in self.modules() if isinstance(module, Mixer))
+        """Whether mixers collect what they report; one within a mixer is told by that one, in a forward pass."""
+        return any(part.watched for block in self.blocks.values() for part in block.mixing().values())  # type: ignore[operator]
 
     @property
     def vocabulary(self) -> Embedding:

@@ -57,7 +57,6 @@ class GatedDelta(Mixer):
         self.beta_weight, self.alpha_weight = gate(width, init=normal(0.02)), gate(width, init=normal(0.02))
         self.alpha_bias = gate(init=constant(4.0))
         self.norm = RMSNorm(self.head_dim, used="heads")
-        self._collected = Report()
 
     def forward(
         self, x_TBD: Tensor, state: State | None = None, documents: Documents | None = None
@@ -79,7 +78,7 @@ class GatedDelta(Mixer):
         y, weight = self._scan(q, k, v, beta, log_alpha, layout.resets, state)
         if self.watched:
             norm = weight.detach().square().sum((-1, -2)).sqrt().mean()
-            self._collected = Report({"memory_norm": norm}, {"beta": beta.detach()})
+            self.collected = Report({"memory_norm": norm}, {"beta": beta.detach()})
         y = F.rms_norm(layout.collect(y), (self.head_dim,), self.norm.weight.to(dtype), eps=1e-6).to(x_TBD.dtype)
         merged = y.permute(2, 0, 1, 3).flatten(-2)
         return self.leave(self.output(merged * F.silu(self.gate(x_TBD)))), Memory(weight)
@@ -113,4 +112,4 @@ class GatedDelta(Mixer):
         )
 
     def report(self) -> Report:
-        return self._collected
+        return self.collected

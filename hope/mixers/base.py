@@ -117,7 +117,8 @@ class Mixer(Dense):
         chunk: tokens between two writes of the state; memory use is linear in whole chunks. 1: no chunks.
         period: chunks after which what is kept for the backward has grown by as much again.
         first_head: of the heads that are here, its number among those of the model; a tensor-parallel layout sets it.
-        watched: whether the next forward passes collect what `report` tells.
+        watched: whether the next forward passes put what `report` tells into `collected`.
+        collected: of the last forward pass while `watched`. A pass that is a CUDA graph has its own, with new numbers.
         form: what its dense parts go through, see `hope.dense`.
         compiles_whole: whether `train.compile=block` makes one graph of a block around it, or takes its dense parts.
     """
@@ -132,6 +133,7 @@ class Mixer(Dense):
     def __init__(self) -> None:
         super().__init__()
         self.enter, self.leave = nn.Identity(), nn.Identity()
+        self.collected = Report()
 
     def forward(
         self, x_TBD: Tensor, state: State | None = None, documents: Documents | None = None
@@ -157,7 +159,7 @@ class Mixer(Dense):
 
     def report(self) -> Report:
         """What the last forward pass collected while `watched`."""
-        return Report()
+        return self.collected
 
     def kernels(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Which kernel would run on `device` with weights of `dtype`, and why, such as `plain (CPU)`; None for a mixer

@@ -92,7 +92,6 @@ class LinearMemory(Mixer):
         if self.rule.gate != "none":
             self.gate = Linear(width, width, "column")
         self.output = Linear(width, width, "row")
-        self._collected = Report()
 
     def forward(
         self, x_TBD: Tensor, state: State | None = None, documents: Documents | None = None
@@ -107,7 +106,7 @@ class LinearMemory(Mixer):
         memory = choice.memory if documents is None else partial(linear_memory, segment=documents.segment_BT)
         y, weight = memory(q, k, values, log_decay, write, before.weight, erase=self.rule.erase, chunk=self.chunk)
         if self.watched:
-            self._collected = summary(weight, log_decay, write)
+            self.collected = summary(weight, log_decay, write)
         if self.rule.normaliser:
             y = y[..., :-1] / (y[..., -1:] + EPSILON)
         if self.rule.skip:
@@ -203,7 +202,7 @@ class LinearMemory(Mixer):
     def report(self) -> Report:
         """memory_norm: mean over sequences and heads of the Frobenius norm of the state. Histograms of what the rule
         has: decay [B, H, T, 1 or K], write [B, H, T]."""
-        return self._collected
+        return self.collected
 
 
 def fixed_decays(first: int, count: int, like: Tensor) -> Tensor:

@@ -145,7 +145,6 @@ class SelfModifyingTitans(Mixer):
         self.erase_weight = gate(head_dim, init=normal(0.02)) if apart else None
         self.erase_bias = gate(init=constant(0.0)) if apart else None
         self.norm = RMSNorm(head_dim, used="heads")
-        self._collected = Report()
 
     def forward(
         self, x_TBD: Tensor, state: State | None = None, documents: Documents | None = None
@@ -170,7 +169,7 @@ class SelfModifyingTitans(Mixer):
         given = self._given(*map(layout.spread, inputs))
         found = choice.scan(self.config, self._memories(dtype), given, layout, before)
         if self.watched:
-            self._collected = summary(found)
+            self.collected = summary(found)
         merge = heads.merge_heads or self.form(merge_heads)
         merged = merge(layout.collect(found.y), self.gate(x_TBD), self.norm.weight, self.config.output_gate)
         out = self.leave(self.output(merged))
@@ -250,7 +249,7 @@ class SelfModifyingTitans(Mixer):
     def report(self) -> Report:
         """memory_norm: mean over sequences and heads of the Frobenius norm of the main bank's state at the last chunk
         boundary (matrix: R). Histograms of eta and alpha, and of an erase rate of its own [B, H, L]."""
-        return self._collected
+        return self.collected
 
     def kernels(self, device: torch.device, dtype: torch.dtype) -> str:
         """The form of the memory loop, and that of what is around it where it is another."""

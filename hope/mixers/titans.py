@@ -29,7 +29,6 @@ class Titans(Mixer):
         if self.rule.gate != "none":
             self.gate = Linear(trunk.width, trunk.width, "column")
         self.output = Linear(trunk.width, trunk.width, "row")
-        self._collected = Report()
 
     def forward(
         self, x_TBD: Tensor, state: State | None = None, documents: Documents | None = None
@@ -38,7 +37,7 @@ class Titans(Mixer):
         x_TBD = self.enter(x_TBD)
         y, after, writes = self.memory(x_TBD, state, documents)
         if self.watched:
-            self._collected = summary(after.weights, writes)
+            self.collected = summary(after.weights, writes)
         y_TBD = self.form(normed_and_joined)(y, self.norm.weight, x_TBD.dtype)
         if self.rule.gate != "none":
             y_TBD = self.form(gated)(self.gate(x_TBD), y_TBD, self.rule.gate)
@@ -55,4 +54,4 @@ class Titans(Mixer):
 
     def report(self) -> Report:
         """See `hope.mixers.long_term.summary`."""
-        return self._collected
+        return self.collected

@@ -107,7 +107,6 @@ class MemoryAsGate(Mixer):
         self.attention = Attention(trunk, config.attention(), config.persistent)
         self.kind, self.chunk = config.gate, math.lcm(self.memory.chunk, config.window)
         self.norm_memory, self.norm_attention = (RMSNorm(trunk.head_dim, used="heads") for _ in range(2))
-        self._collected = Report()
 
     def forward(
         self, x_TBD: Tensor, state: State | None = None, documents: Documents | None = None
@@ -118,7 +117,7 @@ class MemoryAsGate(Mixer):
         read, memory, writes = self.memory(x_TBD, before[0], documents)
         seen, keys_and_values = self.attention.mix(x_TBD, before[1], documents)
         if self.watched:
-            self._collected = summary(memory.weights, writes)
+            self.collected = summary(memory.weights, writes)
         gate = self.form(normed_and_joined)(read, self.norm_memory.weight, x_TBD.dtype)
         seen = self.norm_attention(seen.unflatten(-1, (-1, self.memory.head_dim))).flatten(-2)
         out = self.leave(self.attention.output(self.form(gated)(gate, seen, self.kind)))
@@ -134,7 +133,7 @@ class MemoryAsGate(Mixer):
 
     def report(self) -> Report:
         """Of the memory, see `hope.mixers.long_term.summary`."""
-        return self._collected
+        return self.collected
 
 
 @mixer("titans_mal", section=LayerConfig)

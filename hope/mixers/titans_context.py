@@ -129,7 +129,6 @@ class MemoryAsContext(Mixer):
         self.network = Network(heads, head_dim, config)
         self.norm_memory, self.norm_attention = (RMSNorm(head_dim, used="heads") for _ in range(2))
         self.output = Linear(width, width, "row")
-        self._collected = Report()
 
     def forward(
         self, x_TBD: Tensor, state: State | None = None, documents: Documents | None = None
@@ -153,7 +152,7 @@ class MemoryAsContext(Mixer):
             loop.step, (layout.spread(tokens),), loop.memory.start(batch), layout, self.chunk, before
         )
         if self.watched and loop.writes is not None:
-            self._collected = summary(weights, loop.writes)
+            self.collected = summary(weights, loop.writes)
         seen, read = layout.collect(found).chunk(2, -1)
         join = self.form(normed_and_joined)
         y_TBD = join(seen, self.norm_attention.weight, x_TBD.dtype)
@@ -185,7 +184,7 @@ class MemoryAsContext(Mixer):
 
     def report(self) -> Report:
         """Of the memory, see `hope.mixers.long_term.summary`; histograms of the last segment."""
-        return self._collected
+        return self.collected
 
 
 class Segments:

@@ -88,8 +88,9 @@ class TrainConfig:
     stay as they are. block: whole blocks in training, and the same parts elsewhere (data.documents=reset trains as
     dense). The first steps take a minute longer. Needs a C compiler on a GPU, a C++ compiler on a CPU."""
     cuda_graphs: bool = False
-    """The passes of a micro-batch as one CUDA graph, which a host starts with one call: small models wait for it
-    otherwise. Needs a GPU, precision bf16, parallel.pipeline 1, and another data.documents than reset."""
+    """The passes of a micro-batch as one CUDA graph, which a host starts with one call, or under a pipeline as two for
+    each of its chunks: small models wait for the host otherwise. Needs a GPU, precision bf16, and another
+    data.documents than reset."""
     loss_chunk: int | None = None
     """Tokens whose scores over the vocabulary are held at once in the loss and its gradient; 0: those of the whole
     micro-batch; null: by size, the whole up to 2^27 scores."""

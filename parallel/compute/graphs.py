@@ -5,8 +5,8 @@ graph is recorded once and replayed with new numbers in the same memory. Paramet
 tensors of a batch and the fp32 sums to which a backward pass in bf16 adds its gradients. A replay is therefore the pass
 that was recorded, operation by operation.
 
-What must be new in every pass cannot be in a graph: shapes that depend on marks of documents, sends between pipeline
-stages. `train.cuda_graphs` is refused with these.
+What must be new in every pass cannot be in a graph: shapes that depend on marks of documents, with which
+`train.cuda_graphs` is refused, and sends between pipeline stages, whose passes `stage_graphs` records one by one.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hope.batch import Batch
 from hope.devices import require_graphs
 from hope.model import Model
 from parallel.compute.pipeline import Report, StepFn
+from parallel.compute.recording import Key, Recorder, key_of, memory_for, refill
+from parallel.compute.stage_graphs import Scheduled, StageGraphs
 
-Key = tuple[bool, int, tuple[tuple[int, ...] | None, ...]]
 
-
-def graphs_for(wanted: bool, step_fn: StepFn, device: torch.device) -> Graphs | None:
+def graphs_for(wanted: bool, step_fn: StepFn, device: torch.device, pipeline: int) -> Graphs | StageGraphs | None:
     """Those of `train.cuda_graphs` on a device; None if they are not wanted.
 
     Call it before the model is built. This thread's work then goes to a stream that can be recorded, which the default
@@ -38,7 +37,7 @@ def graphs_for(wanted: bool, step_fn: StepFn, device: torch.device) -> Graphs | 
     if not wanted:
         return None
     torch.cuda.set_stream(torch.cuda.Stream(device))
-    return Graphs(step_fn, device)
+    return StageGraphs(step_fn, Recorder(device)) if pipeline > 1 else Graphs(step_fn, Recorder(device))
 
 
 class Graphs:
@@ -52,46 +51,50 @@ class Graphs:
         step_fn: as `parallel.compute.pipeline.forward_backward` takes it, of a stage with a loss.
     """
 
-    def __init__(self, step_fn: StepFn, device: torch.device) -> None:
-        self._step_fn, self._device = step_fn, device
+    def __init__(self, step_fn: StepFn, recorder: Recorder) -> None:
+        self._step_fn, self._recorder = step_fn, recorder
         self._seen: set[Key] = set()
         self._graphs: dict[bool, _Graph] = {}
         self._pool: Any = None
 
     def run(
         self,
-        model: Model,
+        models: Sequence[Model],
         batches: Sequence[Batch],
-        as_they_are: Callable[[], list[Report]],
+        scheduled: Scheduled,
         phase: Callable[[str], object] | None = None,
     ) -> list[Report]:
         """Gradients are ADDED as the mean over these micro-batches; a report for each.
 
-        as_they_are: the same without a graph.
+        models: the only one.
+        scheduled: the passes with a step function, without a graph.
         """
-        key = _key(model, batches)
+        [model] = models
+        key = key_of(models, batches)
         if key is None or key not in self._seen:
             self.close()  # else memory would be held twice
             if key is not None:
                 self._seen.add(key)
-            return as_they_are()
+            return scheduled(self._step_fn)
         if phase is not None:
             phase("forward")
         reports = []
         for batch in batches:
-            graph = self._graphs.get(key[0])
+            graph = self._graphs.get(key.watched)
             if graph is None or graph.key != key:
                 graph = self._record(key, model, batch)
             reports.append(graph.replay(batch))
         return reports
 
     def _record(self, key: Key, model: Model, batch: Batch) -> _Graph:
-        self._graphs.pop(key[0], None)
+        self._graphs.pop(key.watched, None)
         if not self._graphs:
-            torch.cuda.synchronize(self._device)
-            torch.cuda.empty_cache()  # what the passes before took is now the graph's
-            self._pool = torch.cuda.graph_pool_handle()
-        self._graphs[key[0]] = graph = _Graph(key, batch, self._pool, lambda b: self._pass(model, b, key[1]))
+            self._recorder.wait()
+            self._recorder.free()  # what the passes before took is now the graph's
+            self._pool = self._recorder.pool()
+        self._graphs[key.watched] = graph = _Graph(
+            key, batch, self._recorder, self._pool, lambda b: self._pass(model, b, key.micro_batches)
+        )
         return graph
 
     def _pass(self, model: Model, batch: Batch, count: int) -> Report:
@@ -103,39 +106,21 @@ class Graphs:
     def close(self) -> None:
         """Forget what was recorded, and give its memory back."""
         if self._graphs:
-            torch.cuda.synchronize(self._device)
+            self._recorder.wait()
             self._graphs.clear()
-            torch.cuda.empty_cache()
+            self._recorder.free()
 
 
 class _Graph:
     """One recording: the tensors that it reads and writes, and how to run it again."""
 
-    def __init__(self, key: Key, batch: Batch, pool: Any, one_pass: Callable[[Batch], Report]) -> None:
+    def __init__(
+        self, key: Key, batch: Batch, recorder: Recorder, pool: Any, one_pass: Callable[[Batch], Report]
+    ) -> None:
         self.key = key
-        self._batch = Batch(*(None if t is None else t.clone() for t in _tensors(batch)))  # type: ignore[arg-type]
-        self._graph = torch.cuda.CUDAGraph()
-        # other threads of this process may go on: they read data, watch collectives, and write checkpoints
-        with torch.cuda.graph(
-            self._graph, pool=pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
-        ):
-            self._report = one_pass(self._batch)
+        self._batch = memory = memory_for(batch)
+        self._again = recorder.record(lambda: one_pass(memory), pool)
 
     def replay(self, batch: Batch) -> Report:
-        for mine, new in zip(_tensors(self._batch), _tensors(batch), strict=True):
-            if mine is not None and new is not None:
-                mine.copy_(new, non_blocking=True)
-        self._graph.replay()
-        return {name: value.clone() for name, value in self._report.items()}
-
-
-def _tensors(batch: Batch) -> tuple[Tensor | None, ...]:
-    return batch.tokens_TB, batch.targets_TB, batch.starts_TB, batch.weights_TB
-
-
-def _key(model: Model, batches: Sequence[Batch]) -> Key | None:
-    """What a recording depends on; None: nothing that can be recorded."""
-    shapes = {tuple(None if t is None else tuple(t.shape) for t in _tensors(batch)) for batch in batches}
-    if len(shapes) != 1 or any(batch.starts_TB is not None for batch in batches):
-        return None
-    return model.watched, len(batches), shapes.pop()
+        refill(self._batch, batch)
+        return {name: value.clone() for name, value in self._again().items()}

@@ -20,6 +20,7 @@ from hope.optim.policy import MATRIX_OPTIMIZERS, learns
 from parallel.compute import gradients
 from parallel.compute.graphs import Graphs, graphs_for
 from parallel.compute.pipeline import Report, Stage, StepFn, forward_backward, stages_of
+from parallel.compute.stage_graphs import StageGraphs
 from parallel.compute.stream import CarriedStates
 from parallel.compute.tensor import shard_model, sharded_loss
 from parallel.layout.stages import split
@@ -44,7 +45,7 @@ class Replica:
     layout: ParallelConfig
     stage_step: StepFn
     carried_step: StepFn
-    graphs: Graphs | None = None
+    graphs: Graphs | StageGraphs | None = None
     carried: CarriedStates | None = None
     learns_embedding: bool = True
 
@@ -60,10 +61,10 @@ class Replica:
         if self.carried is not None and not forward_only:
             self.carried.begin()
             step_fn = self.carried_step
-        scheduled = lambda: forward_backward(self.stages, batches, step_fn, forward_only, phase)
+        scheduled = lambda step_fn: forward_backward(self.stages, batches, step_fn, forward_only, phase)
         if self.graphs is None or forward_only:
-            return scheduled()
-        return self.graphs.run(self.models[0], batches, scheduled, phase)
+            return scheduled(step_fn)
+        return self.graphs.run(self.models, batches, scheduled, phase)
 
     def close(self) -> None:
         """Let go of what would outlive this: the optimizer's hooks, and graphs that use the ranks' groups."""
@@ -111,7 +112,7 @@ def build_replica(
     """
     begin_anew = lambda model, inputs, starts: model.trunk(inputs, starts=starts, keep_state=False)[0]
     stage_step = _stage_step(loss_chunk, ranks.tp_size, begin_anew)
-    graphs = graphs_for(cuda_graphs, stage_step, ranks.device)
+    graphs = graphs_for(cuda_graphs, stage_step, ranks.device, ranks.pp_size)
     parts = split(config, seq_len, ranks.pp_size, ranks.vp_size)[ranks.pp_rank]
     models = []
     for part in parts:
