@@ -21,9 +21,8 @@ HEADS = {torch.bfloat16: (64, 128), torch.float32: (64,)}
 """Widths of heads by the weights' dtype. In fp32 a head of 128 needs 288 KB of shared memory, an H100 has 227."""
 CHUNK = 64
 """The one chunk that was checked on a GPU. At 128 the inverse alone would fill the registers."""
-MLP_HEADS: int | None = None
-"""Width of the heads whose `mlp` memories take kernels: 64 once they were right on a GPU. They were interpreted and
-compiled, in bf16 with heads of 64, and not yet run: benchmarks/mlp_kernels.py."""
+MLP_HEADS = (64,)
+"""Widths of the heads whose `mlp` memories have kernels, in bf16: benchmarks/mlp_kernels.py has their check."""
 SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16"}
 
 
@@ -92,10 +91,9 @@ def linear_for(config: LinearConfig, device: torch.device, dtype: torch.dtype, h
 def _against_memory(config: MemoryConfig, head_dim: int) -> str:
     """Why the kernels cannot compute this memory anywhere, or nothing."""
     chunks, mlp = (config.projection_chunk, config.main_chunk), config.memory == "mlp"
-    widths = (MLP_HEADS,) if mlp else HEADS[torch.bfloat16]
+    widths = MLP_HEADS if mlp else HEADS[torch.bfloat16]
     rules = ("layerwise",) if mlp else ("layerwise", "input")  # one rule for a matrix
     reasons = {
-        "mlp memories: kernels not checked on a GPU yet": mlp and MLP_HEADS is None,
         f"expansion {config.expansion}": mlp and config.expansion != 1,
         f"forget {config.forget}": config.forget != "initial",
         f"chunks {chunks[0]} and {chunks[1]}": chunks[0] != chunks[1],

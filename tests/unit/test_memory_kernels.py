@@ -38,7 +38,6 @@ def test_a_bf16_model_on_a_gpu_takes_the_kernels(head_dim, static):
         ("CPU", {"device": "cpu"}),
         ("XPU", {"device": "xpu"}),
         ("as configured", {"kernel": "plain"}),
-        ("mlp memories: kernels not checked on a GPU yet", {"memory": "mlp"}),
         ("forget zero", {"forget": "zero"}),
         ("chunk 128", {"projection_chunk": 128, "main_chunk": 128}),
         ("chunks 64 and 128", {"main_chunk": 128}),
@@ -64,22 +63,15 @@ def test_all_else_is_plain_and_says_why(reason, settings):
     assert choice.scan is scan
 
 
-@pytest.fixture
-def mlp_opened(monkeypatch):
-    monkeypatch.setattr(kernels, "MLP_HEADS", 64)
-
-
-@pytest.mark.usefixtures("mlp_opened")
 @pytest.mark.parametrize("static", ["learned", "projected", "identity", "none"])
 @pytest.mark.parametrize("device", ["cuda", "meta"])
-def test_mlp_memories_take_kernels_of_their_own_where_that_is_opened(device, static):
+def test_mlp_memories_take_kernels_of_their_own(device, static):
     choice = chosen(device, memory="mlp", static=static)
     assert str(choice) == "fused"
     assert choice.scan.func is two_layer_scan
     assert choice.scan.keywords == {"operands": BF16, "precision": "tf32"}
 
 
-@pytest.mark.usefixtures("mlp_opened")
 @pytest.mark.parametrize(
     ("reason", "settings"),
     [

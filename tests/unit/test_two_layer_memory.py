@@ -16,7 +16,6 @@ import torch
 from interpreted import GPU, VARIABLE, calls, rounded_products
 from test_fused_memory import CASES, CHUNK, assert_close, mixer_of, results
 
-from hope.memory import kernels
 from hope.memory.kernels import ScanChoice
 from hope.memory.two_layer import loop, ops, stages
 from hope.mixers import self_modifying
@@ -226,7 +225,3 @@ def test_every_stage_on_a_gpu(documents):
     command = [sys.executable, ROOT / "benchmarks" / "mlp_kernels.py", "one", "check", case]
     done = subprocess.run(command, capture_output=True, text=True, timeout=220)
     assert done.stdout.splitlines()[-1:] == ["RESULT ok"], done.stdout + done.stderr
-
-
-def test_kernels_are_not_taken_before_they_ran_on_a_gpu():
-    assert kernels.MLP_HEADS is None
