@@ -96,3 +96,23 @@ def test_cells_are_run_once(probes, tmp_path, capfd):
     assert probes.main(flags) == 0  # nothing is left to do
     assert rows.read_text() == before
     assert "| hope_erase_1.9 | 0.001 | 1 |" in capfd.readouterr().out
+
+
+def test_the_picture_has_a_panel_per_probe_and_means_over_seeds(probes, tmp_path):
+    drawn = importlib.import_module("probes_picture")
+    needle = {"tests": {f"{kind}.T{n}": {"accuracy": {"value": 0.0}, "nats_per_token": {"value": value}}
+              for kind, n, value in (("a", 1, 2.0), ("b", 1, 4.0), ("a", 2, 5.0), ("b", 2, 7.0))}}  # fmt: skip
+    rows = [row("parity", "hope", 0.1, 1, 1.0, 0.0), row("parity", "hope", 0.1, 2, 0.5, 0.2),
+            row("parity", "x", 0.1, 1, 0.9, 0.3), row("needle", "hope", 0.0, 1) | needle]  # fmt: skip
+    parity, of_needle = drawn.panels(rows)
+    assert parity.tests == ["T0", "T1"]
+    assert parity.models == {"hope": pytest.approx([75.0, 10.0]), "x": pytest.approx([90.0, 30.0])}
+    assert of_needle.models == {"hope": [3.0, 6.0]}
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert drawn.main([str(tmp_path / "rows.json"), str(tmp_path / "out.svg"), "--without", "needle"]) == 0
+    svg = (tmp_path / "out.svg").read_text()
+    assert "parity, %" in svg
+    assert "nats" not in svg
+    assert svg.count("<polyline") == len(parity.models) + 6  # and the grid's lines
+    with pytest.raises(ValueError, match="no rows"):
+        drawn.draw([])
