@@ -280,7 +280,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=131072, help="per step, at every length")
     parser.add_argument("--compile", choices=COMPILE, default="none", help="train.compile of this project's models")
     parser.add_argument("--graphs", action="store_true", help="train.cuda_graphs of this project's models")
-    parser.add_argument("--recompute", choices=["none", "memory", "block"], default="none")
+    parser.add_argument("--recompute", choices=["none", "memory", "mlp", "block"], default="none")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--micro-batch", nargs="+", type=int, default=[], help="of all models, the faster of these")
     parser.add_argument("--cap", type=float, default=72.0, help="GiB that a model may reserve")

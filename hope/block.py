@@ -24,7 +24,7 @@ BlockState = tuple[State | None, ...]
 
 _again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 # There are no random numbers, and their generator cannot be asked while a CUDA graph is recorded.
-RECOMPUTE = ("none", "memory", "sublayer", "block")
+RECOMPUTE = ("none", "memory", "mlp", "sublayer", "block")
 
 
 class Block(nn.Module):
@@ -33,10 +33,10 @@ class Block(nn.Module):
     Args:
         mixer: name of the mixer, as in `model.pattern`.
 
-    `recompute`: what the backward pass computes again instead of keeping it. "none"; "memory", the mixer and levels in
-    context only, whose chunk loops keep tens of times more per token than an MLP does; "sublayer", each sublayer by
-    itself; "block", all of it. The inner writes are repeated exactly: they are a function of the block's input, and no
-    random numbers are involved.
+    `recompute`: what the backward pass computes again instead of keeping it. "none"; "memory", sublayers in which
+    tokens meet, the mixer and levels in context, whose plain chunk loops keep tens of times more per token than an MLP
+    does; "mlp", all other sublayers, which are products alone; "sublayer", each sublayer by itself; "block", all of it.
+    The inner writes are repeated exactly: they are a function of the block's input, and there are no random numbers.
 
     `whole`: a compiled `stateless`, or None. It stands in for passes of training that begin every sequence anew, keep
     no state, and have no marks of documents, on which the shapes inside of some mixers depend. All others are made as
@@ -99,11 +99,10 @@ class Block(nn.Module):
     def _run(
         self, sublayer: Sublayer, x: Tensor, state: State | None, documents: Documents | None
     ) -> tuple[Tensor, State | None]:
+        wanted = ("sublayer", "memory" if sublayer.mixes else "mlp")
         result: tuple[Tensor, State | None]
-        if self.recompute == "sublayer" and torch.is_grad_enabled():
+        if self.recompute in wanted and torch.is_grad_enabled():
             result = _again(sublayer, x, state, documents)
-        elif self.recompute == "memory" and sublayer.mixes and torch.is_grad_enabled():
-            result = _again(sublayer.body, sublayer.norm(x), state, documents)
         else:
             result = sublayer(x, state, documents)
         return result

@@ -81,8 +81,9 @@ class TrainConfig:
     deterministic: bool = False
     """Only kernels that repeat themselves: on a GPU too, a run that runs again, or is resumed, is then the same to the
     last bit (same layout, same kind of GPU, same versions). Attention becomes slower."""
-    recompute: Literal["none", "memory", "block"] = "none"
-    """What the backward pass computes again instead of keeping: nothing, the mixers (chunk loops), or whole blocks."""
+    recompute: Literal["none", "memory", "mlp", "block"] = "none"
+    """What the backward pass computes again instead of keeping: nothing, the mixers (chunk loops), the MLPs, or whole
+    blocks."""
     compile: Literal["none", "dense", "block"] = "none"
     """dense: norms, gates, convolutions, rotations and the loss are fused by torch.compile; memory loops and products
     stay as they are. block: whole blocks in training, and the same parts elsewhere (data.documents=reset trains as
@@ -174,7 +175,7 @@ class TrainConfig:
         if self.deterministic:
             what = "chooses kernels by their time, which need not repeat itself, and train.deterministic is true"
             yield Problem(f"{path}.compile", what, "none; or train.deterministic=false")
-        if self.compile == "block" and self.recompute in ("memory", "sublayer"):
+        if self.compile == "block" and self.recompute in ("memory", "mlp", "sublayer"):
             what = f"block makes one graph of a block, and train.recompute={self.recompute} computes a part of it again"
             yield Problem(f"{path}.compile", what, "dense; or train.recompute=none or block")
         lengths = len({stage.seq_len for stage in self.seq_len_stages})

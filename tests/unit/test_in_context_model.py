@@ -201,7 +201,7 @@ def test_a_block_with_them_is_not_compiled_whole():
     assert not Block(config(pattern=["linear"], levels=fast(4)), "linear").compiles_whole
 
 
-@pytest.mark.parametrize("recompute", ["memory", "sublayer", "block"])
+@pytest.mark.parametrize("recompute", ["memory", "mlp", "sublayer", "block"])
 def test_recomputed_gradients_are_the_same(recompute):
     ids, found = torch.arange(40).view(20, 2) % 32, []
     for what in ("none", recompute):

@@ -53,11 +53,38 @@ def test_gradients_and_inner_writes_are_repeated_exactly(what, memory, static, m
         assert torch.equal(a, c)
 
 
+def test_mlps_alone_repeat_no_write(monkeypatch):
+    plain, once = run("none", "matrix", "projected", monkeypatch)
+    again, writes = run("mlp", "matrix", "projected", monkeypatch)
+    assert len(writes) == len(once)
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
 def test_less_is_kept():
     config = named(vocab_size=64, width=64, layers=4, heads=2)
     kept = {}
-    for what in ("none", "memory", "sublayer", "block"):
+    for what in ("none", "memory", "mlp", "sublayer", "block"):
         shape = StepShape(seq_len=256, micro_batch=2, bf16=True, recompute=what)
         kept[what] = activation_bytes(build_part(config, Slice(0, 4), shape), shape)
     assert kept["block"] < 0.2 * kept["memory"] < 0.2 * kept["none"]
     assert kept["block"] < kept["sublayer"] < 0.2 * kept["none"]
+    # each is spared what the other keeps, and both keep the input of a sublayer that is computed again
+    inputs = 4 * 3 * 256 * 2 * 64 * 2  # of three sublayers in four blocks, bf16
+    assert kept["memory"] + kept["mlp"] < kept["none"] + 2 * inputs
+    assert kept["mlp"] < kept["none"] - inputs
+
+
+@pytest.mark.parametrize(("what", "again"), [("none", []), ("memory", [True]), ("mlp", [False, False])])
+def test_what_is_computed_again(what, again, monkeypatch):
+    """By whether tokens meet in it: the mixer, or the two levels."""
+    found = []
+
+    def counted(sublayer, *given):
+        found.append(sublayer.mixes)
+        return sublayer(*given)
+
+    monkeypatch.setattr("hope.block._again", counted)
+    model = Model(named(vocab_size=64, width=32, layers=1, heads=2)).initialise(0)
+    model.set_recompute(what)
+    model(torch.zeros(8, 1, dtype=torch.long))
+    assert found == again
