@@ -35,13 +35,13 @@ from hope.evaluate.rows import Alone, Share
 from hope.evaluate.run import Engine, evaluate_task, evaluate_text
 from hope.evaluate.scorer import ModelScorer, fingerprint
 from hope.evaluate.tasks import read_task
+from hope.pipe import piped
 from hope.pretrained import open_pretrained
 from hope.stored.errors import CheckpointError
 from parallel.compute.shares import RankShare
 from parallel.layout.topology import ParallelConfig
 from parallel.start import groups, launcher, told
 from parallel.start.errors import LaunchError
-from parallel.start.pipe import piped
 
 Made = TypeVar("Made")
 
