@@ -106,6 +106,19 @@ def test_results_of_another_model_file_or_window_are_refused(place, capsys):
     assert (place / "out.json").read_text() == "[]"
 
 
+def test_results_that_cannot_be_read_or_written_are_refused_by_name(place, monkeypatch, capsys):
+    words = (place, "--text", place / "a.txt")
+    assert run(*words, "--json", place) == 2
+    assert f"evaluate: {place}: cannot be read (Is a directory); give another --json" in capsys.readouterr().err
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(record, "replace_text", full)
+    assert run(*words, "--json", place / "out.json") == 2
+    assert f"evaluate: {place}/out.json: cannot be written (No space left on device)" in capsys.readouterr().err
+
+
 def token_set(place, tokenizer, ids):
     written = write_documents(place / "set", tokenizer.vocab_size, ids)
     TokenSetManifest(
