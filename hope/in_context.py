@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hope.documents import NO_PENDING, Documents, plain_layout
+from hope.documents import NO_PENDING, Documents, layout_of
 from hope.flops import Flops
 from hope.layers import Linear, RMSNorm
 from hope.memory import in_context
@@ -64,17 +64,11 @@ class InContextMlp(Mixer):
         if not self.writes:
             return self.ordinary(x_TBD), None
         x_TBD = self.enter(x_TBD)
-        length, batch, _ = x_TBD.shape
-        before = self._start(batch) if state is None else state
+        before = self._start(x_TBD.shape[1]) if state is None else state
         wide, history = self._tokens(x_TBD, before, documents)
-        pending = before.pending
-        if pending.slots:
+        if before.pending.slots:
             wide = torch.cat([before.waiting, wide], 2)
-        layout = (
-            plain_layout(batch, length, self.chunk, x_TBD.device, pending)
-            if documents is None
-            else documents.layout(self.chunk, pending)
-        )
+        layout = layout_of(x_TBD, documents, self.chunk, before.pending)
         tokens = self._apart(layout.spread(wide))
         y, weights = self._mlp(wide.dtype)(tokens, layout, None if state is None else before.weights)
         after = MemoryState(weights, history, layout.remaining(wide), layout.left)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hope.documents import NO_PENDING, Documents, Pending, plain_layout
+from hope.documents import NO_PENDING, Documents, Pending, layout_of
 from hope.flops import Flops
 from hope.layers import Linear, RMSNorm, gated, rotated, rotation, unit
 from hope.memory import deep
@@ -136,22 +136,16 @@ class MemoryAsContext(Mixer):
     ) -> tuple[Tensor, ContextState]:
         assert state is None or isinstance(state, ContextState)
         x_TBD = self.enter(x_TBD)
-        length, batch, _ = x_TBD.shape
+        before = self.start(x_TBD.shape[1]) if state is None else state
         wide = torch.promote_types(x_TBD.dtype, torch.float32)
-        q, k, v, r = (self.form(heads_of)(p(x_TBD), self.head_dim, wide) for p in self._projections())
-        tokens, pending = torch.cat([q, k, v, unit(r)], -1), NO_PENDING if state is None else state.pending
-        if state is not None and pending.slots:
-            tokens = torch.cat([state.waiting, tokens], 2)
-        layout = (
-            plain_layout(batch, length, self.chunk, x_TBD.device, pending)
-            if documents is None
-            else documents.layout(self.chunk, pending)
-        )
-        loop = Segments(self, wide)
-        before = None if state is None else state.weights
-        found, weights = over_chunks(
-            loop.step, (layout.spread(tokens),), loop.memory.start(batch), layout, self.chunk, before
-        )
+        projections = self.query, self.key, self.value, self.recall
+        q, k, v, r = (self.form(heads_of)(project(x_TBD), self.head_dim, wide) for project in projections)
+        tokens = torch.cat([q, k, v, unit(r)], -1)
+        if before.pending.slots:
+            tokens = torch.cat([before.waiting, tokens], 2)
+        layout, loop = layout_of(x_TBD, documents, self.chunk, before.pending), Segments(self, wide)
+        initial, weights = loop.memory.start(x_TBD.shape[1]), None if state is None else state.weights
+        found, weights = over_chunks(loop.step, (layout.spread(tokens),), initial, layout, self.chunk, weights)
         if self.watched and loop.writes is not None:
             self._collected = summary(weights, loop.writes)
         seen, read = layout.collect(found).chunk(2, -1)
@@ -160,9 +154,6 @@ class MemoryAsContext(Mixer):
         gate_TBD = join(read, self.norm_memory.weight, x_TBD.dtype)
         out = self.leave(self.output(self.form(gated)(gate_TBD, y_TBD, self.config.gate)))
         return out, ContextState(weights, layout.remaining(tokens), layout.left)
-
-    def _projections(self) -> tuple[Linear, ...]:
-        return self.query, self.key, self.value, self.recall
 
     def start(self, batch: int) -> ContextState:
         """The meta-learned initial weights, and nothing pending."""
