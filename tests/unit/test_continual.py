@@ -143,6 +143,11 @@ def test_what_was_not_measured_is_lacking_and_a_blend_has_no_course():
     assert [step for step in range(9) if found.lacks(step)] == [0, 3, 4, 8]
     found.note(3, losses(ROWS[1]))
     assert not found.lacks(3)
+    old = course()
+    old.restore([])  # of a checkpoint that has no course
+    assert old.lacks(3)
+    assert old.note(4, losses(ROWS[2]))["phase"] == 2
+    assert old.state() == [None, None, ROWS[2], None]
     none = Course([])
     assert none.note(3, losses(ROWS[1])) == losses(ROWS[1])
     assert not none.lacks(3)
