@@ -32,7 +32,7 @@ from hope.memory import deep
 from hope.memory.bank import State as FastWeights
 from hope.memory.bank import reset_rows
 from hope.memory.deep import Writes, over_chunks
-from hope.memory.titans_config import TitansConfig
+from hope.memory.titans_config import WithAttentionConfig
 from hope.mixers.attention import apart_from_persistent
 from hope.mixers.base import Mixer, Report, State, Trunk, mixer
 from hope.mixers.long_term import Network, Rates, summary
@@ -43,21 +43,14 @@ from hope.sections import Problem
 
 
 @dataclass
-class ContextConfig(TitansConfig):
-    """Titans' memory as a context (MAC): attention in segments, which sees what the memory recalls."""
+class ContextConfig(WithAttentionConfig):
+    """Titans' memory as a context (MAC): attention in segments, inside which rotary positions are counted, and which
+    sees what the memory recalls."""
 
     gate: Literal["silu", "sigmoid"] = "sigmoid"
     """What the memory's normed reads go through before they multiply the attention's."""
     segment: int = 512
     """Tokens that attend to each other; a multiple of chunk."""
-    persistent: int = 128
-    """Learned keys and values per head that every token's attention sees."""
-    rope_base: float = 10000.0
-    """Base of the attention's rotary positions, counted inside the segment."""
-
-    def kinds(self) -> dict[str, TitansConfig]:
-        """One."""
-        return {}
 
     def paper(self) -> str:
         """Of the architecture."""
@@ -65,12 +58,6 @@ class ContextConfig(TitansConfig):
 
     def problems(self, path: str, head_dim: int) -> Iterator[Problem]:
         yield from super().problems(path, head_dim)
-        if head_dim % 2:
-            yield Problem("model.heads", f"head width {head_dim} is odd; rotary embedding needs pairs", "an even width")
-        if self.persistent < 0:
-            yield Problem(f"{path}.persistent", f"{self.persistent} is negative", "128, or 0 for none")
-        if not self.rope_base > 0:
-            yield Problem(f"{path}.rope_base", f"{self.rope_base} is not positive", "10000.0")
         chunk = self.resolved().chunk
         if chunk > 0 and (self.segment < 1 or self.segment % chunk):
             what = f"{self.segment} is not a multiple of chunk {chunk}"
