@@ -107,7 +107,8 @@ class Learner:
             p.data, p.grad = self._initial[name], None
 
     def learned(self) -> Learned:
-        """Weights of the levels, states and clocks of their optimizer, and the gradient that waits."""
+        """Weights of the levels, states and clocks of their optimizer, and the gradient that waits: no copies, so that
+        what is learned later changes them."""
         tensors = {}
         for name, p in self._learning.items():
             tensors[f"weight/{name}"] = p.detach()

@@ -53,14 +53,13 @@ EXPLAINED = (EvaluationError, AdaptError, CheckpointError, DataError, LaunchErro
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
-    if words and words[0] in PROGRAMS:
-        sys.argv = [sys.argv[0], *words[1:]]
-        runpy.run_module(f"hope.evaluate.{PROGRAMS[words[0]]}", run_name="__main__")
-    args = parser_of(__doc__).parse_args(words)
     launch: launcher.Launch | None = None
     met = False
     try:
         launch = launcher.from_environment(os.environ)
+        if words and words[0] in PROGRAMS:
+            _further(words, launch.world_size)
+        args = parser_of(__doc__).parse_args(words)
         check(args, launch.world_size)
         sources = sources_of(args)
         if launch.world_size == 1:
@@ -72,18 +71,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # an OSError, but about the reader of the output
         raise
     except EXPLAINED as error:
-        text = f"evaluate: {error}"
-        if launch is None or launch.world_size == 1:
-            print(text, file=sys.stderr, flush=True)
-        elif met:
-            told.after_meeting(text, launch.rank, agreed=False)
-        else:
-            told.before_meeting(text, launch)
+        told.once(f"evaluate: {error}", launch, met, agreed=False)
         return REFUSED
     except KeyboardInterrupt:
         print("\ninterrupted; with --json the same command goes on from here", file=sys.stderr)
         return INTERRUPTED
     return DONE
+
+
+def _further(words: list[str], world_size: int) -> None:
+    """Become the program that the first word asks for, which ends this process with its own exit code."""
+    if world_size > 1:
+        raise EvaluationError(f"{words[0]} works in one process, and {world_size} were started; start one")
+    sys.argv = [sys.argv[0], *words[1:]]
+    runpy.run_module(f"hope.evaluate.{PROGRAMS[words[0]]}", run_name="__main__")
 
 
 class Evaluation:

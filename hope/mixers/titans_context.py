@@ -192,9 +192,9 @@ class Segments:
         self.writes = Writes(keys, y @ self.maps["memory_value"], *self.layer.rates.named(rates))
         size, read = self.layer.rule.chunk, []
         cut = lambda t: [None] * (y.shape[2] // size) if t is None else t.split(size, 2)
-        for q, valid, *written in zip(cut(queries), cut(real), *map(cut, self.writes), strict=True):
+        for query, valid, *written in zip(cut(queries), cut(real), *map(cut, self.writes), strict=True):
             now, reads = self.memory.write(now, Writes(*written), valid)
-            read.append(self.memory.causal(reads, q))
+            read.append(self.memory.causal(reads, query))
         return torch.cat([y, torch.cat(read, 2)], -1), now
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, recalled: Tensor) -> Tensor:

@@ -309,7 +309,7 @@ def test_clocks_and_patterns_that_do_not_fit_are_refused():
     assert model_of(config, plan(learn=("*.cms.levels.0.*",)), 3).periods == [1, 4]  # level 1 is frozen
     for how, steps, said in (
         (plan(periods=(1,)), 9, "--periods has 1 numbers, the model 2 levels"),
-        (plan(periods=(4, 1)), 9, r"--periods.periods: \[4, 1\] is not fastest first"),
+        (plan(periods=(4, 1)), 9, r"^--periods: \[4, 1\] is not fastest first"),
         (plan(learn=("*.cms.level.*",)), 9, "--learn.*cms.level.* matches no parameter"),
         (plan(), 3, "level 1 has a period of 4 steps, and all tasks together have 3"),
     ):

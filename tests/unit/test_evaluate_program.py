@@ -14,6 +14,7 @@ from data_prep.manifest import TokenSetManifest
 from hope.evaluate import __main__ as program
 from hope.evaluate import record
 from hope.evaluate.scorer import ModelScorer
+from parallel.start import launcher
 
 TASK = [{"query": "the", "choices": [" cat", " mat", " spaces"], "gold": number % 3} for number in range(9)]
 
@@ -205,3 +206,13 @@ def test_further_programs_stand_behind_a_word(word, said, monkeypatch, capsys):
         program.main([word, "--help"])
     assert ended.value.code == 0
     assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("word", list(program.PROGRAMS))
+def test_further_programs_are_for_one_process(word, monkeypatch, capsys):
+    """Two would do the same work twice, and write one file."""
+    monkeypatch.setattr(launcher, "from_environment", lambda environment: SimpleNamespace(world_size=2, rank=0))
+    monkeypatch.setattr(program.told, "before_meeting", lambda text, launch: print(text))
+    monkeypatch.setattr(program.runpy, "run_module", lambda *_, **__: pytest.fail("was started"))
+    assert program.main([word, "--help"]) == 2
+    assert capsys.readouterr().out == f"evaluate: {word} works in one process, and 2 were started; start one\n"

@@ -80,7 +80,9 @@ def model_of(config: ModelConfig, plan: Plan, steps: int) -> ModelConfig:
     changed = dataclasses.replace(config, cms=cms)
     problems = [*cms.problems("--periods"), *group_problems(changed, optim_of(plan), "--learn")]
     if problems:
-        raise EvaluationError("; ".join(f"{problem.path}: {problem.what}; {problem.fix}" for problem in problems))
+        # of the section only the periods can be wrong, which an option gives
+        told = (f"{p.path.removesuffix('.periods')}: {p.what}; {p.fix}" for p in problems)
+        raise EvaluationError("; ".join(told))
     _refuse_idle_levels(changed, plan, steps)
     return changed
 
