@@ -121,9 +121,7 @@ class Learner:
         for step, (tokens_TB, targets_TB) in enumerate(drawn, 1):
             loss = one_pass(self.model, tokens_TB.to(self._device), targets_TB.to(self._device)).item()
             self._refuse_divergence("the loss is", loss)
-            scale = min(1.0, CLIP / (self._optimizer.norm() + 1e-6))
-            for group in self._optimizer.param_groups:
-                group["grad_scale"] = scale
+            self._optimizer.clip(CLIP)
             self._optimizer.step()
             self._optimizer.zero_grad()
             self._steps += 1

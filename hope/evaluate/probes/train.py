@@ -83,9 +83,8 @@ def train(
     passes = Passes(model, device)
     for step, batch in enumerate(_batches(plan), 1):
         loss = passes(*batch)
-        norm = optimizer.norm()
+        optimizer.clip(plan.clip)
         for group in optimizer.param_groups:
-            group["grad_scale"] = min(1.0, plan.clip / (norm + 1e-6))
             group["lr"] = rate_at(step, optim, plan.steps)
         optimizer.step()
         optimizer.zero_grad()
