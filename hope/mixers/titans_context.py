@@ -123,16 +123,16 @@ class MemoryAsContext(Mixer):
     ) -> tuple[Tensor, ContextState]:
         assert state is None or isinstance(state, ContextState)
         x_TBD = self.enter(x_TBD)
-        before = self.start(x_TBD.shape[1]) if state is None else state
         wide = torch.promote_types(x_TBD.dtype, torch.float32)
         projections = self.query, self.key, self.value, self.recall
         q, k, v, r = (self.form(heads_of)(project(x_TBD), self.head_dim, wide) for project in projections)
         tokens = torch.cat([q, k, v, unit(r)], -1)
-        if before.pending.slots:
-            tokens = torch.cat([before.waiting, tokens], 2)
-        layout, loop = layout_of(x_TBD, documents, self.chunk, before.pending), Segments(self, wide)
-        initial, weights = loop.memory.start(x_TBD.shape[1]), None if state is None else state.weights
-        found, weights = over_chunks(loop.step, (layout.spread(tokens),), initial, layout, self.chunk, weights)
+        pending, before = (NO_PENDING, None) if state is None else (state.pending, state.weights)
+        if state is not None and pending.slots:
+            tokens = torch.cat([state.waiting, tokens], 2)
+        layout, loop = layout_of(x_TBD, documents, self.chunk, pending), Segments(self, wide)
+        initial = loop.memory.start(x_TBD.shape[1])
+        found, weights = over_chunks(loop.step, (layout.spread(tokens),), initial, layout, self.chunk, before)
         if self.watched and loop.writes is not None:
             self._collected = summary(weights, loop.writes)
         seen, read = layout.collect(found).chunk(2, -1)
