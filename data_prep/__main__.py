@@ -1,7 +1,6 @@
 """`python -m data_prep COMMAND`: from text to token sets, and looking at them; `--help` lists the commands."""
 
 import argparse
-import os
 import sys
 
 from data_prep.corpora import cli as corpus_cli
@@ -12,6 +11,7 @@ from data_prep.quickstart import quickstart
 from data_prep.tokenizing import cli as tokenize_cli
 from data_prep.tokenizing import split_cli, tokenizer_cli
 from data_prep.training import cli as training_cli
+from hope.pipe import piped
 
 
 def build_parser(*, training: bool = True) -> argparse.ArgumentParser:
@@ -38,14 +38,12 @@ def _is_override(word: str) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; the exit code: 0 done, 2 data error, 130 interrupted, 141 the output has lost its reader."""
+    """Run one command; the exit code: 0 done, 2 data error, 130 interrupted."""
     try:
         args = _parsed(argv)
         args.run(args)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `inspect ... | head`: what is left to write has no reader, and Python's exit would try
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except BrokenPipeError:  # an OSError, but about the reader of the output
+        raise
     except DataError as error:
         print(f"data error: {error}", file=sys.stderr)
         return 2
@@ -70,4 +68,4 @@ def _parsed(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

@@ -99,6 +99,14 @@ def plain_layout(
     return ChunkLayout(pending.slots, length, padded, None, None, valid, None, partial, None, Pending(rest))
 
 
+def layout_of(x_TBD: Tensor, documents: "Documents | None", window: int, pending: Pending = NO_PENDING) -> ChunkLayout:
+    """The chunks of a call with the activations `x_TBD`; without documents it is one per row, continued."""
+    if documents is not None:
+        return documents.layout(window, pending)
+    length, batch, _ = x_TBD.shape
+    return plain_layout(batch, length, window, x_TBD.device, pending)
+
+
 class Documents:
     """The documents of one batch, from `starts` [T, B]: true at each document's first token.
 

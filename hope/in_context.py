@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hope.documents import NO_PENDING, Documents, plain_layout
+from hope.documents import NO_PENDING, Documents, layout_of
 from hope.flops import Flops
 from hope.layers import Linear, RMSNorm
 from hope.memory import in_context
@@ -63,17 +63,11 @@ class InContextMlp(Mixer):
         if not self.writes:
             return self.ordinary(x_TBD), None
         x_TBD = self.enter(x_TBD)
-        length, batch, _ = x_TBD.shape
-        before = self._start(batch) if state is None else state
+        before = self._start(x_TBD.shape[1]) if state is None else state
         wide, history = self._tokens(x_TBD, before, documents)
-        pending = before.pending
-        if pending.slots:
+        if before.pending.slots:
             wide = torch.cat([before.waiting, wide], 2)
-        layout = (
-            plain_layout(batch, length, self.chunk, x_TBD.device, pending)
-            if documents is None
-            else documents.layout(self.chunk, pending)
-        )
+        layout = layout_of(x_TBD, documents, self.chunk, before.pending)
         tokens = self._apart(layout.spread(wide))
         y, weights = self._mlp(wide.dtype)(tokens, layout, None if state is None else before.weights)
         after = MemoryState(weights, history, layout.remaining(wide), layout.left)
@@ -112,7 +106,8 @@ class InContextMlp(Mixer):
         """Queries, keys, values and rates. A key of zero, before a document's first token, writes nothing."""
         u, other, *rates = wide.split([*[self.sizes.head_dim] * 2, *(r.count for r in self._clocks())], -1)
         named = [r.named(values) for r, values in zip(self._clocks(), rates, strict=True)]
-        theta, log_keep = tuple(t for t, _, _ in named), tuple(k for _, k, _ in named if k is not None)
+        theta = tuple(t for t, _, _ in named)
+        log_keep = tuple(torch.zeros_like(t) if k is None else k for t, k, _ in named)
         keys, values = (u, other) if self.section.objective == "target" else (other, u)
         return Tokens(u, keys, values, theta, log_keep)
 
@@ -157,12 +152,12 @@ class InContextMlp(Mixer):
     @torch.no_grad()
     def _summary(self, after: MemoryState, tokens: Tokens) -> Report:
         """NAME_written: mean over sequences and heads of the norm of what is written, of the slowest level; and the
-        rates of each level."""
+        rates of each level, alpha of those that forget."""
         squares = [layer.weight.float().square().sum((-1, -2)) for layer in after.weights]
         names = [f"{self.name}.{number}" if len(self.levels) > 1 else self.name for number in range(len(self.levels))]
         histograms = {f"{n}_theta": t.detach() for n, t in zip(names, tokens.theta, strict=True)}
-        kept = zip(names, tokens.log_keep, strict=False)
-        histograms |= {f"{n}_alpha": -torch.expm1(k.detach()) for n, k in kept}
+        kept = zip(names, tokens.log_keep, self._clocks(), strict=True)
+        histograms |= {f"{n}_alpha": -torch.expm1(k.detach()) for n, k, rates in kept if rates.decays}
         return Report({f"{self.name}_written": torch.stack(squares).sum(0).sqrt().mean()}, histograms)
 
     def report(self) -> Report:

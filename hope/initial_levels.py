@@ -109,8 +109,8 @@ def _another_chain(source: ModelConfig, target: ModelConfig) -> Problem:
         f"{old.chain} of {hidden}: the chain would compute something else"
     )
     fix = f"model.cms.variant={old.variant} model.cms.hidden={hidden} and {count} periods or more"
-    if count == 1 and not old.in_context:
-        parts = [k for k in range(2, 9) if hidden % k == 0]
+    parts = [k for k in range(2, 9) if hidden % k == 0]
+    if parts and count == 1 and not old.in_context:
         fix += f"; or model.cms.variant=independent with K periods and model.cms.hidden={hidden}/K, K of {parts}"
     return Problem("model.cms", what, fix)
 

@@ -11,11 +11,11 @@ from typing import TypeAlias
 
 from configs.errors import ConfigError
 from configs.schema import load
+from hope.pipe import piped
 from launch import collect, grid, local, preflight_cli, profile, speeds, status, submit, sweep
 from launch.folder import RunFolder
 from launch.placement import Request, split_overrides
 from launch.slurm import SlurmError
-from parallel.start.pipe import piped
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 

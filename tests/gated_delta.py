@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hope.documents import Documents, plain_layout
+from hope.documents import Documents, layout_of
 from hope.flops import Flops
 from hope.layers import Linear, RMSNorm, unit
 from hope.memory.delta import DeltaChunk, DeltaState, Gates
@@ -62,10 +62,8 @@ class GatedDelta(Mixer):
         self, x_TBD: Tensor, state: State | None = None, documents: Documents | None = None
     ) -> tuple[Tensor, Memory]:
         x_TBD = self.enter(x_TBD)
-        length, batch, _ = x_TBD.shape
         dtype = torch.promote_types(x_TBD.dtype, torch.float32)
-        layout = plain_layout(batch, length, self.chunk, x_TBD.device) if documents is None \
-            else documents.layout(self.chunk)  # fmt: skip
+        layout = layout_of(x_TBD, documents, self.chunk)
         heads = lambda z: layout.spread(z.unflatten(-1, (-1, self.head_dim)).permute(1, 2, 0, 3).to(dtype))
         logit = lambda w: layout.spread((x_TBD.to(dtype) @ w.to(dtype).mT).permute(1, 2, 0).unsqueeze(-1)).squeeze(-1)
         q, k, v = unit(heads(self.query(x_TBD))), unit(heads(self.key(x_TBD))), heads(self.value(x_TBD))

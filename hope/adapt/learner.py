@@ -50,7 +50,8 @@ class Learner:
             short = str(dtype).removeprefix("torch.")
             raise AdaptError(f"--adapt: steps are lost in the rounding of {short} weights; give --dtype float32")
         self.settings, self.gathered = settings, 0
-        groups = parameter_groups(model, 0.0, settings.optim, settings.every)
+        optim = settings.optim
+        groups = parameter_groups(model, optim.weight_decay, optim, settings.every)
         level_of = levels_of(model)
         self._learning = {n: p for n, p, _ in declarations(model) if level_of.get(p) in settings.levels}
         model.requires_grad_(False)
@@ -58,7 +59,7 @@ class Learner:
         for p in self._learning.values():
             p.data, p.grad = p.data.clone(), None
             p.requires_grad_(True)
-        self._optimizer = build_optimizer(groups, settings.optim)
+        self._optimizer = build_optimizer(groups, optim)
         self._optimizer.allocate_states()
 
     @property
@@ -106,7 +107,8 @@ class Learner:
             p.data, p.grad = self._initial[name], None
 
     def learned(self) -> Learned:
-        """Weights of the levels, states and clocks of their optimizer, and the gradient that waits."""
+        """Weights of the levels, states and clocks of their optimizer, and the gradient that waits: no copies, so that
+        what is learned later changes them."""
         tensors = {}
         for name, p in self._learning.items():
             tensors[f"weight/{name}"] = p.detach()

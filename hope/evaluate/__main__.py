@@ -35,13 +35,13 @@ from hope.evaluate.rows import Alone, Share
 from hope.evaluate.run import Engine, evaluate_task, evaluate_text
 from hope.evaluate.scorer import ModelScorer, fingerprint
 from hope.evaluate.tasks import read_task
+from hope.pipe import piped
 from hope.pretrained import open_pretrained
 from hope.stored.errors import CheckpointError
 from parallel.compute.shares import RankShare
 from parallel.layout.topology import ParallelConfig
 from parallel.start import groups, launcher, told
 from parallel.start.errors import LaunchError
-from parallel.start.pipe import piped
 
 Made = TypeVar("Made")
 
@@ -53,14 +53,13 @@ EXPLAINED = (EvaluationError, AdaptError, CheckpointError, DataError, LaunchErro
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
-    if words and words[0] in PROGRAMS:
-        sys.argv = [sys.argv[0], *words[1:]]
-        runpy.run_module(f"hope.evaluate.{PROGRAMS[words[0]]}", run_name="__main__")
-    args = parser_of(__doc__).parse_args(words)
     launch: launcher.Launch | None = None
     met = False
     try:
         launch = launcher.from_environment(os.environ)
+        if words and words[0] in PROGRAMS:
+            _further(words, launch.world_size)
+        args = parser_of(__doc__).parse_args(words)
         check(args, launch.world_size)
         sources = sources_of(args)
         if launch.world_size == 1:
@@ -72,18 +71,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # an OSError, but about the reader of the output
         raise
     except EXPLAINED as error:
-        text = f"evaluate: {error}"
-        if launch is None or launch.world_size == 1:
-            print(text, file=sys.stderr, flush=True)
-        elif met:
-            told.after_meeting(text, launch.rank, agreed=False)
-        else:
-            told.before_meeting(text, launch)
+        told.once(f"evaluate: {error}", launch, met, agreed=False)
         return REFUSED
     except KeyboardInterrupt:
         print("\ninterrupted; with --json the same command goes on from here", file=sys.stderr)
         return INTERRUPTED
     return DONE
+
+
+def _further(words: list[str], world_size: int) -> None:
+    """Become the program that the first word asks for, which ends this process with its own exit code."""
+    if world_size > 1:
+        raise EvaluationError(f"{words[0]} works in one process, and {world_size} were started; start one")
+    sys.argv = [sys.argv[0], *words[1:]]
+    runpy.run_module(f"hope.evaluate.{PROGRAMS[words[0]]}", run_name="__main__")
 
 
 class Evaluation:

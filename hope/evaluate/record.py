@@ -25,7 +25,7 @@ class Record:
         about: what else the file should say.
 
     Raises:
-        EvaluationError: the file is no such record, or is of another identity.
+        EvaluationError: the file cannot be read, is no such record, or is of another identity.
     """
 
     def __init__(
@@ -53,9 +53,16 @@ class Record:
         return Source(self, entry, limit)
 
     def save(self, *, now: bool = True) -> None:
-        """Write the file; not `now`: only if EVERY_S have passed since the last time. Raises OSError."""
+        """Write the file; not `now`: only if EVERY_S have passed since the last time.
+
+        Raises:
+            EvaluationError: it cannot be written.
+        """
         if self._path is not None and (now or self._clock() - self._written >= EVERY_S):
-            replace_text(self._path, json.dumps(self._content, indent=1, ensure_ascii=False) + "\n")
+            try:
+                replace_text(self._path, json.dumps(self._content, indent=1, ensure_ascii=False) + "\n")
+            except OSError as error:
+                raise EvaluationError(f"{self._path}: cannot be written ({error.strerror}); {_CURE}") from None
             self._written = self._clock()
 
     @property
@@ -99,6 +106,8 @@ def _read(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
         sources: dict[str, Any] = found["sources"]
         known = found["format"] == FORMAT and all("identity" in entry for entry in sources.values())
+    except OSError as error:
+        raise EvaluationError(f"{path}: cannot be read ({error.strerror}); {_CURE}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         known = False
     if not known:

@@ -34,13 +34,13 @@ from hope.generate.prompts import checked, read_prompts
 from hope.generate.session import Session, identity_of, learner_of, read_session, write_session
 from hope.generate.text import Stream, Writer
 from hope.model import Model
+from hope.pipe import piped
 from hope.pretrained import Pretrained, open_pretrained
 from hope.stored.errors import CheckpointError
 from parallel.compute.generation import on_tensor_ranks
 from parallel.layout.topology import ParallelConfig
 from parallel.start import groups, launcher, told
 from parallel.start.errors import LaunchError
-from parallel.start.pipe import piped
 
 DONE, REFUSED, INTERRUPTED = 0, 2, 130
 LARGE = "--dtype bfloat16, fewer prompts, a smaller --prefill-chunk, or torchrun over several devices takes less"

@@ -35,8 +35,8 @@ Weights = tuple[Tensor, ...]
 
 
 class Tokens(NamedTuple):
-    """What is brought: queries, keys, values [B, H, L, K], and per level, fastest first, theta and log alpha [B, H, L]
-    (no log alpha: nothing is forgotten). Padding is all zeros."""
+    """What is brought: queries, keys, values [B, H, L, K], and per level, fastest first, theta and log alpha [B, H, L],
+    0 for one that forgets nothing. Padding is all zeros."""
 
     queries: Tensor
     keys: Tensor
@@ -115,9 +115,7 @@ class RewrittenMlp:
         return torch.cat(reads, 2), after
 
     def _write(self, level: int, weights: Weights, deltas: State, tokens: Tokens) -> list[Written]:
-        theta = tokens.theta[level]
-        keep = tokens.log_keep[level] if tokens.log_keep else torch.zeros_like(theta)
-        chunk = DeltaChunk(tokens.keys, Gates(theta, keep), erase=False)
+        chunk = DeltaChunk(tokens.keys, Gates(tokens.theta[level], tokens.log_keep[level]), erase=False)
         now = tuple(map(DeltaState, weights))
         values = self.memory.read(now, tokens.values) if self.own_target else tokens.values
         factors = self.memory.gradients(now, tokens.keys, values)

@@ -153,3 +153,26 @@ class TitansConfig(MixerSection):
 
     def _theta(self, head_dim: int) -> float:
         return dataclasses.replace(self, theta_max=None).theta_bound(head_dim)
+
+
+@dataclass
+class WithAttentionConfig(TitansConfig):
+    """Titans' long-term memory and attention, which sees learned keys and values too."""
+
+    persistent: int = 128
+    """Learned keys and values per head that every token's attention sees."""
+    rope_base: float = 10000.0
+    """Base of the attention's rotary positions."""
+
+    def kinds(self) -> dict[str, TitansConfig]:
+        """One."""
+        return {}
+
+    def problems(self, path: str, head_dim: int) -> Iterator[Problem]:
+        yield from super().problems(path, head_dim)
+        if head_dim % 2:
+            yield Problem("model.heads", f"head width {head_dim} is odd; rotary embedding needs pairs", "an even width")
+        if self.persistent < 0:
+            yield Problem(f"{path}.persistent", f"{self.persistent} is negative", "128, or 0 for none")
+        if not self.rope_base > 0:
+            yield Problem(f"{path}.rope_base", f"{self.rope_base} is not positive", "10000.0")

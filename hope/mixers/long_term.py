@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hope.dense import Dense
-from hope.documents import NO_PENDING, Documents, Pending, plain_layout
+from hope.documents import NO_PENDING, Documents, Pending, layout_of
 from hope.flops import Flops
 from hope.layers import CausalConv, Linear
 from hope.memory import deep
@@ -80,17 +80,11 @@ class LongTermMemory(Dense):
         self, x_TBD: Tensor, state: MemoryState | None, documents: Documents | None
     ) -> tuple[Tensor, MemoryState, Writes]:
         """Reads, state, and what was written (for the log)."""
-        length, batch, _ = x_TBD.shape
-        before = self.start(batch) if state is None else state
+        before = self.start(x_TBD.shape[1]) if state is None else state
         tokens, history = self._tokens(x_TBD, before, documents)
-        pending = before.pending
-        if pending.slots:
+        if before.pending.slots:
             tokens = torch.cat([before.waiting, tokens], 2)
-        layout = (
-            plain_layout(batch, length, self.chunk, x_TBD.device, pending)
-            if documents is None
-            else documents.layout(self.chunk, pending)
-        )
+        layout = layout_of(x_TBD, documents, self.chunk, before.pending)
         queries, writes = self._apart(layout.spread(tokens))
         memory = self.network.memory(tokens.dtype)
         weights = None if state is None else before.weights

@@ -32,7 +32,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hope.documents import NO_PENDING, Documents, Pending, of_open_document, plain_layout
+from hope.documents import NO_PENDING, Documents, Pending, layout_of, of_open_document
 from hope.flops import Flops
 from hope.heads.kernels import HeadsChoice, heads_for
 from hope.layers import CausalConv, Linear, RMSNorm, convolved, gated, rms_norm, unit
@@ -151,7 +151,6 @@ class SelfModifyingTitans(Mixer):
     ) -> tuple[Tensor, SelfModifyingState]:
         assert state is None or isinstance(state, SelfModifyingState)
         x_TBD = self.enter(x_TBD)
-        length, batch, _ = x_TBD.shape
         dtype = torch.promote_types(x_TBD.dtype, torch.float32)
         choice = scan_for(self.config, x_TBD.device, x_TBD.dtype, self.head_dim)
         heads = heads_for(self.config, x_TBD.device, x_TBD.dtype, self.head_dim)
@@ -159,12 +158,7 @@ class SelfModifyingTitans(Mixer):
         pending = NO_PENDING if state is None else state.pending
         if state is not None and pending.slots:
             inputs = [torch.cat(pair, 2) for pair in zip(state.waiting, inputs, strict=True)]
-        window, device = self.config.window, x_TBD.device
-        layout = (
-            plain_layout(batch, length, window, device, pending)
-            if documents is None
-            else documents.layout(window, pending)
-        )
+        layout = layout_of(x_TBD, documents, self.config.window, pending)
         before = None if state is None else States(state.projections, state.main)
         given = self._given(*map(layout.spread, inputs))
         found = choice.scan(self.config, self._memories(dtype), given, layout, before)

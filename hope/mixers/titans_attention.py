@@ -20,7 +20,7 @@ from torch import Tensor
 from hope.documents import Documents
 from hope.flops import Flops
 from hope.layers import RMSNorm, gated
-from hope.memory.titans_config import TitansConfig
+from hope.memory.titans_config import WithAttentionConfig
 from hope.mixers.attention import Attention, AttentionConfig, KeysAndValues
 from hope.mixers.base import Mixer, Report, State, Trunk, mixer
 from hope.mixers.long_term import LongTermMemory, MemoryState, summary
@@ -30,38 +30,24 @@ from hope.sections import Problem
 
 
 @dataclass
-class WithAttentionConfig(TitansConfig):
+class WithWindowConfig(WithAttentionConfig):
     """Titans' long-term memory and sliding-window attention."""
 
     window: int = 2048
     """Tokens that a token's attention sees, itself and those before it."""
-    persistent: int = 128
-    """Learned keys and values per head that every token's attention sees."""
-    rope_base: float = 10000.0
-    """Base of the attention's rotary positions."""
 
     def attention(self) -> AttentionConfig:
         """The section of the attention."""
         return AttentionConfig(window=self.window, rope_base=self.rope_base)
 
-    def kinds(self) -> dict[str, TitansConfig]:
-        """One."""
-        return {}
-
     def problems(self, path: str, head_dim: int) -> Iterator[Problem]:
         yield from super().problems(path, head_dim)
-        if head_dim % 2:
-            yield Problem("model.heads", f"head width {head_dim} is odd; rotary embedding needs pairs", "an even width")
         if self.window < 1:
             yield Problem(f"{path}.window", f"{self.window} is less than 1", "2048")
-        if self.persistent < 0:
-            yield Problem(f"{path}.persistent", f"{self.persistent} is negative", "128, or 0 for none")
-        if not self.rope_base > 0:
-            yield Problem(f"{path}.rope_base", f"{self.rope_base} is not positive", "10000.0")
 
 
 @dataclass
-class GateConfig(WithAttentionConfig):
+class GateConfig(WithWindowConfig):
     """Titans' memory as a gate (MAG): sliding-window attention times a function of what the memory reads."""
 
     gate: Literal["silu", "sigmoid"] = "sigmoid"
@@ -73,7 +59,7 @@ class GateConfig(WithAttentionConfig):
 
 
 @dataclass
-class LayerConfig(WithAttentionConfig):
+class LayerConfig(WithWindowConfig):
     """Titans' memory as a layer (MAL): the long-term memory, then sliding-window attention."""
 
     def paper(self) -> str:

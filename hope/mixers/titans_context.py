@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hope.documents import NO_PENDING, Documents, Pending, plain_layout
+from hope.documents import NO_PENDING, Documents, Pending, layout_of
 from hope.flops import Flops
 from hope.layers import Linear, RMSNorm, gated, rotated, rotation, unit
 from hope.memory import deep
 from hope.memory.bank import State as FastWeights
 from hope.memory.bank import reset_rows
 from hope.memory.deep import Writes, over_chunks
-from hope.memory.titans_config import TitansConfig
+from hope.memory.titans_config import WithAttentionConfig
 from hope.mixers.attention import apart_from_persistent
 from hope.mixers.base import Mixer, Report, State, Trunk, mixer
 from hope.mixers.long_term import Network, Rates, summary
@@ -43,21 +43,14 @@ from hope.sections import Problem
 
 
 @dataclass
-class ContextConfig(TitansConfig):
-    """Titans' memory as a context (MAC): attention in segments, which sees what the memory recalls."""
+class ContextConfig(WithAttentionConfig):
+    """Titans' memory as a context (MAC): attention in segments, inside which rotary positions are counted, and which
+    sees what the memory recalls."""
 
     gate: Literal["silu", "sigmoid"] = "sigmoid"
     """What the memory's normed reads go through before they multiply the attention's."""
     segment: int = 512
     """Tokens that attend to each other; a multiple of chunk."""
-    persistent: int = 128
-    """Learned keys and values per head that every token's attention sees."""
-    rope_base: float = 10000.0
-    """Base of the attention's rotary positions, counted inside the segment."""
-
-    def kinds(self) -> dict[str, TitansConfig]:
-        """One."""
-        return {}
 
     def paper(self) -> str:
         """Of the architecture."""
@@ -65,12 +58,6 @@ class ContextConfig(TitansConfig):
 
     def problems(self, path: str, head_dim: int) -> Iterator[Problem]:
         yield from super().problems(path, head_dim)
-        if head_dim % 2:
-            yield Problem("model.heads", f"head width {head_dim} is odd; rotary embedding needs pairs", "an even width")
-        if self.persistent < 0:
-            yield Problem(f"{path}.persistent", f"{self.persistent} is negative", "128, or 0 for none")
-        if not self.rope_base > 0:
-            yield Problem(f"{path}.rope_base", f"{self.rope_base} is not positive", "10000.0")
         chunk = self.resolved().chunk
         if chunk > 0 and (self.segment < 1 or self.segment % chunk):
             what = f"{self.segment} is not a multiple of chunk {chunk}"
@@ -135,22 +122,16 @@ class MemoryAsContext(Mixer):
     ) -> tuple[Tensor, ContextState]:
         assert state is None or isinstance(state, ContextState)
         x_TBD = self.enter(x_TBD)
-        length, batch, _ = x_TBD.shape
         wide = torch.promote_types(x_TBD.dtype, torch.float32)
-        q, k, v, r = (self.form(heads_of)(p(x_TBD), self.head_dim, wide) for p in self._projections())
-        tokens, pending = torch.cat([q, k, v, unit(r)], -1), NO_PENDING if state is None else state.pending
+        projections = self.query, self.key, self.value, self.recall
+        q, k, v, r = (self.form(heads_of)(project(x_TBD), self.head_dim, wide) for project in projections)
+        tokens = torch.cat([q, k, v, unit(r)], -1)
+        pending, before = (NO_PENDING, None) if state is None else (state.pending, state.weights)
         if state is not None and pending.slots:
             tokens = torch.cat([state.waiting, tokens], 2)
-        layout = (
-            plain_layout(batch, length, self.chunk, x_TBD.device, pending)
-            if documents is None
-            else documents.layout(self.chunk, pending)
-        )
-        loop = Segments(self, wide)
-        before = None if state is None else state.weights
-        found, weights = over_chunks(
-            loop.step, (layout.spread(tokens),), loop.memory.start(batch), layout, self.chunk, before
-        )
+        layout, loop = layout_of(x_TBD, documents, self.chunk, pending), Segments(self, wide)
+        initial = loop.memory.start(x_TBD.shape[1])
+        found, weights = over_chunks(loop.step, (layout.spread(tokens),), initial, layout, self.chunk, before)
         if self.watched and loop.writes is not None:
             self.collected = summary(weights, loop.writes)
         seen, read = layout.collect(found).chunk(2, -1)
@@ -159,9 +140,6 @@ class MemoryAsContext(Mixer):
         gate_TBD = join(read, self.norm_memory.weight, x_TBD.dtype)
         out = self.leave(self.output(self.form(gated)(gate_TBD, y_TBD, self.config.gate)))
         return out, ContextState(weights, layout.remaining(tokens), layout.left)
-
-    def _projections(self) -> tuple[Linear, ...]:
-        return self.query, self.key, self.value, self.recall
 
     def start(self, batch: int) -> ContextState:
         """The meta-learned initial weights, and nothing pending."""
@@ -213,9 +191,9 @@ class Segments:
         self.writes = Writes(keys, y @ self.maps["memory_value"], *self.layer.rates.named(rates))
         size, read = self.layer.rule.chunk, []
         cut = lambda t: [None] * (y.shape[2] // size) if t is None else t.split(size, 2)
-        for q, valid, *written in zip(cut(queries), cut(real), *map(cut, self.writes), strict=True):
+        for query, valid, *written in zip(cut(queries), cut(real), *map(cut, self.writes), strict=True):
             now, reads = self.memory.write(now, Writes(*written), valid)
-            read.append(self.memory.causal(reads, q))
+            read.append(self.memory.causal(reads, query))
         return torch.cat([y, torch.cat(read, 2)], -1), now
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, recalled: Tensor) -> Tensor:

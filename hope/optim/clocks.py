@@ -126,6 +126,12 @@ class ClockedOptimizer(torch.optim.Optimizer):
         ]
         return torch.stack(squares).sum().sqrt().item() if squares else 0.0  # one wait for the device
 
+    def clip(self, largest: float) -> None:
+        """Let the coming step use a gradient whose `norm` is at most `largest`."""
+        scale = min(1.0, largest / (self.norm() + 1e-6))
+        for group in self.param_groups:
+            group["grad_scale"] = scale
+
     def discard(self) -> None:
         """Forget this step's gradients: no clock advances, and the accumulators stay as they were."""
         for group in self.param_groups:

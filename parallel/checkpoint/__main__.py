@@ -12,12 +12,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hope.pipe import piped
 from hope.pretrained import load
 from hope.stored import folders, manifest
 from parallel.checkpoint.describe import contents, reshard_plan
 from parallel.checkpoint.errors import CheckpointError
 from parallel.layout.topology import ParallelConfig
-from parallel.start.pipe import piped
 
 
 def main(argv: Sequence[str] | None = None) -> int:

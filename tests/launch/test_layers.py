@@ -9,8 +9,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent.parent
 # numbers and shapes only: tests/unit/test_house.py checks that nothing in parallel.layout makes a process group
-ALLOWED = ("launch", "configs", "hope", "parallel.layout", "parallel.start.launcher", "parallel.start.pipe",
-           "parallel.start.holders")  # fmt: skip
+ALLOWED = ("launch", "configs", "hope", "parallel.layout", "parallel.start.launcher", "parallel.start.holders")
 # what a dry run says of the data: it opens files as one process does, and asks no other rank
 FORESEEN = [("data_prep.training.feed", "Foreseen"), ("data_prep.texts", "OpenTask", "open_tasks")]
 OWN = ("launch", "configs", "hope", "parallel", "data_prep", "pretrain_hope")

@@ -218,6 +218,21 @@ def test_a_chain_with_levels_in_context_does_not_become_a_sum():
         assert (problem.path, "independent with K" in problem.fix) == ("model.cms", False)
 
 
+def test_one_level_with_a_scalar_is_not_divided():
+    """Its parts would each need the scalar, and new levels get 1."""
+    old, new = CmsConfig("independent", [1], hidden=48), CmsConfig("independent", [1, 4], hidden=24)
+    [problem] = differences(attention(cms=old), attention(cms=new))
+    assert problem.path == "model.cms"
+
+
+def test_a_width_that_cannot_be_divided_is_not_offered_to_be():
+    wide = lambda hidden: attention(cms=CmsConfig(periods=[1], hidden=hidden))
+    for hidden, divided in ((48, "hidden=48/K, K of [2, 3, 4, 6, 8]"), (47, "")):
+        [problem] = differences(wide(hidden), wide(64))
+        assert divided in problem.fix
+        assert ("with K periods" in problem.fix) == bool(divided)
+
+
 def test_new_rows_mixers_and_settings_need_their_word_and_leave_the_rest(tmp_path):
     rows = attention(vocab_size=40, init_allow=["vocab"])
     source, model = started(tmp_path / "a", attention(), rows)

@@ -1,5 +1,6 @@
 """Levels that learn from what is read: against a loop by hand, causality, what is frozen, and state that goes on."""
 
+import argparse
 import copy
 import itertools
 
@@ -9,7 +10,8 @@ from models import named
 from torch.nn import functional as F
 
 from hope.adapt.learner import Learned, Learner, detached
-from hope.adapt.settings import AdaptError, Settings
+from hope.adapt.settings import EVERY as EVERY_DEFAULT
+from hope.adapt.settings import RATE, AdaptError, Settings, settings_of
 from hope.config import CmsConfig
 from hope.evaluate.scorer import ModelScorer
 from hope.evaluate.stream import score_and_learn
@@ -184,6 +186,21 @@ def test_what_is_missing_or_of_another_shape_is_no_learner():
     for tensors in ({n: t for n, t in kept.tensors.items() if n != name}, kept.tensors | {name: torch.zeros(2)}):
         with pytest.raises((KeyError, ValueError), match="gradient/"):
             Learner(made(), learner.settings).load(Learned(tensors, kept.record))
+
+
+def test_a_record_of_more_tokens_than_a_window_waits_for_is_no_learner():
+    _, _, learner = read(tokens(EVERY + 4), Settings((1,), 0.05, EVERY))
+    kept = learner.learned()
+    for gathered in (-1, EVERY):
+        with pytest.raises(ValueError, match=f"{gathered} tokens gathered of a window of 8"):
+            Learner(made(), learner.settings).load(Learned(kept.tensors, kept.record | {"gathered": gathered}))
+
+
+def test_the_order_in_which_levels_are_named_is_none():
+    args = argparse.Namespace(adapt="level1,level0,level1", adapt_rate=None, adapt_every=None)
+    assert settings_of(args, made().config, None) == Settings((0, 1), RATE, EVERY_DEFAULT)
+    args.adapt = "levels"
+    assert settings_of(args, made().config, None).levels == (0, 1)
 
 
 def test_weights_of_few_bits_and_losses_without_bounds_are_refused():

@@ -201,11 +201,15 @@ def plan(**changes):
     return Plan(**{**given, **changes})
 
 
-def learner_of(tmp_path, how, kind="hope_attention"):
+def prompts_in(tmp_path):
     tokenizer = tokenizer_in(tmp_path)
-    config = named(kind, vocab_size=tokenizer.vocab_size, width=16, layers=1, heads=2)
+    return Prompts(tokenizer.encode, tokenizer.eos_id, 64)
+
+
+def learner_of(tmp_path, how, kind="hope_attention"):
+    config = named(kind, vocab_size=tokenizer_in(tmp_path).vocab_size, width=16, layers=1, heads=2)
     weights = Model(config).initialise(1).state_dict()
-    made = Learner(model_of(config, how, 100), weights, how, Prompts(tokenizer.encode, tokenizer.eos_id, 64), CPU)
+    made = Learner(model_of(config, how, 100), weights, how, prompts_in(tmp_path), CPU)
     return made, weights
 
 
@@ -264,6 +268,40 @@ def test_only_what_is_named_learns_and_on_its_clock(tmp_path):
     assert all(".cms.levels.1." in name for name in moved[4])
 
 
+def test_a_step_is_adams_with_the_gradient_clipped_and_the_last_batch_smaller(tmp_path):
+    """Written out (Kingma and Ba, 2015, Algorithm 1), without decay."""
+    how = plan(learn=("embedding.*",), periods=(1, 1), batch=3, epochs=1)
+    made, weights = learner_of(tmp_path, how)
+    examples, steps = examples_of(2), []
+    made.learn(examples, [1, 1], lambda step, loss: steps.append(step))
+    assert steps == [1, 2, 3]
+    assert how.steps(len(examples)) == 3
+    other = learner_of(tmp_path, how)[0].model
+    weight, first, second = other.embedding.weight, 0.0, 0.0
+    for step, batch in enumerate(batches(examples, prompts_in(tmp_path), 3, 1, [1, 1]), 1):
+        tokens_TB, targets_TB = batch
+        asked = targets_TB != IGNORE
+        nats = -other(tokens_TB)[0].log_softmax(-1).gather(2, targets_TB.clamp(min=0)[..., None])[..., 0]
+        gradient = torch.autograd.grad(nats[asked].mean(), weight)[0]
+        assert gradient.norm() > 1.1  # so that clipping matters
+        gradient = gradient / gradient.norm()
+        first, second = 0.9 * first + 0.1 * gradient, 0.95 * second + 0.05 * gradient**2
+        with torch.no_grad():
+            weight -= how.rate * first / (1 - 0.9**step) / ((second / (1 - 0.95**step)).sqrt() + 1e-8)
+    torch.testing.assert_close(made.model.embedding.weight, weight, rtol=0, atol=2e-5)
+    assert not torch.equal(weights["embedding.weight"], weight)
+
+
+def test_answers_of_a_model_that_diverged_are_refused(tmp_path):
+    """Its last step was too large, and no loss has seen it: every class would be as probable as any other."""
+    made, _ = learner_of(tmp_path, plan(rate=1e39, periods=(1, 1), epochs=1, batch=64))
+    losses = []
+    made.learn(examples_of(2), [1, 1], lambda step, loss: losses.append(loss))
+    assert len(losses) == 1
+    with pytest.raises(EvaluationError, match=r"answers are nan after step 1; a lower --rate than 1e\+39"):
+        made.right(examples_of(1), list(WORDS), lambda done, total: None)
+
+
 def test_clocks_and_patterns_that_do_not_fit_are_refused():
     config = named("hope_attention", vocab_size=32, width=16, layers=1, heads=2)
     assert model_of(config, plan(), 4).periods == [1, 4]
@@ -271,7 +309,7 @@ def test_clocks_and_patterns_that_do_not_fit_are_refused():
     assert model_of(config, plan(learn=("*.cms.levels.0.*",)), 3).periods == [1, 4]  # level 1 is frozen
     for how, steps, said in (
         (plan(periods=(1,)), 9, "--periods has 1 numbers, the model 2 levels"),
-        (plan(periods=(4, 1)), 9, r"--periods.periods: \[4, 1\] is not fastest first"),
+        (plan(periods=(4, 1)), 9, r"^--periods: \[4, 1\] is not fastest first"),
         (plan(learn=("*.cms.level.*",)), 9, "--learn.*cms.level.* matches no parameter"),
         (plan(), 3, "level 1 has a period of 4 steps, and all tasks together have 3"),
     ):
@@ -296,9 +334,13 @@ def run(place, *words):
 
 
 def test_the_command_gives_a_table_and_goes_on_from_its_file(place, monkeypatch, capsys):
-    words = ("--seeds", 1, 2)
-    assert run(place, *words, "--json", place / "whole.json") == 0
+    words, drawn, learn = ("--seeds", 1, 2), [], Learner.learn
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "learn", lambda self, *given: (drawn.append(given[1]), learn(self, *given)))
+        assert run(place, *words, "--json", place / "whole.json") == 0
+    assert drawn == [[1, 1], [1, 2], [2, 1], [2, 2]]  # every seed and task has an order of examples of its own
     out = capsys.readouterr().out
+    assert [line.split()[:3] for line in out.splitlines()[1:5]] == [[*"112"], [*"124"], [*"212"], [*"224"]]
     whole = json.loads((place / "whole.json").read_text())
     assert set(whole["sources"]) == {f"seed{seed}{part}" for seed in (1, 2) for part in ("", ".task1", ".task2")}
     for seed in (1, 2):
@@ -355,12 +397,15 @@ def test_the_command_refuses_without_a_traceback(place, capsys):
         (("--epochs", -1), "--epochs -1 is negative"),
         (("--rate", 0), "--rate 0.0 is not a positive number"),
         (("--seeds", 1, 1), "--seeds has 1 twice"),
+        (("--window", 1), "--window 1 is less than 2"),
         (("--learn", "*"), "leave --learn out"),
         (("--learn", "nothing"), "nothing matches no parameter"),
         (("--data", place / "none.json"), "none.json: cannot be read"),
         (("--json", place / "no/out.json"), "there is no folder"),
         ((*out, "--rate", 0.5), "out.json was made with rate 0.0001, now 0.5"),
         ((*out, "--tested", 1), "out.json was made with tested None, now 1"),
+        (("--json", place), f"{place}: cannot be read (Is a directory); give another --json file"),
+        (("--rate", 1e39), "the loss is nan after step 1; a lower --rate than 1e+39"),
     ):
         capsys.readouterr()
         assert run(place, *words) == 2
@@ -368,6 +413,18 @@ def test_the_command_refuses_without_a_traceback(place, capsys):
     (place / "data/tokenizer.model").unlink()
     assert run(place) == 2
     assert "--tokenizer FILE names it" in capsys.readouterr().err
+
+
+def test_a_clock_has_to_be_due_in_the_shortest_stream(place, capsys):
+    """One class of one example, or one of nine, as the seed draws."""
+    examples = [Example(f"the {word}", label) for label, word in list(WORDS.items())[:2]]
+    clinc(place / "uneven.json", [examples[0], *[examples[1]] * 9], examples)
+    steps = {seed: 9 if order_of(["floor", "pet_food"], 1, seed, 1) == [["floor"]] else 1 for seed in range(9)}
+    assert set(steps.values()) == {1, 9}
+    words = ("--data", place / "uneven.json", "--tasks", 1, "--classes", 1, "--batch", 1, "--periods", 9, "--seeds")
+    assert run(place, *words, *[seed for seed, count in steps.items() if count == 9]) == 0
+    assert run(place, *words, *steps) == 2
+    assert "a period of 9 steps, and all tasks together have 1" in capsys.readouterr().err
 
 
 def test_classes_is_a_word_in_the_place_of_a_model(monkeypatch, capsys):

@@ -121,6 +121,16 @@ def test_a_course_notes_rows_at_borders_and_goes_on_from_its_state():
     assert whole.ended(6) == whole.ended(0) == {}
 
 
+def test_what_was_measured_at_the_end_of_a_phase_that_goes_on_is_no_row():
+    """The last phase was made longer: until its new end, R has no row of it."""
+    longer = Course(phases_of(sources(3, 1, 6), train(10)))
+    longer.restore([*ROWS[:3], dict.fromkeys(NAMES, 1.0)])
+    told = longer.note(9, losses(ROWS[3]))
+    assert told["continual.forgetting.x"] == pytest.approx(1.0)  # from 4.0, after its own phase
+    assert longer.note(10, losses(ROWS[3]))["phase"] == 3
+    assert longer.state() == ROWS
+
+
 def course_again(before: Course) -> Course:
     after = course()
     after.restore(json.loads(json.dumps(before.state())))
@@ -133,6 +143,11 @@ def test_what_was_not_measured_is_lacking_and_a_blend_has_no_course():
     assert [step for step in range(9) if found.lacks(step)] == [0, 3, 4, 8]
     found.note(3, losses(ROWS[1]))
     assert not found.lacks(3)
+    old = course()
+    old.restore([])  # of a checkpoint that has no course
+    assert old.lacks(3)
+    assert old.note(4, losses(ROWS[2]))["phase"] == 2
+    assert old.state() == [None, None, ROWS[2], None]
     none = Course([])
     assert none.note(3, losses(ROWS[1])) == losses(ROWS[1])
     assert not none.lacks(3)

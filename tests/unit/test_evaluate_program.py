@@ -14,6 +14,7 @@ from data_prep.manifest import TokenSetManifest
 from hope.evaluate import __main__ as program
 from hope.evaluate import record
 from hope.evaluate.scorer import ModelScorer
+from parallel.start import launcher
 
 TASK = [{"query": "the", "choices": [" cat", " mat", " spaces"], "gold": number % 3} for number in range(9)]
 
@@ -106,6 +107,19 @@ def test_results_of_another_model_file_or_window_are_refused(place, capsys):
     assert (place / "out.json").read_text() == "[]"
 
 
+def test_results_that_cannot_be_read_or_written_are_refused_by_name(place, monkeypatch, capsys):
+    words = (place, "--text", place / "a.txt")
+    assert run(*words, "--json", place) == 2
+    assert f"evaluate: {place}: cannot be read (Is a directory); give another --json" in capsys.readouterr().err
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(record, "replace_text", full)
+    assert run(*words, "--json", place / "out.json") == 2
+    assert f"evaluate: {place}/out.json: cannot be written (No space left on device)" in capsys.readouterr().err
+
+
 def token_set(place, tokenizer, ids):
     written = write_documents(place / "set", tokenizer.vocab_size, ids)
     TokenSetManifest(
@@ -192,3 +206,13 @@ def test_further_programs_stand_behind_a_word(word, said, monkeypatch, capsys):
         program.main([word, "--help"])
     assert ended.value.code == 0
     assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("word", list(program.PROGRAMS))
+def test_further_programs_are_for_one_process(word, monkeypatch, capsys):
+    """Two would do the same work twice, and write one file."""
+    monkeypatch.setattr(launcher, "from_environment", lambda environment: SimpleNamespace(world_size=2, rank=0))
+    monkeypatch.setattr(program.told, "before_meeting", lambda text, launch: print(text))
+    monkeypatch.setattr(program.runpy, "run_module", lambda *_, **__: pytest.fail("was started"))
+    assert program.main([word, "--help"]) == 2
+    assert capsys.readouterr().out == f"evaluate: {word} works in one process, and 2 were started; start one\n"

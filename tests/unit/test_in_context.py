@@ -105,6 +105,17 @@ def test_every_shape_and_rate(name):
     assert_level("nested", levels([2, 4], **SHAPES[name]), True)
 
 
+@pytest.mark.parametrize("biases", [(None, -1.0), (-1.0, None)])
+def test_nested_levels_of_which_one_forgets(biases):
+    fast = [level for bias, chunk in zip(biases, (2, 6), strict=True) for level in levels([chunk], forget_bias=bias)]
+    assert_level("nested", fast, True)
+    [level] = model("nested", fast).blocks["0"].cms.in_context
+    level.mlp.watched = True
+    level.mlp(activations())
+    shown = {name for name in level.mlp.report().histograms if name.endswith("_alpha")}
+    assert shown == {f"in_context0.{biases.index(-1.0)}_alpha"}
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("variant", ["sequential", "independent"])
 def test_two_levels_of_either_objective_before_the_slow_ones(variant, packed):

@@ -131,6 +131,22 @@ def test_memory_prediction_and_flops():
     assert layer.flops(64).writes == 2 * (weights + 2 * weights)
 
 
+def test_bounds_and_biases_that_are_not_given():
+    """theta: 1 / 4^(depth + 1), TTT's over the width of a head; alpha: a matrix forgets 2 % of itself, others less."""
+    kinds = [
+        (TitansConfig(), (1 / 64, -8.0)),
+        (TitansConfig(depth=1, residual=False), (1 / 16, -4.0)),
+        (TitansConfig(rule="ttt_linear"), (1 / 10, -4.0)),
+        (TitansConfig(rule="ttt_mlp"), (0.01, -8.0)),
+        (TitansConfig(rule="ttt_mlp", theta_max=0.5, decay=True, decay_bias=-1.5), (0.5, -1.5)),
+    ]
+    for config, expected in kinds:
+        assert (config.theta_bound(10), config.decay_start) == pytest.approx(expected)
+    layer = model(TitansConfig(), heads=4).blocks["0"].mixer.memory.rates
+    assert layer.theta_max == 1 / 64
+    assert layer.decay_bias.tolist() == [-8.0] * 4
+
+
 def test_what_the_log_shows():
     made = model(TitansConfig(), layers=2)
     probe = MixerProbe([made])

@@ -86,3 +86,18 @@ def test_what_the_log_shows_and_the_referee_compares(name):
     assert set(state.compared()) == {"memory.0", "memory.1"} | attention
     assert layer.chunk == (6 if name == "mac" else 20)  # whole chunks of 4 and windows of 5
     assert layer.flops(64).dense > layer.flops(3).dense  # more tokens see a whole window
+
+
+@pytest.mark.parametrize("persistent", [0, 3])
+def test_flops_of_a_segment_by_hand(persistent):
+    """Two heads of width 4, a matrix with momentum as memory. Persistent keys make queries and keys twice as wide."""
+    config = ContextConfig(depth=1, chunk=2, segment=6, persistent=persistent)
+    layer, heads, width = MemoryAsContext(Trunk(8, 2, 1), config), 2, 4
+    trunk, maps, rates = 5 * 2 * 8 * 8, 5 * 2 * width * width, 3 * 2 * width
+    matrix, inside = 2 * width * width, 2 * (width + width)
+    for length, seen in ((100, 6), (6, 6), (4, 4)):
+        # half of the square of two keys per token, which is one square
+        attention = (6 if persistent else 4) * width * (seen + persistent)
+        found = layer.flops(length)
+        assert found.dense == trunk + heads * (maps + rates + attention + matrix + 2 * matrix + inside)
+        assert found.writes == heads * 3 * matrix

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:overflo
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.setattr(ops, "GROUP", 2)  # so that a few chunks make several groups, the last of them shorter
+    monkeypatch.setattr(ops, "GROUP", 2)  # three chunks are then two groups, the last of them shorter
     yield from calls(monkeypatch)
 
 

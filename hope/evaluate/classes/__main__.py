@@ -32,9 +32,9 @@ from hope.evaluate.options import WINDOW
 from hope.evaluate.progress import Progress, Steps
 from hope.evaluate.record import Record, Source
 from hope.evaluate.scorer import fingerprint
+from hope.pipe import piped
 from hope.pretrained import open_pretrained
 from hope.stored.errors import CheckpointError
-from parallel.start.pipe import piped
 
 DONE, REFUSED, INTERRUPTED = 0, 2, 130
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -79,7 +80,9 @@ def model_of(config: ModelConfig, plan: Plan, steps: int) -> ModelConfig:
     changed = dataclasses.replace(config, cms=cms)
     problems = [*cms.problems("--periods"), *group_problems(changed, optim_of(plan), "--learn")]
     if problems:
-        raise EvaluationError("; ".join(f"{problem.path}: {problem.what}; {problem.fix}" for problem in problems))
+        # of the section only the periods can be wrong, which an option gives
+        told = (f"{p.path.removesuffix('.periods')}: {p.what}; {p.fix}" for p in problems)
+        raise EvaluationError("; ".join(told))
     _refuse_idle_levels(changed, plan, steps)
     return changed
 
@@ -103,25 +106,33 @@ class Learner:
         self.model = Model(config)
         self.model.load_state_dict(weights)  # copies: those of a checkpoint are mapped
         self.model.to(device)
-        self._plan, self._prompts, self._device = plan, prompts, device
+        self._plan, self._prompts, self._device, self._steps = plan, prompts, device, 0
         optim = optim_of(plan)
         self._optimizer = build_optimizer(parameter_groups(self.model, optim.weight_decay, optim), optim)
 
     def learn(self, examples: Sequence[Example], seed: Sequence[int], say: Callable[[int, float], object]) -> None:
-        """A task's examples, in orders that `seed` draws. `say` is told step, from 1, and loss."""
+        """A task's examples, in orders that `seed` draws. `say` is told step, from 1, and loss.
+
+        Raises:
+            EvaluationError: the loss is not finite.
+        """
         plan = self._plan
         drawn = batches(examples, self._prompts, plan.batch, plan.epochs, seed)
         for step, (tokens_TB, targets_TB) in enumerate(drawn, 1):
-            loss = one_pass(self.model, asked(tokens_TB, targets_TB, self._device))
-            scale = min(1.0, CLIP / (self._optimizer.norm() + 1e-6))
-            for group in self._optimizer.param_groups:
-                group["grad_scale"] = scale
+            loss = one_pass(self.model, asked(tokens_TB, targets_TB, self._device)).item()
+            self._refuse_divergence("the loss is", loss)
+            self._optimizer.clip(CLIP)
             self._optimizer.step()
             self._optimizer.zero_grad()
-            say(step, loss.item())
+            self._steps += 1
+            say(step, loss)
 
     def right(self, examples: Sequence[Example], labels: Sequence[str], say: Callable[[int, int], object]) -> int:
-        """How many examples have their own class as the most probable of `labels`. `say`: rows done, of how many."""
+        """How many examples have their own class as the most probable of `labels`. `say`: rows done, of how many.
+
+        Raises:
+            EvaluationError: a probability is not finite: the last step, whose loss nobody has seen, was too large.
+        """
         rows = ListedRows([self._prompts.row(example.text, label) for example in examples for label in labels])
         scorer = ModelScorer(self.model, device=self._device)
         nats = torch.empty(len(rows.lengths), dtype=torch.float64)
@@ -132,5 +143,11 @@ class Learner:
                 nats[index] = values[0]
             done += len(found)
             say(done, len(nats))
+        self._refuse_divergence("answers are", nats.sum().item())
         chosen = nats.view(len(examples), len(labels)).argmin(1).tolist()
         return sum(labels[index] == example.label for index, example in zip(chosen, examples, strict=True))
+
+    def _refuse_divergence(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            cure = f"a lower --rate than {self._plan.rate:g}"
+            raise EvaluationError(f"{what} {value} after step {self._steps}; {cure}")

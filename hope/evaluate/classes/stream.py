@@ -59,9 +59,9 @@ class Prompts:
         return Row(np.append(row.ids, np.int64(self._eos_id)), row.first)
 
 
-def batches(examples: Sequence[Example], prompts: Prompts, size: int, epochs: int, seed: Sequence[int]) -> Iterator[
-    tuple[Tensor, Tensor]
-]:  # fmt: skip
+def batches(
+    examples: Sequence[Example], prompts: Prompts, size: int, epochs: int, seed: Sequence[int]
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Tokens and targets, int64 [T, B], of `epochs` passes, each in an order of its own drawn by `seed`.
 
     What stands before the class's name, and padding, is no target (`IGNORE`). The last batch of a pass may be smaller.

@@ -28,9 +28,9 @@ from hope.evaluate.run import Engine
 from hope.evaluate.scorer import ModelScorer
 from hope.generate.greedy import greedy
 from hope.generate.loop import on_one_device
+from hope.pipe import piped
 from hope.pretrained import open_pretrained
 from hope.stored.errors import CheckpointError
-from parallel.start.pipe import piped
 
 DONE, REFUSED = 0, 2
 EXTRA = "lm-evaluation-harness is not installed; `pip install -e '.[harness]'` brings it (0.5 GB)"

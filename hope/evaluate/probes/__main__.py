@@ -37,9 +37,9 @@ from hope.evaluate.rows import Alone
 from hope.evaluate.run import Engine, evaluate_task
 from hope.evaluate.scorer import ModelScorer, fingerprint
 from hope.evaluate.tasks import Task
+from hope.pipe import piped
 from hope.pretrained import open_pretrained
 from hope.stored.errors import CheckpointError
-from parallel.start.pipe import piped
 
 DONE, REFUSED, INTERRUPTED = 0, 2, 130
 LENGTHS, ITEMS = (1024, 2048, 4096), 500

@@ -97,9 +97,8 @@ def train(
     passes = Passes(model, device)
     for step, batch in enumerate(batches(plan, _workers(device)), 1):
         loss = passes(asked(*batch, device))
-        norm = optimizer.norm()
+        optimizer.clip(plan.clip)
         for group in optimizer.param_groups:
-            group["grad_scale"] = min(1.0, plan.clip / (norm + 1e-6))
             group["lr"] = rate_at(step, optim, plan.steps)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
@@ -112,7 +111,7 @@ def accuracy(model: Model, probe: Probe, seed: int, count: int, batch: int, devi
     """Of `count` test examples: the share of targets and of whole examples that greedy choice gives, and the bytes of
     one sequence's state after the last token."""
     right: list[float] = []
-    asked: list[int] = []
+    counts: list[int] = []
     state_bytes = 0
     for begin in range(0, count, batch):
         examples = [probe.example(seed + TEST_SEED, index) for index in range(begin, min(begin + batch, count))]
@@ -120,10 +119,10 @@ def accuracy(model: Model, probe: Probe, seed: int, count: int, batch: int, devi
         logits_TBV, states = model(tokens_TB.to(device))
         hits = (logits_TBV.argmax(-1).cpu() == targets_TB) & (targets_TB != IGNORE)
         right += hits.sum(0).double().tolist()
-        asked += (targets_TB != IGNORE).sum(0).tolist()
+        counts += (targets_TB != IGNORE).sum(0).tolist()
         state_bytes = bytes_of(states) // len(examples)
-    whole = mean([float(hit == all_of) for hit, all_of in zip(right, asked, strict=True)])
-    measured: dict[str, Measure] = {"accuracy": ratio(right, asked), "whole": whole}
+    whole = mean([float(hit == count) for hit, count in zip(right, counts, strict=True)])
+    measured: dict[str, Measure] = {"accuracy": ratio(right, counts), "whole": whole}
     return {name: measure.json() for name, measure in measured.items()} | {"state_bytes": state_bytes}
 
 

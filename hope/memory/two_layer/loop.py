@@ -110,10 +110,10 @@ def _begun(given: Table, name: str) -> Tensor:
     """The state before the first chunk: zero where that begins a document."""
     if "resets" not in given:
         return given[name].clone()
-    return given[name] * _kept(given["resets"], given[name])
+    return given[name] * _goes_on(given["resets"], given[name])
 
 
-def _kept(resets: Tensor, state: Tensor) -> Tensor:
+def _goes_on(resets: Tensor, state: Tensor) -> Tensor:
     """[M, 1, 1, 1]: 0 where the first chunk begins a document, else 1."""
     heads = state.shape[0] // resets.shape[0]
     return (resets[:, 0] == 0).to(state.dtype).repeat_interleave(heads).view(-1, 1, 1, 1)
@@ -169,7 +169,7 @@ def backward(stages: Stages, given: Table, kept: Table, dy: Tensor, dend1: Tenso
     table["dw2"][:, -1] += (given["q"].mT @ table["db_all"]).to(wide)
     if "resets" in given:
         for name in ("ds1", "ds2"):
-            table[name] *= _kept(given["resets"], table[name])
+            table[name] *= _goes_on(given["resets"], table[name])
     return table
 
 
