@@ -139,7 +139,8 @@ class Mamba2(Mixer):
         wide, cut = torch.promote_types(x_TBD.dtype, torch.float32), self.form(heads_of)
         v = cut(z_v, self.head_dim, wide)
         q, k = (cut(z, self.config.state, wide) for z in (z_q, z_k))
-        q, k = (z.repeat_interleave(v.shape[1] // z.shape[1], 1) for z in (q, k))
+        alike = v.shape[1] // k.shape[1]  # heads of a group
+        q, k = (z.unsqueeze(2).expand(-1, -1, alike, -1, -1).flatten(1, 2) for z in (q, k))
         return q, k, v, history
 
     def _normed(self, y_BHTP: Tensor, x_TBD: Tensor) -> Tensor:

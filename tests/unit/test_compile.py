@@ -190,7 +190,6 @@ def assert_whole_equals(kind: str, backend: str, recompute: str = "none") -> Non
         ("hope", "block"),
         ("transformer", "none"),
         ("kda", "none"),
-        ("mamba2", "none"),
         ("titans_mal", "none"),
         pytest.param("titans_mac", "none", marks=pytest.mark.slow),
     ],

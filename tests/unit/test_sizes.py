@@ -14,6 +14,7 @@ from hope.matched import WITHIN, match, matched_hidden, parameters, transformer_
 ROOT = Path(__file__).parents[2]
 SIZES = sorted((ROOT / "configs/sizes").glob("*.yaml"))
 MODELS = sorted((ROOT / "configs/models").glob("*.yaml"))
+FAMILY = (ROOT / "docs/family.md").read_text().partition("# The linear family")[0]
 MILLIONS = {"17m": 17.3, "340m": 334.0, "760m": 728.7, "1.3b": 1272.8}
 
 
@@ -38,6 +39,8 @@ def test_every_model_at_every_size_has_the_parameters_of_its_transformer(size, p
     assert (model.width, model.layers, model.heads) == tuple(given["model"][k] for k in ("width", "layers", "heads"))
     assert (model.head_dim, config.train.seq_len) == (64, given["train"]["seq_len"])
     assert list(model.problems()) == []
+    [line] = [line for line in FAMILY.splitlines() if line.startswith(f"| `{preset.stem}` | ") and line.count("|") == 6]
+    assert int(line.split("|")[2 + list(MILLIONS).index(size.stem)]) == model.hidden_per_level()
 
 
 @pytest.mark.parametrize("preset", MODELS, ids=lambda path: path.stem)
