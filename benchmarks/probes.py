@@ -4,9 +4,10 @@
     python benchmarks/probes.py --only needle --data TRAIN HELDOUT --tokenizer FILE --haystack FILE --json ...
     python benchmarks/probes.py --table docs/measurements/probes.json
 
-benchmarks/probes.yaml says which, probes_family.yaml (`--plan`) the rest of the family. A cell is one model, trained on one probe at one rate and seed by `python -m
-hope.evaluate probe`. Of needle it is a pair of runs: `pretrain_hope.py` on --data, and then what the model finds in
---haystack. As in benchmarks/recipe.py, one may stop at any time (`--seconds`) and go on later.
+benchmarks/probes.yaml says which, and probes_family.yaml (`--plan`) of the rest of the family. A cell is one model,
+trained on one probe at one rate and seed by `python -m hope.evaluate probe`. Of needle it is a pair of runs:
+`pretrain_hope.py` on --data, and then what the model finds in --haystack. As in benchmarks/recipe.py, one may stop at
+any time (`--seconds`) and go on later.
 """
 
 from __future__ import annotations
