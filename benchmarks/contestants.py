@@ -6,22 +6,25 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hope.batch import Batch
 from hope.config import CmsConfig, ModelConfig
+from hope.matched import match, parameters
 from hope.memory.config import MemoryConfig
 from hope.memory.linear_config import RULES, LinearConfig
 from hope.memory.titans_config import TitansConfig
 from hope.mixers.attention import AttentionConfig
+from hope.mixers.mamba2 import Mamba2Config
 from hope.mixers.titans_attention import GateConfig, LayerConfig
 from hope.mixers.titans_context import ContextConfig
-from hope.model import Model
 from hope.optim.build import build_optimizer
 from hope.optim.config import OptimConfig
 from hope.optim.levels import parameter_groups
@@ -33,14 +36,17 @@ from parallel.optimizer.sharded import ShardedOptimizer
 from parallel.optimizer.zero import ZeroOptimizer
 from parallel.start import groups
 
+FILES = sorted((Path(__file__).resolve().parents[1] / "configs/sizes").glob("*.yaml"))
+
+
+def trunk_of(path: Path) -> tuple[int, int, int, int]:
+    """Width, layers, heads and vocabulary of a file in configs/sizes."""
+    model = yaml.safe_load(path.read_text())["model"]
+    return model["width"], model["layers"], model["heads"], model["vocab_size"]
+
+
 # Width, layers, heads, vocabulary of the Transformer++. The others have its trunk, and MLPs as wide as it takes.
-SIZES = {
-    "tiny": (32, 2, 2, 64),
-    "17m": (384, 8, 6, 8192),
-    "340m": (1024, 24, 16, 32000),
-    "760m": (1536, 24, 24, 32000),
-    "1.3b": (2048, 24, 32, 32000),
-}
+SIZES = {"tiny": (32, 2, 2, 64), **{path.stem: trunk_of(path) for path in FILES}}
 PATTERNS = {
     "transformer": ["attention"],
     "hope": ["hope"],
@@ -57,18 +63,12 @@ FAMILY: dict[str, dict[str, Any]] = {
     "titans_mag": {"titans_mag": GateConfig(window=512)},
     "titans_mal": {"titans_mal": LayerConfig(window=512)},
     "titans_mac": {"titans_mac": ContextConfig(segment=128)},
-    "samba": {"linear": LinearConfig(rule="mamba2"), "attention": AttentionConfig(window=512)},
+    "mamba2": {"mamba2": Mamba2Config()},
+    "samba": {"mamba2": Mamba2Config(), "attention": AttentionConfig(window=512)},
 }
 GPT = "megatron_gpt"
 MODELS = (*PATTERNS, *FAMILY, GPT)
 USUAL = tuple(name for name in MODELS if name not in FAMILY)  # those that are compared unless others are named
-WITHIN = 0.02  # of the Transformer's parameters
-
-
-def parameters(config: ModelConfig) -> int:
-    """Of the whole model."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in Model(config).parameters())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,25 +98,7 @@ def model_config(name: str, size: str, choices: Choices = Choices()) -> ModelCon
         pattern=pattern, vocab_size=vocabulary, width=width, layers=layers, heads=heads,
         cms=CmsConfig(periods=periods, hidden=hidden), **sections,
     )  # fmt: skip
-    if name == "transformer":
-        return make([1], None)
-    wanted = parameters(model_config("transformer", size))
-    found = make(levels, matched_hidden(make(levels, 1), wanted))
-    if abs(parameters(found) - wanted) > WITHIN * wanted:
-        raise ValueError(f"{name} at {size}: {parameters(found):,} parameters, transformer {wanted:,}")
-    return found
-
-
-def matched_hidden(config: ModelConfig, wanted: int) -> int:
-    """The width of every level's MLP that comes closest to `wanted` parameters; multiples of 64 (the widest tiles that
-    a product can have) or fewer, as long as that does not miss half of `WITHIN`."""
-    of = lambda hidden: parameters(dataclasses.replace(config, cms=dataclasses.replace(config.cms, hidden=hidden)))
-    one, unit = of(1), of(2) - of(1)
-    for multiple in (64, 32, 16, 8, 4, 2, 1):
-        hidden = max(1, round((wanted - one + unit) / unit / multiple)) * multiple
-        if abs(one + (hidden - 1) * unit - wanted) <= WITHIN / 2 * wanted:
-            break
-    return hidden
+    return make([1], None) if name == "transformer" else match(make(levels, "matched"))
 
 
 @dataclasses.dataclass

@@ -4,9 +4,10 @@
     python benchmarks/probes.py --only needle --data TRAIN HELDOUT --tokenizer FILE --haystack FILE --json ...
     python benchmarks/probes.py --table docs/measurements/probes.json
 
-benchmarks/probes.yaml says which. A cell is one model, trained on one probe at one rate and seed by `python -m
-hope.evaluate probe`. Of needle it is a pair of runs: `pretrain_hope.py` on --data, and then what the model finds in
---haystack. As in benchmarks/recipe.py, one may stop at any time (`--seconds`) and go on later.
+benchmarks/probes.yaml says which, and probes_family.yaml (`--plan`) of the rest of the family. A cell is one model,
+trained on one probe at one rate and seed by `python -m hope.evaluate probe`. Of needle it is a pair of runs:
+`pretrain_hope.py` on --data, and then what the model finds in --haystack. As in benchmarks/recipe.py, one may stop at
+any time (`--seconds`) and go on later.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Probes(Runs):
         except subprocess.TimeoutExpired:
             return None
         seconds = round(time.monotonic() - began, 1)
-        print(f"{cell.name:<44} {_mean(found):.4f}  {seconds} s", flush=True)
+        print(f"{cell.name:<44} {mean_accuracy(found):.4f}  {seconds} s", flush=True)
         return {**cell._asdict(), **found, "seconds": seconds, "gpu": recipe.gpu_name(), "jobs": self.args.jobs}
 
     def _probe(self, cell: Cell, device: int, out: Path) -> Row:
@@ -114,7 +115,8 @@ def _accuracy(test: dict[str, Any]) -> float:
     return float(test["accuracy"]["value"])
 
 
-def _mean(row: Row) -> float:
+def mean_accuracy(row: Row) -> float:
+    """Over the tests of a cell."""
     return statistics.mean(_accuracy(test) for test in row["tests"].values())
 
 
@@ -124,7 +126,7 @@ def best_rows(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
     for row in rows:
         found.setdefault((row["probe"], row["model"]), {}).setdefault(row["rate"], []).append(row)
     return {
-        pair: max(by_rate.values(), key=lambda same: statistics.mean(map(_mean, same)))
+        pair: max(by_rate.values(), key=lambda same: statistics.mean(map(mean_accuracy, same)))
         for pair, by_rate in found.items()
     }
 

@@ -28,6 +28,19 @@ NAMES = {
     "hope_attention": "HOPE-Attention",
     "hope_attention_qk": "HOPE-Attention, QK norm",
     "hope_mlp": "HOPE, mlp memories",
+    "linear_attention": "Linear attention",
+    "retnet": "RetNet",
+    "mamba2": "Mamba-2",
+    "deltanet": "DeltaNet",
+    "gated_deltanet": "Gated DeltaNet",
+    "kda": "KDA",
+    "samba": "Samba-like",
+    "titans_lmm": "Titans LMM",
+    "titans_mag": "Titans MAG",
+    "titans_mal": "Titans MAL",
+    "titans_mac": "Titans MAC",
+    "ttt_linear": "TTT-Linear",
+    "ttt_mlp": "TTT-MLP",
 }
 WIDTH, LEFT, RIGHT, TOP, HEIGHT_OF_ROW, BOTTOM = 760, 190, 90, 20, 40, 46
 WIDEST = 0.35

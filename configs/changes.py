@@ -34,6 +34,7 @@ FREE = (
     "data.index",
     "model.mixers.hope.kernel",
     "model.mixers.linear.kernel",
+    "model.mixers.mamba2.kernel",
     "model.init",  # the weights are the checkpoint's; where they began is in its `origin`
     "model.init_allow",
     "model.init_levels",

@@ -6,6 +6,7 @@ OmegaConf stops at the first unknown key or wrong type, so each leaf is tried by
 import dataclasses
 import difflib
 import math
+import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -182,7 +183,9 @@ def describe(hint: Any) -> str:
         return "a list, each item " + describe((typing.get_args(inner) or (Any,))[0])
     if typing.get_origin(inner) is dict:
         return "a mapping, {key: word, ...}"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    if typing.get_origin(inner) in (types.UnionType, typing.Union):
+        return " or ".join(map(describe, typing.get_args(inner)))
+    words = {type(None): "null", int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     return words.get(inner, str(inner).replace("typing.", ""))
 
 

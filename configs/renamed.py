@@ -9,7 +9,7 @@ from typing import Any
 
 from configs.tree import UNKNOWN
 from configs.used import lookup, put, word
-from hope.renamed import KINDS, current_model, memory_key
+from hope.renamed import KINDS, OLD_RULES, current_model, memory_key
 from hope.sections import Problem
 
 _MEMORY = ("kind", "projection_chunk", "main_chunk", "read", "eta_max", "alpha_bias", "contribution", "static",
@@ -46,6 +46,8 @@ NEWER: dict[str, Any] = {
 """Keys that earlier records lack: what the recording version did, whatever the default is today.
 (`hope.renamed` has the model's.)"""
 
+RULE = "model.mixers.linear.rule"
+"""A value of it was renamed, `hope.renamed.OLD_RULES`."""
 KIND = "model.kind"
 """It became several keys, `hope.renamed.KINDS`."""
 
@@ -62,6 +64,10 @@ def refuse_old(values: dict[str, Any], place: Callable[[str], str]) -> Iterator[
             use = _of_kind(value) if old == KIND else " or ".join(f"{new}={word(value)}" for new in _meant(old, values))
             yield Problem(old, f"was renamed{place(old)}", f"use: {use}")
             _take(values, old)
+    if (rule := lookup(values, RULE)) in list(OLD_RULES):
+        use = f"{RULE}={OLD_RULES[rule]}, or model.pattern=[{rule}], the published layer"
+        yield Problem(RULE, f"{rule} was renamed{place(RULE)}", f"use: {use}")
+        _take(values, RULE)
 
 
 def current(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import re
 import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -25,6 +25,7 @@ from configs.tree import UNKNOWN, leaves
 from configs.used import recorded, unused_given
 from data_prep.config import DataConfig
 from hope.config import ModelConfig, import_modules
+from hope.matched import match
 from hope.optim.config import OptimConfig
 from hope.sections import Problem
 from hope.train.config import CheckpointConfig, LogConfig, RunConfig, TrainConfig
@@ -69,6 +70,7 @@ def load(path: str, words: Sequence[str], *, world_size: int | None = None, chec
     problems += list(_unset(merged, _touched(problems)))
     sections = _whole_sections(merged, problems)
     problems += _unused(merged, {} if good is BAD else good, given, _touched(problems))
+    problems += _matched(sections)
     if check:
         problems += section_problems(sections, world_size, [key.path for key in leaves(Config)])
     if problems:
@@ -147,6 +149,20 @@ def _unused(merged: DictConfig, good: dict[str, Any], given: Given, known: set[s
     for problem in unused_given(Config, good, value, given.place):
         if problem.path not in known:
             yield problem
+
+
+def _matched(sections: dict[str, Any]) -> Iterator[Problem]:
+    """Put the number into a model whose `cms.hidden` is `matched`; what is wrong with it elsewhere comes first."""
+    model: ModelConfig | None = sections.get("model")
+    if model is None or model.cms.hidden != "matched":
+        return
+    sections["model"] = replace(model, cms=replace(model.cms, hidden=None))
+    if list(model.problems()):
+        return
+    try:
+        sections["model"] = match(model)
+    except ValueError as error:
+        yield Problem("model.cms.hidden", f"matched: {error}", "null, or a number")
 
 
 def _touched(problems: list[Problem]) -> set[str]:

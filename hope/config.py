@@ -49,8 +49,9 @@ class CmsConfig:
     """Time between updates of each level, fastest first; its length is the number of levels. [1]: one ordinary MLP."""
     unit: Literal["steps", "tokens"] = "steps"
     """What periods count: optimizer steps, or tokens (multiples of train.global_batch x train.seq_len)."""
-    hidden: int | None = None
-    """Hidden width of each level's SwiGLU; null: 8/3 width, divided over the levels, rounded to 16."""
+    hidden: int | Literal["matched"] | None = None
+    """Hidden width of each level's SwiGLU; null: 8/3 width, divided over the levels, rounded to 16; matched: the one
+    that gives the model the parameters of a Transformer++ with its trunk, within 2 %. A run records the number."""
     in_context: list[InContextConfig] = field(default_factory=list)
     """[{chunk: 16, objective: next}, {chunk: 64}, ...]: levels before these, fastest first, whose MLPs every sequence
     rewrites as it goes (`hope.memory.in_context_config.InContextConfig`, docs/model.md)."""
@@ -76,7 +77,7 @@ class CmsConfig:
             yield Problem(f"{path}.periods", f"{self.periods}: need at least one level, every period >= 1", "[1, 4]")
         elif self.periods != sorted(self.periods):
             yield Problem(f"{path}.periods", f"{self.periods} is not fastest first", f"{sorted(self.periods)}")
-        if self.hidden is not None and self.hidden < 1:
+        if isinstance(self.hidden, int) and self.hidden < 1:
             yield Problem(f"{path}.hidden", f"{self.hidden} is less than 1", "null")
         yield from order_problems(self.in_context, self.variant == "nested", f"{path}.in_context")
 
@@ -163,8 +164,19 @@ class ModelConfig:
         """MLPs side by side of every level in context."""
         return [self.heads if level.heads is None else level.heads for level in self.cms.in_context]
 
+    def divided_by_mixers(self) -> list[tuple[str, int]]:
+        """(key, value) of what tensor-parallel ranks divide in mixers besides heads."""
+        names = [name for name in dict.fromkeys(self.pattern) if name in MIXERS]
+        return [(f"model.mixers.{name}.{key}", size) for name in names for key, size in self.mixers[name].divided()]
+
     def hidden_per_level(self) -> int:
-        """SwiGLU width of a level: all levels together cost as many parameters as one 4x MLP, 8 d^2."""
+        """SwiGLU width of a level: all levels together cost as many parameters as one 4x MLP, 8 d^2.
+
+        Raises:
+            ValueError: it is `matched`, and nobody has found the number (`hope.matched`).
+        """
+        if self.cms.hidden == "matched":
+            raise ValueError("cms.hidden matched is no number yet: hope.matched.match(config)")
         if self.cms.hidden is not None:
             return self.cms.hidden
         return max(16, 8 * self.width // 3 // len(self.periods) // 16 * 16)
@@ -205,7 +217,8 @@ class ModelConfig:
                 fix = f"{near}known: {known}; or model.imports"
                 yield Problem(f"{path}.pattern", f"no mixer is called {name}", fix)
             elif self._shaped:
-                own = list(self.mixers[name].problems(f"{path}.mixers.{name}", self.head_dim))
+                section, place = self.mixers[name], f"{path}.mixers.{name}"
+                own = [*section.problems(place, self.head_dim), *section.problems_of_heads(place, self.heads)]
                 yield from own
                 yield from [] if own else self._undeclared(path, name)
 

@@ -7,7 +7,7 @@ Of regions inside a region only the outermost counts.
 Trunk activations are [T, B, D] (time, batch, width), as megatron-core's sequence parallelism and p2p expect.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,10 @@ from torch.nn import functional as F
 
 from hope.dense import Dense
 from hope.flops import Flops
-from hope.parameters import Used, constant, last_tap, new_parameter, normal
+from hope.parameters import Used, constant, last_tap, new_parameter, normal, uniform
+
+COPY: Used = "heads"
+"""What a rank does with a copy inside a mixer."""
 
 
 def unit(x: Tensor) -> Tensor:
@@ -27,17 +30,19 @@ class Linear(nn.Module):
     """y = x W^T, no bias. Weight [out, in] ~ N(0, 0.16 / in): std 0.02 at width 400, and equally loud at others.
 
     parallel: as Megatron names it. "column": output features are divided over tensor-parallel ranks; "row": input
-    features are, and the region's `leave` sums.
-    head_rows: how many consecutive output features are one head's, see `Declaration`. Column-parallel maps only.
+    features are, and the region's `leave` sums; "copy": every rank has the whole map, and uses it for its own heads.
+    head_rows: how many consecutive output features are one head's, see `Declaration`. Not of row-parallel maps.
     """
 
     def __init__(
-        self, fan_in: int, fan_out: int, parallel: Literal["column", "row"], head_rows: int | None = None
+        self, fan_in: int, fan_out: int, parallel: Literal["column", "row", "copy"], head_rows: int | None = None
     ) -> None:
         super().__init__()
-        cut = 0 if parallel == "column" else 1
+        cut, used = {"column": (0, None), "row": (1, None), "copy": (None, COPY)}[parallel]
         init = normal(0.4 * fan_in**-0.5)
-        self.weight = new_parameter(fan_out, fan_in, init=init, cut=cut, update="matrix", head_rows=head_rows)
+        self.weight = new_parameter(
+            fan_out, fan_in, init=init, cut=cut, used=used, update="matrix", head_rows=head_rows
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
@@ -91,7 +96,9 @@ class SwiGlu(Dense):
         return self.gate.flops() + self.up.flops() + self.down.flops()
 
 
-def convolved(x_TBD: Tensor, weight: Tensor, history: Tensor, same: Tensor | None) -> Tensor:
+def convolved(
+    x_TBD: Tensor, weight: Tensor, history: Tensor, same: Tensor | None, bias: Tensor | None = None
+) -> Tensor:
     """silu of the depthwise causal convolution [T, B, D]; see `CausalConv`."""
     length, past = x_TBD.shape[0], weight.shape[1] - 1
     padded = torch.cat([history.to(x_TBD.dtype), x_TBD])
@@ -101,23 +108,28 @@ def convolved(x_TBD: Tensor, weight: Tensor, history: Tensor, same: Tensor | Non
         if same is not None:
             earlier = earlier * same[lag - 1].unsqueeze(-1)
         y = y + earlier * weight[:, past - lag]
-    return F.silu(y)
+    return F.silu(y if bias is None else y + bias)
 
 
 class CausalConv(Dense):
-    """Depthwise causal convolution over time with silu; starts as the identity tap.
+    """Depthwise causal convolution over time with silu; starts as the identity tap, without a bias.
+
+    drawn: with a bias, both uniform within taps^(-1/2), as torch's own layer starts. copy: of channels that every
+    tensor-parallel rank has, see `Linear`.
 
     forward: x [T, B, D], history [taps-1, B, D] of earlier inputs, same [taps-1, T, B] (true where the token `lag`
     steps back belongs to the same document; None: one document) -> y [T, B, D] and the last taps-1 inputs.
     """
 
-    def __init__(self, width: int, taps: int) -> None:
+    def __init__(self, width: int, taps: int, drawn: bool = False, copy: bool = False) -> None:
         super().__init__()
-        self.taps = taps
-        self.weight = new_parameter(width, taps, init=last_tap, cut=0, update="elementwise")
+        self.taps, init = taps, uniform(taps**-0.5) if drawn else last_tap
+        layout: dict[str, Any] = {"used": COPY} if copy else {"cut": 0}
+        self.weight = new_parameter(width, taps, init=init, update="elementwise", **layout)
+        self.bias = new_parameter(width, init=init, update="elementwise", **layout) if drawn else None
 
     def forward(self, x_TBD: Tensor, history: Tensor, same: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.form(convolved)(x_TBD, self.weight, history, same), self.latest(x_TBD, history)
+        return self.form(convolved)(x_TBD, self.weight, history, same, self.bias), self.latest(x_TBD, history)
 
     def latest(self, x_TBD: Tensor, history: Tensor) -> Tensor:
         """The last taps-1 inputs [taps-1, B, D]."""

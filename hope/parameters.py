@@ -49,6 +49,11 @@ def normal(std: float) -> Init:
     return lambda shape, generator: torch.randn(shape, generator=generator) * std
 
 
+def uniform(bound: float) -> Init:
+    """Between -bound and bound."""
+    return lambda shape, generator: bound * (2 * torch.rand(shape, generator=generator) - 1)
+
+
 def constant(value: float) -> Init:
     return lambda shape, generator: torch.full(shape, value)
 

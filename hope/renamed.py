@@ -31,6 +31,8 @@ NEWER_KEYS: dict[str, dict[str, Any]] = {
     "linear": {"kernel": "auto"},
 }
 """Keys of `model.mixers.NAME` that earlier records lack, or could lack. Memories forgot towards zero."""
+OLD_RULES = {"mamba2": "ssd"}
+"""What a `model.mixers.linear.rule` is called now. Mamba-2 as published is a mixer of its own."""
 NEWER_OF_MODEL: dict[str, Any] = {"norm_eps": 1e-6, "depth_scaled_init": False, "init": None}
 """Keys of `model` that earlier records lack. Runs began with drawn weights."""
 
@@ -72,4 +74,6 @@ def _with_newer_keys(values: dict[str, Any]) -> dict[str, Any]:
     for name, newer in NEWER_KEYS.items():
         if name in values.get("pattern", ()) or name in mixers:
             mixers[name] = {**newer, **(mixers.get(name) or {})}
+    if (rule := mixers.get("linear", {}).get("rule")) in OLD_RULES:
+        mixers["linear"]["rule"] = OLD_RULES[rule]
     return {**values, "mixers": mixers} if mixers else values

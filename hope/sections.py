@@ -23,6 +23,14 @@ class MixerSection:
         """Everything that cannot work, given the width of a head."""
         return iter(())
 
+    def problems_of_heads(self, path: str, heads: int) -> Iterator[Problem]:
+        """Everything that cannot work, given how many heads the model has."""
+        return iter(())
+
+    def divided(self) -> Iterator[tuple[str, int]]:
+        """(key, what its value is over tensor-parallel ranks must be whole) of what they divide besides heads."""
+        return iter(())
+
     def kinds(self) -> "Mapping[str, MixerSection]":
         """Sections of published layers that this mixer can be, by name; {}: it is one. `python -m hope.mixers` lists
         them."""

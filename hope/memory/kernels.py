@@ -12,8 +12,8 @@ from hope.devices import has_triton
 from hope.memory.config import MemoryConfig
 from hope.memory.fused_scan import fused_scan
 from hope.memory.given.ops import fused_memory
-from hope.memory.linear import linear_memory
-from hope.memory.linear_config import LinearConfig
+from hope.memory.linear import in_squares, linear_memory
+from hope.memory.linear_config import RULES, LinearConfig
 from hope.memory.scan import Scanned, scan
 from hope.memory.two_layer.ops import two_layer_scan
 
@@ -69,16 +69,34 @@ class LinearChoice(NamedTuple):
 
 def linear_for(config: LinearConfig, device: torch.device, dtype: torch.dtype, head_dim: int) -> LinearChoice:
     """`scan_for` of the linear family."""
+    row = RULES[config.rule]  # and not config.resolved(), which torch.compile cannot trace inside a block
+    normaliser = row.normaliser if config.normaliser is None else config.normaliser
+    reasons = {"decay per channel": (config.decay or row.decay) == "channel", "a normaliser": normaliser}
+    return _given_for(config.kernel, config.chunk, device, dtype, head_dim, reasons)
+
+
+def shared_keys_for(
+    kernel: str, chunk: int, device: torch.device, dtype: torch.dtype, head_dim: int, keys: int
+) -> LinearChoice:
+    """`linear_for` of memories [head_dim, keys] with a decay per head that do not erase (Mamba-2). The kernels' are
+    square: wider keys are cut."""
+    found = _given_for(kernel, chunk, device, dtype, head_dim, {f"state {keys}": keys % head_dim > 0})
+    if found.name == "plain" or keys == head_dim:
+        return found
+    return found._replace(memory=partial(in_squares, found.memory))
+
+
+def _given_for(
+    kernel: str, chunk: int, device: torch.device, dtype: torch.dtype, head_dim: int, reasons: dict[str, bool]
+) -> LinearChoice:
     plain = lambda reason: LinearChoice(linear_memory, "plain", reason)
-    if config.kernel == "plain":
+    if kernel == "plain":
         return plain("as configured")
     if device.type not in ("cuda", "meta"):
         return plain(device.type.upper())
-    rule = config.resolved()
     reasons = {
-        "decay per channel": rule.decay == "channel",
-        "a normaliser": rule.normaliser,
-        f"chunk {config.chunk}": config.chunk != CHUNK,
+        **reasons,
+        f"chunk {chunk}": chunk != CHUNK,
         f"heads of {head_dim}": head_dim not in HEADS[torch.bfloat16],
     }
     if reason := next((reason for reason, holds in reasons.items() if holds), "") or _against_type(dtype, head_dim):

@@ -21,6 +21,7 @@ Shapes: B sequences, H heads, T tokens, K width of keys, V of values, N chunks o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -89,6 +90,36 @@ def linear_memory(
     content = values if erased is None else values - erased @ begin.mT
     y = (start * q) @ begin.mT + _products(q, k, total, marks, 0) @ content
     return y.flatten(2, 3)[:, :, :length], state
+
+
+def in_squares(
+    memory: Callable[..., tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    write: Tensor,
+    state: Tensor,
+    *,
+    erase: bool,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    """`memory`, which has keys as wide as values, for keys n times as wide: n memories per head whose reads add up.
+
+    The arguments and results of `linear_memory`. Without erasing, parts of a key never meet.
+
+    Raises:
+        ValueError: with `erase`.
+    """
+    if erase:
+        raise ValueError("with erasing a write depends on all of a key")
+    width, parts = v.shape[-1], k.shape[-1] // v.shape[-1]
+    apart = lambda t: t.unflatten(-1, (parts, width)).transpose(2, 3).flatten(1, 2)  # [B, H, *, n V] -> [B, H n, *, V]
+    again = lambda t: t.repeat_interleave(parts, 1)
+    y, state = memory(
+        apart(q), apart(k), again(v), again(log_decay), again(write), apart(state), erase=False, chunk=chunk
+    )
+    return y.unflatten(1, (-1, parts)).sum(2), state.unflatten(1, (-1, parts)).transpose(2, 3).flatten(-2)
 
 
 def _cut(x: Tensor, size: int) -> Tensor:

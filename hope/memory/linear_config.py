@@ -45,8 +45,13 @@ RULES: dict[str, Rule] = {
         "Katharopoulos et al., 2020, Transformers are RNNs", feature_map="elu1", normaliser=True, head_norm=False
     ),
     "retnet": Rule("Sun et al., 2023, Retentive Network", decay="constant", rope_base=10000.0, gate="silu"),
-    "mamba2": Rule(
-        "Dao and Gu, 2024, Transformers are SSMs", decay="head", write="step", conv_width=4, gate="silu", skip=True
+    "ssd": Rule(
+        "Dao and Gu, 2024, Transformers are SSMs, B and C per head",
+        decay="head",
+        write="step",
+        conv_width=4,
+        gate="silu",
+        skip=True,
     ),
     "deltanet": _DELTA,
     "gated_deltanet": dataclasses.replace(
@@ -58,9 +63,9 @@ RULES: dict[str, Rule] = {
 
 @dataclass
 class LinearConfig(MixerSection):
-    """Linear attention, RetNet, Mamba-2, DeltaNet, Gated DeltaNet and KDA: W <- W Diag(a) + b (v - [erased]) k^T."""
+    """Linear attention, RetNet, SSD, DeltaNet, Gated DeltaNet and KDA: W <- W Diag(a) + b (v - [erased]) k^T."""
 
-    rule: Literal["linear_attention", "retnet", "mamba2", "deltanet", "gated_deltanet", "kda"] = "gated_deltanet"
+    rule: Literal["linear_attention", "retnet", "ssd", "deltanet", "gated_deltanet", "kda"] = "gated_deltanet"
     """The published layer, which sets every key below that is null (docs/family.md has the table)."""
     decay: Literal["none", "constant", "head", "channel"] | None = None
     """What is forgotten at each token: nothing, a fixed share per head (1 - 2^(-5-h) stays), or a share that depends on

@@ -1,6 +1,6 @@
 """Mixers, one file per family. Importing this package registers those that come with it."""
 
-from hope.mixers import attention, linear, self_modifying, titans, titans_attention, titans_context
+from hope.mixers import attention, linear, mamba2, self_modifying, titans, titans_attention, titans_context
 from hope.mixers.base import MIXERS, Mixer, MixerKind, Report, State, Trunk, mixer
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Trunk",
     "attention",
     "linear",
+    "mamba2",
     "mixer",
     "self_modifying",
     "titans",

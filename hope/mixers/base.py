@@ -111,7 +111,8 @@ class Mixer(Dense):
 
     A constructor takes (trunk, section). Make every parameter with `hope.parameters.new_parameter`, or of modules that
     do. Pass the input through `enter` before the first product with a cut parameter, and the output through `leave`
-    after the last: both are the identity until a tensor-parallel layout replaces them.
+    after the last. What needs a sum over all heads in between passes the sum over its own through `total`. All three
+    are the identity until a tensor-parallel layout replaces them.
 
     Attributes:
         chunk: tokens between two writes of the state; memory use is linear in whole chunks. 1: no chunks.
@@ -133,6 +134,7 @@ class Mixer(Dense):
     def __init__(self) -> None:
         super().__init__()
         self.enter, self.leave = nn.Identity(), nn.Identity()
+        self.total: nn.Module = nn.Identity()
         self.collected = Report()
 
     def forward(

@@ -1,4 +1,4 @@
-"""The linear family as one mixer: linear attention, RetNet, Mamba-2, DeltaNet, Gated DeltaNet and KDA are rows of the
+"""The linear family as one mixer: linear attention, RetNet, SSD, DeltaNet, Gated DeltaNet and KDA are rows of the
 table in `hope.memory.linear_config`. Around the memory (`hope.memory.linear`), per head with input z,
 
     q, k, v = W_q z, W_k z, W_v z     then, by the rule, silu(conv(.)); for q, k elu(.) + 1, unit length, rotation

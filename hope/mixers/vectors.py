@@ -44,11 +44,11 @@ def short_convolutions(
 ) -> tuple[list[Tensor], Tensor]:
     """Every stream [T, B, D] through its convolution, and the history after this call.
 
-    history: [B, taps-1, N D], the last inputs of all N streams, side by side.
+    history: [B, taps-1, sum of D], the last inputs of all streams, side by side.
     """
     taps = convolutions[0].taps
     same = documents.same(taps) if documents is not None and taps > 1 else None
-    earlier = history.transpose(0, 1).chunk(len(streams), -1)
+    earlier = history.transpose(0, 1).split([z.shape[-1] for z in streams], -1)
     found = [conv(z, past, same) for conv, z, past in zip(convolutions, streams, earlier, strict=True)]
     latest = torch.cat([z.to(history.dtype) for _, z in found], -1)
     return [z for z, _ in found], of_open_document(latest, documents).transpose(0, 1)

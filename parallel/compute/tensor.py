@@ -6,7 +6,8 @@ The modules stay hope's own. A region (mixer, MLP, embedding, head) begins with 
     tensor              identity (all-reduce)                 all-reduce (identity)
     tensor + sequence   all-gather tokens (reduce-scatter)    reduce-scatter tokens (all-gather)
 
-One pair per region: the projections of a mixer share their `enter`.
+One pair per region: the projections of a mixer share their `enter`. A mixer's `total` is an all-reduce both ways: the
+sum is of all ranks' heads, and all of them use it.
 """
 
 from collections.abc import Callable
@@ -54,6 +55,7 @@ def shard_model(model: Model, tp_rank: int, tp_size: int, sequence: bool = False
             module.first_row = tp_rank * module.weight.shape[0]
         if isinstance(module, Mixer):
             module.first_head = tp_rank * (model.config.heads // tp_size)
+            module.total = Mapping(_total)
     for region in outermost_regions(model):
         region.enter, region.leave = enter, leave
     return model
@@ -71,6 +73,15 @@ def _borders(sequence: bool) -> tuple[Mapping, Mapping]:
         Mapping(mappings.copy_to_tensor_model_parallel_region),
         Mapping(mappings.reduce_from_tensor_model_parallel_region),
     )
+
+
+def _total(x: Tensor) -> Tensor:
+    from megatron.core.tensor_parallel import mappings
+
+    # in place: megatron-core's reduction changes what it is given
+    summed = mappings.reduce_from_tensor_model_parallel_region(x.clone(memory_format=torch.contiguous_format))
+    whole: Tensor = mappings.copy_to_tensor_model_parallel_region(summed)
+    return whole
 
 
 def sharded_loss(

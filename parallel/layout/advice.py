@@ -21,6 +21,9 @@ class ModelSizes(Protocol):
     def hidden_per_level(self) -> int:
         """Hidden width of one MLP."""
 
+    def divided_by_mixers(self) -> list[tuple[str, int]]:
+        """(key, value) of what mixers divide besides heads."""
+
     def in_context_heads(self) -> list[int]:
         """MLPs side by side of every level in context."""
 
@@ -61,7 +64,8 @@ def layouts_that_fit(world_size: int, wanted: tuple[int, int], model: ModelSizes
 
 def _fits(model: ModelSizes, tensor: int, pipeline: int, virtual: int) -> bool:
     chunks = pipeline * (virtual if pipeline > 1 else 1)
-    sizes = (model.heads, model.vocab_size, model.hidden_per_level())
+    mixers = [size for _, size in model.divided_by_mixers()]
+    sizes = (model.heads, model.vocab_size, model.hidden_per_level(), *mixers)
     return model.layers >= chunks and not any(size % tensor for size in sizes)
 
 

@@ -145,7 +145,7 @@ def describe(
     sequence = " with sequence parallelism" if shape.sequence else ""
     rows = [
         ("model", f"{pattern_of(config)}  {config.layers} layers  width {config.width}  {config.heads} heads of "
-                  f"{config.head_dim}"),
+                  f"{config.head_dim}  MLPs of {config.hidden_per_level()}"),
         ("parameters", f"{total:,}  {clocks}"),
         ("layout", f"{dims.world_size} devices = tensor {dims.tensor} x pipeline {dims.pipeline} x context "
                    f"{dims.context} x data {dims.data} (ZeRO-1){sequence}"),

@@ -127,6 +127,7 @@ class ParallelConfig:
                 (f"heads of level {number} in context", heads, f"model.cms.in_context[{number}].heads")
                 for number, heads in enumerate(model.in_context_heads())
             ),
+            *((key, size, key) for key, size in model.divided_by_mixers()),
         )
         for name, size, key in divided:
             if size >= 1 and size % self.tensor:

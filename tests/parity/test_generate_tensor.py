@@ -19,6 +19,7 @@ from hope.generate.errors import GenerationError
 from hope.generate.options import check, parser_of
 from hope.memory.config import MemoryConfig
 from hope.memory.linear_config import LinearConfig
+from hope.mixers.mamba2 import Mamba2Config
 from hope.mixers.titans_attention import GateConfig
 from hope.mixers.titans_context import ContextConfig
 from hope.model import Model
@@ -48,12 +49,13 @@ def test_text_of_two_tensor_ranks_is_that_of_one_device(tmp_path):
     mixers = {
         "hope": MemoryConfig(projection_chunk=2, main_chunk=4),
         "linear": LinearConfig(rule="retnet"),
+        "mamba2": Mamba2Config(state=12, chunk=4),
         "titans_mag": GateConfig(chunk=4, window=5, persistent=2, theta_max=0.1),
         "titans_mac": ContextConfig(chunk=2, segment=4, persistent=2, theta_max=0.1),
     }
     cms = CmsConfig(periods=[1, 2], hidden=16)
-    pattern = ["hope", "attention", "linear", "titans_mag", "titans_mac"]
-    config = ModelConfig(pattern, 304, 32, 5, 4, True, mixers=mixers, cms=cms)
+    pattern = ["hope", "attention", "linear", "mamba2", "titans_mag", "titans_mac"]
+    config = ModelConfig(pattern, 304, 32, 6, 4, True, mixers=mixers, cms=cms)
     model = Model(config).initialise(1)
     with torch.no_grad():
         model.embedding.weight.mul_(5)  # neither uniform nor certain

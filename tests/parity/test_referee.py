@@ -21,7 +21,7 @@ from hope.memory.linear_config import RULES
 from hope.memory.matrix import MatrixBank
 from hope.memory.titans_config import TITANS_RULES
 from hope.model import Model
-from parallel.compute import gradients
+from parallel.compute import gradients, tensor
 from parallel.layout.plan import plan_of_config
 from parallel.referee import parity
 from parallel.referee import verdict as verdicts
@@ -51,6 +51,8 @@ KINDS = {
     ],
     "own": ["model.imports=[gated_delta]", "model.pattern=[gated_delta_of_a_test]"],
     **{rule: ["model.pattern=[linear]", f"model.mixers.linear.rule={rule}"] for rule in RULES},
+    "mamba2": ["model.pattern=[mamba2]", "model.mixers.mamba2.state=12"],
+    "mamba2_groups": ["model.pattern=[mamba2]", "model.mixers.mamba2.state=6", "model.mixers.mamba2.groups=4"],
     **{
         rule: ["model.pattern=[titans]", f"model.mixers.titans.rule={rule}", "model.mixers.titans.chunk=4"]
         for rule in TITANS_RULES
@@ -65,6 +67,9 @@ KINDS = {
         "model.mixers.titans_mac.segment=8",
     ],
 }
+SHARED = [f"{stem}{name}.{part}" for name in ("key", "query")
+          for stem, part in (("", "weight"), ("conv_", "weight"), ("conv_", "bias"))]  # fmt: skip
+"""Parameters of `mamba2` that all heads share."""
 LAYOUTS = {
     "tp2": (2, ["parallel.tensor=2"]),
     "tp2+sp": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
@@ -87,6 +92,8 @@ QUICK = [
     ("pp2", "own"),
     ("tp2+sp", "gated_deltanet"),
     ("pp2", "gated_deltanet"),
+    ("tp2+sp", "mamba2"),
+    ("tp2-pp2+sp", "mamba2_groups"),
     ("tp2+sp", "ttt_mlp"),
     ("pp2", "lmm"),
     ("tp2+sp", "titans_mag"),
@@ -206,6 +213,10 @@ def other_seed_on_a_stage() -> None:
     Model.initialise = lambda self, seed: original(self, seed + self.part.first)
 
 
+def normed_alone() -> None:
+    tensor._total = lambda x: x
+
+
 SPOILERS = {
     "norm.weight": forget("norm.weight"),
     "blocks.*.norm.weight": forget("blocks.*.norm.weight"),
@@ -217,6 +228,8 @@ SPOILERS = {
     "blocks.*.cms.levels.*.norm.weight": forget("blocks.*.cms.levels.*.norm.weight"),
     "blocks.*.cms.in_context.*.norm.weight": forget("blocks.*.cms.in_context.*.norm.weight"),
     "blocks.*.cms.aggregate": forget("blocks.*.cms.aggregate"),
+    **{f"blocks.*.mixer.{name}": forget(f"blocks.*.mixer.{name}") for name in SHARED},
+    "every rank norms its own heads": normed_alone,
     "sum twice": sum_twice,
     "forget the tied gradient": forget_tied,
     "share fast weights": share_fast_weights,
@@ -231,6 +244,8 @@ BROKEN = [
     ("tp2+sp", "matrix", "norm.weight"),
     ("tp2+sp", "matrix", "blocks.*.norm.weight"),
     ("tp2", "kda", "blocks.*.mixer.decay_down"),
+    ("tp2+sp", "mamba2", "every rank norms its own heads"),
+    *(("tp2", "mamba2", f"blocks.*.mixer.{name}") for name in SHARED),
     ("tp2", "titans_mal", "blocks.*.mixer.memory.norm.weight"),
     ("tp2", "titans_mag", "blocks.*.mixer.norm_memory.weight"),
     ("tp2+sp", "titans_mag", "blocks.*.mixer.norm_attention.weight"),

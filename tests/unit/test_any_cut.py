@@ -17,6 +17,7 @@ from hope.memory.linear_config import RULES, LinearConfig
 from hope.memory.titans_config import TITANS_RULES, TitansConfig
 from hope.mixers import MIXERS
 from hope.mixers.attention import AttentionConfig
+from hope.mixers.mamba2 import Mamba2Config
 from hope.mixers.titans_attention import GateConfig, LayerConfig
 from hope.mixers.titans_context import ContextConfig
 from hope.model import Model
@@ -44,6 +45,8 @@ PATTERNS = {name: (["hope"], {"hope": memory}) for name, memory in MEMORIES.item
     "attention-nope": (["attention"], {"attention": AttentionConfig(positions="none", qk_norm=True, window=16)}),
     "hybrid": (["hope", "attention"], {"hope": MEMORIES["matrix-two-clocks"]}),
     **{rule: (["linear"], {"linear": LinearConfig(rule=rule, chunk=8)}) for rule in RULES},
+    "mamba2": (["mamba2"], {"mamba2": Mamba2Config(state=6, chunk=8)}),
+    "mamba2-groups": (["mamba2"], {"mamba2": Mamba2Config(state=6, groups=2, chunk=4, conv_width=3)}),
     **{rule: (["titans"], {"titans": TitansConfig(rule=rule, chunk=4, theta_max=0.2)}) for rule in TITANS_RULES},
     "mag": (["titans_mag"], {"titans_mag": GateConfig(chunk=4, window=5, persistent=3, theta_max=0.2)}),
     "mal": (["titans_mal"], {"titans_mal": LayerConfig(chunk=4, window=6, persistent=2, theta_max=0.2)}),

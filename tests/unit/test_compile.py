@@ -32,6 +32,7 @@ from hope.memory.kernels import ScanChoice
 from hope.memory.linear_config import RULES, LinearConfig
 from hope.memory.scan import Given, scan
 from hope.mixers import Trunk, self_modifying
+from hope.mixers.mamba2 import Mamba2Config
 from hope.mixers.self_modifying import SelfModifyingTitans, memory_input
 from hope.mixers.titans_attention import LayerConfig
 from hope.mixers.titans_context import ContextConfig
@@ -56,6 +57,16 @@ PARTS = {
         "convolved",
         "steps",
     },
+    "mamba2": {
+        "rms_norm",
+        "gated",
+        "block_alone",
+        "heads_of",
+        "convolved",
+        "steps",
+        "gated_squares",
+        "normed",
+    },
     "titans_mal": {
         "rms_norm",
         "gated",
@@ -68,7 +79,8 @@ PARTS = {
     },
     "titans_mac": {"rms_norm", "gated", "block_alone", "heads_of", "normed_and_joined"},
 }
-TITANS = {
+OTHERS = {
+    "mamba2": Mamba2Config(state=12, chunk=8),
     "titans_mal": LayerConfig(chunk=8, window=6, persistent=2, theta_max=0.1),
     "titans_mac": ContextConfig(chunk=4, segment=8, persistent=2, theta_max=0.1),
 }
@@ -90,8 +102,8 @@ def config(kind: str) -> ModelConfig:
     size = {"vocab_size": 64, "width": 32, "layers": 2, "heads": 2, "cms": cms}
     if kind in RULES:
         return ModelConfig(["linear"], mixers={"linear": LinearConfig(rule=kind, chunk=8)}, **size)
-    if kind in TITANS:
-        return ModelConfig([kind], mixers={kind: TITANS[kind]}, **size)
+    if kind in OTHERS:
+        return ModelConfig([kind], mixers={kind: OTHERS[kind]}, **size)
     return named(kind, memory=memory, **size)
 
 
@@ -123,6 +135,7 @@ def assert_equal(kind: str, form: Compiled, packed: bool, recompute: str = "none
         ("transformer", "block"),
         ("kda", "memory"),
         ("retnet", "sublayer"),
+        ("mamba2", "memory"),
         ("titans_mal", "memory"),
         ("titans_mac", "memory"),
     ],

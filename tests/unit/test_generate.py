@@ -18,6 +18,7 @@ from hope.memory.config import MemoryConfig
 from hope.memory.linear_config import LinearConfig
 from hope.memory.titans_config import TitansConfig
 from hope.mixers import MIXERS
+from hope.mixers.mamba2 import Mamba2Config
 from hope.mixers.titans_attention import GateConfig, LayerConfig
 from hope.mixers.titans_context import ContextConfig
 from hope.model import Model
@@ -38,6 +39,7 @@ PATTERNS = {
     "hybrid": (["hope", "attention"], {"hope": TWO_CLOCKS}),
     "retnet": (["linear"], {"linear": LinearConfig(rule="retnet", chunk=4)}),
     "kda": (["linear"], {"linear": LinearConfig(rule="kda", chunk=4)}),
+    "mamba2": (["mamba2"], {"mamba2": Mamba2Config(state=6, chunk=4)}),
     "titans": (["titans"], {"titans": TitansConfig(chunk=4, theta_max=0.2)}),
     "mag": (["titans_mag"], {"titans_mag": GateConfig(chunk=4, window=5, persistent=3, theta_max=0.2)}),
     "mac": (["titans_mac"], {"titans_mac": ContextConfig(chunk=2, segment=6, persistent=2, theta_max=0.2)}),

@@ -3,12 +3,14 @@
 On a GPU benchmarks/given_kernels.py says how close they are. Operands are fp32, as in test_fused_memory.py.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from interpreted import GPU, calls
 
 from hope.memory.given.ops import fused_memory, given_loop
-from hope.memory.linear import linear_memory
+from hope.memory.linear import in_squares, linear_memory
 
 B, H, CHUNK, BOUND = 2, 2, 16, 1e-5
 pytestmark = [
@@ -67,6 +69,18 @@ def test_outputs_state_and_gradients(decay, write, erase):
 @pytest.mark.parametrize("length", [1, 15, 37])
 def test_lengths_that_end_inside_a_chunk(length, erase):
     both(length, 32, erase, inputs(length, 32, True, True))
+
+
+def test_keys_wider_than_values_are_cut():
+    """Mamba-2's state of two heads' width."""
+    given = inputs(37, 32, True, True)
+    given |= {name: torch.cat([given[name], given[name].flip(-1)], -1) for name in ("q", "k", "state")}
+    cut = partial(in_squares, partial(fused_memory, operands=torch.float32, precision="ieee"))
+    fast = results(cut, given, torch.float32, erase=False, chunk=CHUNK)
+    slow = results(linear_memory, given, torch.float64, erase=False, chunk=CHUNK)
+    assert fast["end"].shape == (B, H, 32, 64)
+    for name, expected in slow.items():
+        assert (fast[name] - expected).norm() < BOUND * expected.norm(), name
 
 
 def test_values_divided_over_programs():

@@ -13,6 +13,7 @@ from data_prep.tokenizing.tokenizer import Tokenizer, train_tokenizer
 from hope.config import CmsConfig, ModelConfig
 from hope.memory.config import MemoryConfig
 from hope.memory.linear_config import LinearConfig
+from hope.mixers.mamba2 import Mamba2Config
 from hope.model import Model
 from hope.pretrained import load, open_pretrained
 from hope.stored.errors import NothingStored, UnfitWeights
@@ -97,10 +98,17 @@ def test_a_cached_step_sees_one_token(transformers, exported):
     assert seen == [9, 1, 1, 1]
 
 
-@pytest.mark.parametrize("rule", ["kda", "retnet"])
-def test_the_linear_family_too(transformers, tmp_path, rule):
-    mixers = {"linear": LinearConfig(rule=rule, chunk=4)}
-    model = Model(ModelConfig(["linear", "attention"], 40, 16, 2, 2, mixers=mixers)).initialise(1)
+FAMILY = {
+    "kda": ("linear", LinearConfig(rule="kda", chunk=4)),
+    "retnet": ("linear", LinearConfig(rule="retnet", chunk=4)),
+    "mamba2": ("mamba2", Mamba2Config(state=12, chunk=4)),
+}
+
+
+@pytest.mark.parametrize("kind", list(FAMILY))
+def test_the_family_too(transformers, tmp_path, kind):
+    name, section = FAMILY[kind]
+    model = Model(ModelConfig([name, "attention"], 40, 16, 2, 2, mixers={name: section})).initialise(1)
     store(tmp_path / "run", model, 7, {"train": {"seq_len": 32}})
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--format", "hf"]) == 0
     assert open_pretrained(tmp_path / "out").model.config == model.config

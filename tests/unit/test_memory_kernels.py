@@ -115,7 +115,7 @@ def chosen_linear(device: str = "cuda", dtype: torch.dtype = BF16, head_dim: int
     return linear_for(LinearConfig(**section), torch.device(device), dtype, head_dim)
 
 
-@pytest.mark.parametrize("rule", ["retnet", "mamba2", "gated_deltanet", "deltanet"])
+@pytest.mark.parametrize("rule", ["retnet", "ssd", "gated_deltanet", "deltanet"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_the_linear_family_on_a_gpu_takes_its_kernels(rule, head_dim):
     choice = chosen_linear(rule=rule, head_dim=head_dim)
@@ -139,7 +139,7 @@ def test_the_linear_family_on_a_gpu_takes_its_kernels(rule, head_dim):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_the_rest_of_the_linear_family_is_plain_and_says_why(reason, settings):
-    choice = chosen_linear(**{"rule": "mamba2", **settings})
+    choice = chosen_linear(**{"rule": "ssd", **settings})
     assert str(choice) == f"plain ({reason})"
     assert choice.memory is linear_memory
 

@@ -37,6 +37,14 @@ def test_probes_have_tables_of_their_own(probes):
     assert needle.splitlines()[2] == "| b |  | 1 | 25.0 |  |"
 
 
+def test_the_plan_of_the_family_asks_as_the_first_one_does(probes):
+    first, family = (yaml.safe_load((BENCHMARKS / f"{n}.yaml").read_text()) for n in ("probes", "probes_family"))
+    assert (family["config"], family["common"]) == (first["config"], first["common"])
+    for name, how in family["probes"].items():
+        assert how == first["probes"][name] | {"models": how["models"]}
+    assert not set(family["models"]) & set(first["models"])
+
+
 def test_cells_of_the_plan_seeds_last_and_none_twice(probes, tmp_path):
     plan = yaml.safe_load((BENCHMARKS / "probes.yaml").read_text())
     args = probes.arguments(["--json", str(tmp_path / "rows.json"), "--only", "parity"])
@@ -49,14 +57,15 @@ def test_cells_of_the_plan_seeds_last_and_none_twice(probes, tmp_path):
     assert probes.Probes(plan, args).next() == cells[-1]
 
 
-def test_every_model_of_the_plan_can_be_built(probes):
-    plan = yaml.safe_load((BENCHMARKS / "probes.yaml").read_text())
+@pytest.mark.parametrize("name", ["probes", "probes_family"])
+def test_every_model_of_the_plan_can_be_built(probes, name):
+    plan = yaml.safe_load((BENCHMARKS / f"{name}.yaml").read_text())
     load = importlib.import_module("configs.schema").load
     for probe in plan["probes"].values():
         for model in probe["models"]:
             words = [*plan["common"], *probes.flat(plan["models"][model])]
             assert list(load(str(probes.ROOT / plan["config"]), words, check=False).model.problems()) == []
-    for words in plan["needle"]["models"].values():
+    for words in plan.get("needle", {"models": {}})["models"].values():
         given = [*plan["needle"]["common"], *probes.flat(words), "data.train=a", "data.heldout=b", "run.name=x"]
         config = load(str(probes.ROOT / plan["needle"]["config"]), given, check=False)
         assert config.checkpoint.every == config.train.steps  # the needle is asked of its checkpoint

@@ -61,6 +61,17 @@ def test_the_kind_of_the_model_became_its_pattern(tmp_path, kind, use):
     assert problems(tmp_path, "", f"model.kind={kind}") == [("model.kind", what, f"use: {use}")]
 
 
+def test_a_rule_of_the_linear_family_that_is_a_mixer_now(tmp_path):
+    word, use = "model.mixers.linear.rule=mamba2", "use: model.mixers.linear.rule=ssd, or model.pattern=[mamba2]"
+    [(path, what, fix)] = problems(tmp_path, "", "model.pattern=[linear]", word)
+    assert (path, what) == ("model.mixers.linear.rule", f"mamba2 was renamed (command line: {word})")
+    assert fix.startswith(use)
+    record = {"pattern": ["linear"], "mixers": {"linear": {"rule": "mamba2", "chunk": 32}}}
+    section = ModelConfig.of(record).mixers["linear"]
+    assert (section.rule, section.chunk) == ("ssd", 32)
+    assert record["mixers"]["linear"]["rule"] == "mamba2"  # a record is not changed
+
+
 def test_the_model_section_of_an_export_with_an_unknown_key_is_refused():
     with pytest.raises(ValueError, match=r"the recorded model section cannot be read: .*'depth'"):
         ModelConfig.of({"pattern": ["hope"], "depth": 3})

@@ -19,6 +19,7 @@ from hope.memory.in_context_config import InContextConfig
 from hope.memory.linear_config import RULES, LinearConfig
 from hope.memory.titans_config import TitansConfig
 from hope.mixers.attention import AttentionConfig
+from hope.mixers.mamba2 import Mamba2Config
 from hope.mixers.titans_attention import GateConfig, LayerConfig
 from hope.mixers.titans_context import ContextConfig
 from hope.model import Model
@@ -26,14 +27,15 @@ from hope.model import Model
 ROOT = Path(__file__).parents[2]
 PRESETS = sorted((ROOT / "configs/models").glob("*.yaml"))
 FAMILY = {
-    **{rule: {"linear": LinearConfig(rule=rule)} for rule in RULES},
+    **{rule: {"linear": LinearConfig(rule=rule)} for rule in RULES if rule != "ssd"},
     "titans_lmm": {"titans": TitansConfig()},
     "titans_mag": {"titans_mag": GateConfig(window=512)},
     "titans_mac": {"titans_mac": ContextConfig(segment=128)},
     "titans_mal": {"titans_mal": LayerConfig(window=512)},
     "ttt_linear": {"titans": TitansConfig(rule="ttt_linear")},
     "ttt_mlp": {"titans": TitansConfig(rule="ttt_mlp")},
-    "samba": {"linear": LinearConfig(rule="mamba2"), "attention": AttentionConfig(window=512)},
+    "mamba2": {"mamba2": Mamba2Config()},
+    "samba": {"mamba2": Mamba2Config(), "attention": AttentionConfig(window=512)},
 }
 """Presets after papers: the sections of the mixers in their pattern."""
 

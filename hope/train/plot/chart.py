@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hope.train.plot.curves import Point, Run, smoothed, thinned
-from hope.train.plot.picture import COLOURS, GREY, PALE, Axis, Dot, Line, Picture, Words, bounds
+from hope.train.plot.picture import COLOURS, GREY, PALE, Axis, Dot, Line, Picture, Words, bounds, short
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 480, 64, 210, 40, 50
 MOST_POINTS = 1500
@@ -45,7 +45,7 @@ def _frame(picture: Picture, across: Axis, up: Axis, x_name: str, title: str) ->
         picture.add(Line([(LEFT, up.at(mark)), (WIDTH - RIGHT, up.at(mark))], PALE))
         picture.add(Words(LEFT - 8, up.at(mark) + 4, f"{mark:.4g}", anchor="end"))
     for mark in across.marks():
-        picture.add(Words(across.at(mark), HEIGHT - BOTTOM + 18, _short(mark), anchor="middle"))
+        picture.add(Words(across.at(mark), HEIGHT - BOTTOM + 18, short(mark), anchor="middle"))
     picture.add(Line([(LEFT, TOP), (LEFT, HEIGHT - BOTTOM), (WIDTH - RIGHT, HEIGHT - BOTTOM)], GREY))
     picture.add(Words((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, x_name, anchor="middle"))
 
@@ -65,11 +65,3 @@ def _labels(run: Run) -> list[str]:
     """One row for training and one for every held-out set, with the last value."""
     rows = [f"{run.name}  loss"] if run.losses else []
     return rows + [f"{run.name}  {key} {line[-1][1]:.4f}" for key, line in run.heldout.items()]
-
-
-def _short(number: float) -> str:
-    """12000000 as 12M."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:g}{letter}"
-    return f"{number:g}"

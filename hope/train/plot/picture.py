@@ -117,6 +117,14 @@ def rounded(low: float, high: float) -> list[float]:
     return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
+def short(number: float) -> str:
+    """12000000 as 12M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:g}{letter}"
+    return f"{number:g}"
+
+
 def bounds(values: Iterable[float], room: float = 0.05) -> tuple[float, float]:
     """Smallest and largest value, with room on both sides; never the same number."""
     found = list(values)
