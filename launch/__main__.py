@@ -146,14 +146,18 @@ def _estimate(acts: Commands) -> None:
 
 def _compare(acts: Commands) -> None:
     def act(args: argparse.Namespace) -> int:
-        from launch import against, scaling  # bring torch
+        from launch import against, collectives, scaling  # bring torch
 
-        found = against.compare([row for path in args.rows for row in scaling.read(path)])
+        rows = [row for path in args.rows for row in scaling.read(path)]
+        found = against.compare(rows, collectives.Bus(inside=args.bus_gb_s))
         print(against.table(found))
         return 0
 
     parser = _command(acts, "compare", "estimated step times against measured ones, with the error of each", act)
     parser.add_argument("rows", type=Path, nargs="+", help="what `collect --json` or benchmarks/scale.py wrote")
+    parser.add_argument(
+        "--bus-gb-s", type=float, default=profile.BUS_GB_S, help="all-reduce bus bandwidth of the host's GPUs"
+    )
 
 
 def _preflight(acts: Commands) -> None:

@@ -1,7 +1,8 @@
 """Estimated step times against measured ones: `python -m launch compare docs/measurements/scale.json`.
 
 A step's estimate rests on the speed of the same model on one GPU, if the file has it, and on launch/speeds.py
-otherwise. So the error says how well the layout's cost is known, or that and the model's.
+otherwise. So the error says how well the layout's cost is known, or that and the model's. A row that does not say what
+it ran with (`scaling.CHOICES`) is marked: its one GPU may have run with something else.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from configs.schema import Config
 from configs.schema import load as load_config
 from hope.train.throughput import peak_flops
 from launch import estimate, scaling
+from launch.collectives import ONE_NODE, Bus
 from launch.speeds import Speed, slowest
 from parallel.layout.report import model_flops
 
@@ -64,20 +66,20 @@ def speeds_of(rows: Sequence[scaling.Row], source: str) -> list[Speed]:
     return found
 
 
-def compare(rows: Sequence[scaling.Row]) -> list[Compared]:
+def compare(rows: Sequence[scaling.Row], bus: Bus = ONE_NODE) -> list[Compared]:
     """Every row whose step can be predicted. Raises ConfigError: the configuration of one can no longer be loaded."""
-    return [found for row in rows if (found := _compared(row, rows)) is not None]
+    return [found for row in rows if (found := _compared(row, rows, bus)) is not None]
 
 
-def _compared(row: scaling.Row, rows: Sequence[scaling.Row]) -> Compared | None:
+def _compared(row: scaling.Row, rows: Sequence[scaling.Row], bus: Bus) -> Compared | None:
     config, base = _config(row), scaling.one_gpu(row, rows)
     tokens = config.train.tokens_per_step
     measured = tokens / row["tokens_per_s"]
     if base is not None:
         ideal = tokens / (base["tokens_per_s"] * row["gpus"])
-        predicted = ideal * estimate.stretch(config, config.parallel, row["gpus"])
+        predicted = estimate.in_layout(ideal, config, config.parallel, row["gpus"], bus)
         return Compared(row, predicted, measured, "one GPU", known=base is row)
-    seconds = estimate.step_seconds(config, row["gpus"], row["gpu"])
+    seconds = estimate.step_seconds(config, row["gpus"], row["gpu"], bus=bus)
     return None if seconds is None else Compared(row, seconds, measured, "launch/speeds.py")
 
 
@@ -95,8 +97,11 @@ def _lines(found: Sequence[Compared]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|"
     told = sorted((c for c in found if not c.known), key=lambda c: abs(c.error))
     for c in told:
-        row = c.row
+        row, mark = c.row, "?" * bool(scaling.unsaid(c.row))
         yield (f"| {row['model']} | {row['layout']} | {row['gpus']} | {row['scaling']} | {c.predicted_s:.3f} | "
-               f"{c.measured_s:.3f} | {c.error:+.1%} | {c.basis} |")  # fmt: skip
+               f"{c.measured_s:.3f} | {c.error:+.1%} | {c.basis}{mark} |")  # fmt: skip
     far = sum(abs(c.error) > ALLOWED for c in told)
     yield f"{len(told)} steps, {far} of them more than {ALLOWED:.0%} off"
+    if unknown := sum(bool(scaling.unsaid(c.row)) for c in told):
+        keys = ", ".join(scaling.CHOICES)
+        yield f"? of {unknown} of them it is unknown whether one GPU ran alike: their rows do not say all of {keys}"

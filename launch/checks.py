@@ -124,9 +124,9 @@ def _time(config: Config, job: Job, *, countable: bool) -> Iterator[Problem]:
 
 
 def _estimated_step_s(config: Config, job: Job) -> float | None:
-    from launch import estimate  # torch takes 2 s to import, and sites without GPUs need no estimate
+    from launch import collectives, estimate  # torch takes 2 s to import, and sites without GPUs need no estimate
 
-    return estimate.step_seconds(config, job.world, job.site.gpu)
+    return estimate.step_seconds(config, job.world, job.site.gpu, bus=collectives.Bus.of(job.site))
 
 
 def _memory(config: Config, job: Job) -> Iterator[Problem]:

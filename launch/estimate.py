@@ -1,8 +1,9 @@
 """Will it fit, how long will it take: `python -m launch estimate CONFIG --nodes N --profile SITE`.
 
 Memory is counted from shapes (parallel/layout/memory.py runs the rank's part of the model on the meta device); time is
-model FLOPs over the GPU's dense bf16 peak at the utilisation of the nearest measured model (launch/speeds.py), which is
-printed, or at the one that is given; times the pipeline's bubble.
+model FLOPs over the GPU's dense bf16 peak at the utilisation of the nearest measured model on one GPU (launch/speeds.py),
+which is printed, or at the one that is given; with the layout's collectives (launch/collectives.py), and times the
+pipeline's bubble.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from configs.schema import Config
 from hope.train.console import duration
 from hope.train.throughput import peak_flops
 from launch import speeds
+from launch.collectives import ONE_NODE, Bus, Collectives
 from launch.profile import Profile
 from parallel.layout.advice import divisors
 from parallel.layout.memory import GIB, RankMemory, StepShape, rank_memory
@@ -26,19 +28,20 @@ USABLE = 0.92  # of a device's memory: CUDA context, NCCL buffers and allocator 
 
 
 TITLES = (
-    "tensor pipeline  data  weights  grads  optim (CMS acc.)  activ. (states)  loss    peak  bubble     step    total"
+    "tensor pipeline  data  weights  grads  optim (CMS acc.)  activ. (states)  loss    peak  bubble  coll.     step    total"
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """One layout. `step_s` is None when the GPU's peak is unknown."""
+    """One layout. `step_s` is None when the GPU's peak is unknown; `collectives`: seconds of it, without the bubble."""
 
     layout: ParallelConfig
     data: int
     memory: RankMemory
     fits: bool
     bubble: float
+    collectives: float
     step_s: float | None
     across: bool
     """Whether tensor-parallel ranks are on different nodes."""
@@ -75,9 +78,9 @@ def bubble(config: Config, layout: ParallelConfig, world: int) -> float:
     return (layout.pipeline - 1) / (layout.virtual_pipeline * max(micro_batches(config, layout, world), 1))
 
 
-def stretch(config: Config, layout: ParallelConfig, world: int) -> float:
-    """How many times longer a step takes than one that is perfectly divided over its devices: the bubble."""
-    return 1 + bubble(config, layout, world)
+def in_layout(useful: float, config: Config, layout: ParallelConfig, world: int, bus: Bus = ONE_NODE) -> float:
+    """Seconds of a step of which `useful` are perfectly divided arithmetic: with collectives and the bubble."""
+    return Collectives.of(config, layout, world, bus).step(useful, bubble(config, layout, world))
 
 
 def parameters(config: Config) -> int:
@@ -92,9 +95,9 @@ def measured(config: Config, known: Sequence[speeds.Speed] = speeds.MEASURED) ->
 
 
 def useful_seconds(config: Config, world: int, gpu: str, mfu: float | None = None) -> float | None:
-    """Seconds of a step without the bubble, in any layout; None if the GPU is not in the table of peaks.
+    """Seconds of a step without bubble and collectives, in any layout; None if the GPU is not in the table of peaks.
 
-    `mfu`: utilisation, 0 to 1; None for the measured one.
+    `mfu`: utilisation of one GPU, 0 to 1; None for the measured one.
     """
     peak = peak_flops(gpu)
     if peak is None:
@@ -104,10 +107,12 @@ def useful_seconds(config: Config, world: int, gpu: str, mfu: float | None = Non
     return config.train.tokens_per_step * flops / (world * peak * mfu)
 
 
-def step_seconds(config: Config, world: int, gpu: str, mfu: float | None = None) -> float | None:
-    """Seconds of an optimizer step, see `useful_seconds`, with the bubble of the configuration's layout."""
+def step_seconds(
+    config: Config, world: int, gpu: str, mfu: float | None = None, bus: Bus = ONE_NODE
+) -> float | None:
+    """Seconds of an optimizer step in the configuration's layout; None as of `useful_seconds`."""
     useful = useful_seconds(config, world, gpu, mfu)
-    return None if useful is None else useful * stretch(config, config.parallel, world)
+    return None if useful is None else in_layout(useful, config, config.parallel, world, bus)
 
 
 def _whole(config: Config) -> StepShape:
@@ -127,18 +132,21 @@ def layouts(
     for number, layout in enumerate(candidates, 1):
         say(f"memory of layout {number} of {len(candidates)}: tensor {layout.tensor} pipeline {layout.pipeline}")
         rows.append(_row(config, layout, world, site, useful))
-    return sorted(rows, key=lambda r: (not r.fits, r.across, r.bubble, r.layout.tensor, r.memory.peak))
+    times = lambda row: row.bubble if row.step_s is None else row.step_s
+    return sorted(rows, key=lambda r: (not r.fits, r.across, times(r), r.layout.tensor, r.memory.peak))
 
 
 def _row(config: Config, layout: ParallelConfig, world: int, site: Profile, useful: float | None) -> Row:
-    memory = worst_rank(config, layout, world)
+    memory, idle = worst_rank(config, layout, world), bubble(config, layout, world)
+    sums = Collectives.of(config, layout, world, Bus.of(site))
     return Row(
         layout=layout,
         data=layout.dims(world).data,
         memory=memory,
         fits=fits(memory, site),
-        bubble=bubble(config, layout, world),
-        step_s=None if useful is None else useful * stretch(config, layout, world),
+        bubble=idle,
+        collectives=sums.tensor + sums.data,
+        step_s=None if useful is None else sums.step(useful, idle),
         across=layout.tensor > site.ranks_per_node,
     )
 
@@ -192,7 +200,7 @@ def describe(
         speed = measured(config, known)
         given = f"{mfu:.1%} of it, as --mfu says" if mfu is not None else f"as measured: {speed}"
         mfu = speed.mfu if mfu is None else mfu
-        lines += [f"speed       {where}", f"            {given}"]
+        lines += [f"speed       {where}", f"            {given}", f"collectives {_bandwidths(site, world)}"]
     lines += ["", f"GiB on the fullest rank; a device has {site.gpu_memory_gb:g}, of which {USABLE:.0%} count"]
     lines.append(TITLES)
     for row in layouts(config, world, site, mfu, say):
@@ -200,8 +208,18 @@ def describe(
         steps = tokens / config.train.tokens_per_step
         accumulators = 4 * slow / (row.layout.tensor * row.layout.pipeline * copies)
         lines.append(_line(row, accumulators, steps, chosen=row.layout == config.parallel))
-    lines.append("(CMS acc.) is part of optim, (states) of activ.; * is the layout of the configuration")
+    lines.append("(CMS acc.) is part of optim, (states) of activ.; coll. is the collectives' share of the step; "
+                 "* is the layout of the configuration")  # fmt: skip
     return "\n".join(lines)
+
+
+def _bandwidths(site: Profile, world: int) -> str:
+    """What the times of collectives rest on."""
+    inside = f"{site.bus_gb_s:g} GB/s inside a node (site.bus_gb_s)"
+    if world <= site.ranks_per_node:
+        return inside
+    known = f"{site.network_gb_s:g} GB/s between two" if site.network_gb_s else "those between nodes not counted"
+    return f"{inside}, {known} (site.network_gb_s {site.network_gb_s:g})"
 
 
 def _line(row: Row, accumulators: float, steps: float, *, chosen: bool) -> str:
@@ -210,11 +228,12 @@ def _line(row: Row, accumulators: float, steps: float, *, chosen: bool) -> str:
     def gib(size: float, width: int) -> str:
         return f"{size / GIB:>{width}.2f}"
 
+    share = "n/a" if row.step_s is None else f"{row.collectives / row.step_s:.0%}"
     step = "n/a" if row.step_s is None else f"{row.step_s:.2f}s"
     total = "n/a" if row.step_s is None else duration(row.step_s * steps)
     sizes = (gib(m.weights, 9) + gib(m.gradients, 7) + gib(m.optimizer, 7) + gib(accumulators, 11)
              + gib(m.activations, 8) + gib(m.fast_weights, 9) + gib(m.loss, 6) + gib(m.peak, 8))  # fmt: skip
     remark = "" if row.fits else "  does not fit"
     remark += "  tensor ranks on different nodes" if row.across else ""
-    return (f"{row.layout.tensor:>6}{row.layout.pipeline:>9}{row.data:>6}{sizes}  {row.bubble:>6.0%}{step:>9}{total:>9}"
+    return (f"{row.layout.tensor:>6}{row.layout.pipeline:>9}{row.data:>6}{sizes}  {row.bubble:>6.0%}{share:>7}{step:>9}{total:>9}"
             f"{' *' if chosen else ''}{remark}")  # fmt: skip

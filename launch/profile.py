@@ -20,6 +20,9 @@ from launch.slurm import seconds
 
 FOLDER = Path(__file__).parent / "profiles"
 
+BUS_GB_S = 329.0
+"""An all-reduce of 1 GiB over two H100s of one host, NVLink, through NCCL. Four of them have 355."""
+
 # what the script says itself, and what says it here
 OWN_OPTIONS = {
     **dict.fromkeys(("--time", "-t"), "site.time"),
@@ -117,6 +120,11 @@ class Profile:
     """Name of the GPU for `estimate`, as CUDA reports it."""
     gpu_memory_gb: float = 79.1
     """Memory of one GPU, GiB; 0: do not check."""
+    bus_gb_s: float = BUS_GB_S
+    """All-reduce bus bandwidth of the GPUs of a node for `estimate`, GB/s, as preflight prints it; 0: its collectives
+    take no time."""
+    network_gb_s: float = 0
+    """The same between two nodes, of all GPUs of a node together; 0: not known, and no time is counted."""
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
     """Checks of the nodes."""
 
@@ -147,6 +155,9 @@ class Profile:
         if self.requeue == "array" and self.chain < 2:
             yield Problem(f"{path}.chain", f"{self.chain} elements are no chain", "20")
         yield from self._option_problems(path)
+        for key, default in (("bus_gb_s", BUS_GB_S), ("network_gb_s", 0)):
+            if (speed := getattr(self, key)) < 0:
+                yield Problem(f"{path}.{key}", f"{speed:g} GB/s is less than 0", f"{default:g}")
         for name in self.env:
             if not re.fullmatch(r"[A-Za-z_]\w*", name):
                 yield Problem(f"{path}.env", f"{name!r} is not the name of a variable", "NCCL_SOCKET_IFNAME")

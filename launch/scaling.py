@@ -1,8 +1,9 @@
 """Rows of a scale-out measurement as JSON: what `collect --json` and benchmarks/scale.py write, and `compare` reads.
 
 A row has model, parameters, layout, gpus, scaling, global_batch (sequences), tokens_per_s, tokens_per_s_per_gpu,
-efficiency, peak_gib (the fullest rank, reserved) and gpu; seq and micro_batch; and cell, config and overrides, from
-which its configuration can be loaded again.
+efficiency, peak_gib (the fullest rank, reserved) and gpu; seq and micro_batch; cuda_graphs, compile and recompute, which
+decide speed in any layout and which older rows do not have; and cell, config and overrides, from which its
+configuration can be loaded again.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from launch.placement import split_overrides
 Row = dict[str, Any]
 SAME = ("model", "overrides", "gpus", "gpu")
 """Two rows that agree in these are of one measurement."""
+ALIKE = ("model", "parameters", "seq", "gpu")
+CHOICES = ("cuda_graphs", "compile", "recompute")
+"""Of `train`: two rows that differ in one of these, or of which one does not say it, say nothing of each other."""
 PLACE = ("run.dir=", "run.name=")
 """Overrides that say nothing of what was measured."""
 
@@ -40,6 +44,7 @@ def row(grid: Grid, cell: Cell, *, tokens_per_s: float, peak_gib: float | None, 
         "global_batch": config.train.global_batch,
         "micro_batch": config.train.micro_batch,
         "seq": config.train.seq_len,
+        **{key: getattr(config.train, key) for key in CHOICES},
         "tokens_per_s": tokens_per_s,
         "tokens_per_s_per_gpu": tokens_per_s / cell.devices,
         "efficiency": None,
@@ -52,13 +57,19 @@ def row(grid: Grid, cell: Cell, *, tokens_per_s: float, peak_gib: float | None, 
 
 
 def one_gpu(row: Row, rows: Iterable[Row]) -> Row | None:
-    """Of `rows` the one of a single GPU that `row` is compared with: same model and length on the same kind of GPU."""
-    alike = ("model", "parameters", "seq", "gpu")
-    return next((r for r in rows if r["gpus"] == 1 and all(r[key] == row[key] for key in alike)), None)
+    """Of `rows` the one of a single GPU that `row` is compared with: same model and length on the same kind of GPU, and
+    the same `CHOICES`. Rows without these are compared with one that has none either."""
+    alike = lambda r: [r[key] for key in ALIKE] + [r.get(key) for key in CHOICES]
+    return next((r for r in rows if r["gpus"] == 1 and alike(r) == alike(row)), None)
+
+
+def unsaid(row: Row) -> list[str]:
+    """Which of `CHOICES` a row does not say."""
+    return [key for key in CHOICES if key not in row]
 
 
 def with_efficiency(rows: Sequence[Row]) -> list[Row]:
-    """The rows with `efficiency`: tokens/s per GPU over that of the same model on one GPU, None where that is not."""
+    """The rows with `efficiency`: tokens/s per GPU over that of the `one_gpu` among them, None where that is not."""
     found = []
     for row in rows:
         base = one_gpu(row, rows)
