@@ -2,7 +2,7 @@
 
 A step's estimate rests on the speed of the same model on one GPU, if the file has it, and on launch/speeds.py
 otherwise. So the error says how well the layout's cost is known, or that and the model's. A row that does not say what
-it ran with (`scaling.CHOICES`) is marked: its one GPU may have run with something else.
+it ran with (`scaling.CHOICES`) is marked: what its estimate rests on may have run with something else.
 """
 
 from __future__ import annotations
@@ -104,4 +104,4 @@ def _lines(found: Sequence[Compared]) -> Iterator[str]:
     yield f"{len(told)} steps, {far} of them more than {ALLOWED:.0%} off"
     if unknown := sum(bool(scaling.unsaid(c.row)) for c in told):
         keys = ", ".join(scaling.CHOICES)
-        yield f"? of {unknown} of them it is unknown whether one GPU ran alike: their rows do not say all of {keys}"
+        yield f"? {unknown} of them do not say all of {keys}: what they rest on may differ"

@@ -1,7 +1,7 @@
 """Will it fit, how long will it take: `python -m launch estimate CONFIG --nodes N --profile SITE`.
 
 Memory is counted from shapes (parallel/layout/memory.py runs the rank's part of the model on the meta device); time is
-model FLOPs over the GPU's dense bf16 peak at the utilisation of the nearest measured model on one GPU (launch/speeds.py),
+model FLOPs over the GPU's dense bf16 peak at the utilisation of the nearest model measured on one (launch/speeds.py),
 which is printed, or at the one that is given; with the layout's collectives (launch/collectives.py), and times the
 pipeline's bubble.
 """
@@ -28,8 +28,9 @@ USABLE = 0.92  # of a device's memory: CUDA context, NCCL buffers and allocator 
 
 
 TITLES = (
-    "tensor pipeline  data  weights  grads  optim (CMS acc.)  activ. (states)  loss    peak  bubble  coll.     step    total"
-)
+    "tensor pipeline  data  weights  grads  optim (CMS acc.)  activ. (states)  loss    peak"
+    "  bubble coll.     step    total"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,7 @@ def useful_seconds(config: Config, world: int, gpu: str, mfu: float | None = Non
     return config.train.tokens_per_step * flops / (world * peak * mfu)
 
 
-def step_seconds(
-    config: Config, world: int, gpu: str, mfu: float | None = None, bus: Bus = ONE_NODE
-) -> float | None:
+def step_seconds(config: Config, world: int, gpu: str, mfu: float | None = None, bus: Bus = ONE_NODE) -> float | None:
     """Seconds of an optimizer step in the configuration's layout; None as of `useful_seconds`."""
     useful = useful_seconds(config, world, gpu, mfu)
     return None if useful is None else in_layout(useful, config, config.parallel, world, bus)
@@ -235,5 +234,6 @@ def _line(row: Row, accumulators: float, steps: float, *, chosen: bool) -> str:
              + gib(m.activations, 8) + gib(m.fast_weights, 9) + gib(m.loss, 6) + gib(m.peak, 8))  # fmt: skip
     remark = "" if row.fits else "  does not fit"
     remark += "  tensor ranks on different nodes" if row.across else ""
-    return (f"{row.layout.tensor:>6}{row.layout.pipeline:>9}{row.data:>6}{sizes}  {row.bubble:>6.0%}{share:>7}{step:>9}{total:>9}"
-            f"{' *' if chosen else ''}{remark}")  # fmt: skip
+    layout = f"{row.layout.tensor:>6}{row.layout.pipeline:>9}{row.data:>6}"
+    times = f"  {row.bubble:>6.0%}{share:>6}{step:>9}{total:>9}"
+    return f"{layout}{sizes}{times}{' *' if chosen else ''}{remark}"

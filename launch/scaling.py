@@ -1,9 +1,8 @@
 """Rows of a scale-out measurement as JSON: what `collect --json` and benchmarks/scale.py write, and `compare` reads.
 
 A row has model, parameters, layout, gpus, scaling, global_batch (sequences), tokens_per_s, tokens_per_s_per_gpu,
-efficiency, peak_gib (the fullest rank, reserved) and gpu; seq and micro_batch; cuda_graphs, compile and recompute, which
-decide speed in any layout and which older rows do not have; and cell, config and overrides, from which its
-configuration can be loaded again.
+efficiency, peak_gib (the fullest rank, reserved) and gpu; seq and micro_batch; cuda_graphs, compile and recompute,
+which older rows do not say; and cell, config and overrides, from which its configuration can be loaded again.
 """
 
 from __future__ import annotations

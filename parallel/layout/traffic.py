@@ -35,14 +35,15 @@ def reduced_bytes_per_step(config: ModelConfig, parts: Sequence[Slice], shape: S
 def data_ring_bytes(config: ModelConfig, parts: Sequence[Slice], shape: StepShape, optim: OptimConfig) -> float:
     """Bytes that a data-parallel rank moves per step, averaged like `reduced_bytes_per_step`.
 
-    Gradients are all-reduced in fp32, and those of matrices that one rank owns (Muon, M3) reduce-scattered. Weights are
-    all-gathered in their own precision when they have moved. All of it after the backward pass: nothing overlaps.
+    Gradients are all-reduced in fp32, and weights are all-gathered in their own precision when they have moved. Of
+    matrices that one rank owns (Muon, M3) gradients are reduce-scattered and weights gathered, both in fp32; the
+    exchange of their parts among tensor ranks is left out. All of it comes after the backward pass: nothing overlaps.
     """
     total = 0.0
     for group, size in _learning(config, parts, shape, optim):
         owned = group["matrices"] and optim.name in MATRIX_OPTIMIZERS
         total += (1 if owned else 2) * _reduced(group, size, optim)
-        total += (2 if shape.bf16 else 4) * size / group["period"]
+        total += (2 if shape.bf16 and not owned else 4) * size / group["period"]
     return (shape.data - 1) / shape.data * total
 
 
@@ -63,9 +64,9 @@ def _reduced(group: dict[str, Any], size: int, optim: OptimConfig) -> float:
 def tensor_ring_bytes(config: ModelConfig, parts: Sequence[Slice], shape: StepShape) -> float:
     """Bytes that a tensor-parallel rank moves for one micro-batch, forward, backward and what is computed again.
 
-    Trunk activations [T, B, D], in the precision of training, cross the borders of regions as parallel/compute/tensor.py
-    has them. Left out: fp32 numbers per token of a divided vocabulary's softmax, and the sum of replicated parameters'
-    gradients once per step.
+    Trunk activations [T, B, D], in the precision of training, cross the borders of regions as
+    parallel/compute/tensor.py has them. Left out: fp32 numbers per token of a divided vocabulary's softmax, and the sum
+    of replicated parameters' gradients once per step.
     """
     crossings = sum(_crossings(config, part, shape) for part in parts)
     activations = shape.seq_len * shape.micro_batch * config.width * (2 if shape.bf16 else 4)

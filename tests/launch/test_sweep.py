@@ -225,12 +225,15 @@ def test_estimate_counts_what_the_shapes_say(tmp_path):
     half = estimate.worst_rank(config, config.parallel, 2)
     assert half.weights == whole.weights
     assert half.optimizer == pytest.approx(whole.optimizer / 2, abs=8)
-    rows = estimate.layouts(config, 2, site)
+    rows = sorted(estimate.layouts(config, 2, site), key=lambda row: (row.bubble, row.layout.tensor))
     assert {str(r) for r in rows} == {
         "tensor 1 pipeline 1 (data 2)", "tensor 2 pipeline 1 (data 1)", "tensor 1 pipeline 2 (data 1)"}  # fmt: skip
     assert all(r.fits for r in rows)
     assert [r.bubble for r in rows] == [0, 0, 0.25]  # (2 - 1) / 4 micro-batches
-    assert rows[-1].step_s == pytest.approx(1.25 * rows[0].step_s)
+    useful = estimate.useful_seconds(config, 2, site.gpu)
+    assert [r.step_s for r in rows] == pytest.approx([
+        useful + rows[0].collectives, useful + rows[1].collectives, 1.25 * useful])  # fmt: skip
+    assert rows[2].collectives == 0 < rows[1].collectives
     config.parallel.pipeline = 2
     page = estimate.describe(config, 2, site, 1e6, 0.4)
     assert "40.0% of it, as --mfu says" in page

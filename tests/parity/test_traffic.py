@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from configs.errors import ConfigError
 from configs.schema import load
 from hope.batch import Batch
 from hope.config import CmsConfig, ModelConfig
+from hope.memory.config import MemoryConfig
 from hope.model import Model, Slice
 from hope.optim.config import OptimConfig
 from hope.optim.levels import parameter_groups
@@ -21,7 +24,7 @@ from parallel.compute.pipeline import mean_loss
 from parallel.compute.replica import Replica, build_replica
 from parallel.layout.memory import StepShape
 from parallel.layout.topology import ParallelConfig
-from parallel.layout.traffic import reduced_bytes_per_step
+from parallel.layout.traffic import data_ring_bytes, reduced_bytes_per_step, tensor_ring_bytes
 from parallel.referee.evidence import micro_batches
 from parallel.start import groups
 
@@ -67,8 +70,14 @@ def one_step(replica: Replica, step: int, skip: bool = False) -> float:
     return groups.loss_on_all_ranks(mean_loss(reports, replica.ranks.device), replica.ranks).item()
 
 
-def build(ranks: groups.Ranks, optim: OptimConfig, precision: str = "fp32", model: ModelConfig = MODEL) -> Replica:
-    layout = ParallelConfig(tensor=ranks.tp_size, sequence=ranks.tp_size > 1)
+def build(
+    ranks: groups.Ranks,
+    optim: OptimConfig,
+    precision: str = "fp32",
+    model: ModelConfig = MODEL,
+    sequence: bool = True,
+) -> Replica:
+    layout = ParallelConfig(tensor=ranks.tp_size, sequence=sequence and ranks.tp_size > 1)
     return build_replica(model, optim, layout, ranks, seq_len=SEQ, precision=precision, seed=1)
 
 
@@ -111,6 +120,98 @@ def test_bytes_are_as_predicted_and_the_training_is_the_same(name, precision, te
     bound = 1e-5 if precision == "fp32" else 1e-3
     assert local[-1] == pytest.approx(sharded[-1], rel=bound)
     assert local == pytest.approx(sharded, rel=10 * bound)
+
+
+class Ring:
+    """Bytes that a rank moves in rings, of the collectives of a group that have at least `smallest` numbers.
+
+    Made before the groups are: DeepSpeed keeps the functions that it finds.
+    """
+
+    def __init__(self, group: Callable[[], dist.ProcessGroup], smallest: int) -> None:
+        from megatron.core.tensor_parallel import mappings
+
+        self.bytes, self._group, self._smallest = 0.0, group, smallest
+        dist.all_reduce = self._counting(dist.all_reduce, 0, "tensor", 2)
+        dist.all_gather_into_tensor = self._counting(dist.all_gather_into_tensor, 0, "output_tensor", 1)
+        mappings.dist_all_gather_func = dist.all_gather_into_tensor
+        dist.reduce_scatter_tensor = self._counting(dist.reduce_scatter_tensor, 1, "input", 1)
+        mappings.dist_reduce_scatter_func = dist.reduce_scatter_tensor
+
+    def _counting(self, collective: Any, place: int, name: str, times: int) -> Any:
+        """`place` and `name`: of the argument that is as large as all ranks' parts together."""
+
+        def counted(*args: Any, **more: Any) -> Any:
+            tensor = args[place] if len(args) > place else more[name]
+            if more.get("group") is not None and more["group"] is self._group() and tensor.numel() >= self._smallest:
+                size = dist.get_world_size(more["group"])
+                self.bytes += times * (size - 1) / size * tensor.numel() * tensor.element_size()
+            return collective(*args, **more)
+
+        return counted
+
+
+def trunk_sums(model: ModelConfig, precision: str, sequence: bool, recompute: str) -> float:
+    ring = Ring(groups.tensor_group, SEQ * 2 * model.width)
+    with groups.start(ParallelConfig(tensor=2, sequence=sequence), timeout_s=60) as ranks:
+        replica = build(ranks, OPTIM, precision, model, sequence)
+        replica.models[0].set_recompute(recompute)
+        replica.run(micro_batches(batch(0), 2, ranks))
+        return ring.bytes
+
+
+MODELS = {
+    "hope": ModelConfig(
+        ["hope"],
+        64,
+        32,
+        2,
+        4,
+        mixers={"hope": MemoryConfig(projection_chunk=4, main_chunk=8)},
+        cms=CmsConfig(periods=[1, 4]),
+    ),
+    "attention": MODEL,
+}
+
+
+@pytest.mark.parametrize("sequence", [False, True], ids=["tp", "tp+sp"])
+@pytest.mark.parametrize(
+    ("kind", "precision", "recompute"),
+    [
+        ("hope", "fp32", "none"),
+        ("hope", "fp32", "memory"),
+        ("hope", "fp32", "sublayer"),
+        ("hope", "fp32", "block"),
+        ("attention", "bf16", "block"),
+    ],
+)
+def test_activations_that_tensor_ranks_sum_are_as_predicted(kind, precision, recompute, sequence):
+    """Counted at torch's collectives: an all-reduce of two sequences moves twice what a gather of them does."""
+    model = MODELS[kind]
+    shape = StepShape(SEQ, 2, precision == "bf16", 2, sequence, recompute=recompute)
+    predicted = BATCH // 2 * tensor_ring_bytes(model, [Slice(0, 2)], shape)
+    assert run_ranks(trunk_sums, 2, model, precision, sequence, recompute) == [predicted, predicted]
+
+
+def whole_period(model: ModelConfig, optim: OptimConfig, precision: str) -> float:
+    """Of four steps, of the data-parallel ranks."""
+    ring = Ring(groups.data_group, 1)
+    with groups.start(ParallelConfig(), timeout_s=60) as ranks:
+        replica = build(ranks, optim, precision, model)
+        ring.bytes = 0.0
+        for step in range(4):
+            one_step(replica, step)
+        return ring.bytes
+
+
+@pytest.mark.parametrize(("name", "precision"), [("dmgd", "fp32"), ("dmgd", "bf16"), ("muon", "bf16")])
+@pytest.mark.parametrize("accumulate", ["sharded", "local"])
+def test_gradients_and_weights_of_data_ranks_are_as_predicted(name, precision, accumulate):
+    model = dataclasses.replace(MODEL, cms=CmsConfig(periods=[1, 4], hidden=32))
+    optim = dataclasses.replace(OPTIM, accumulate=accumulate, name=name)
+    shape = StepShape(SEQ, 1, precision == "bf16", data=2)
+    predicted = 4 * data_ring_bytes(model, [Slice(0, 2)], shape, optim)
+    assert run_ranks(whole_period, 2, model, optim, precision) == [predicted, predicted]
 
 
 def quiet_between(name: str) -> list[tuple[bool, bool]]:
