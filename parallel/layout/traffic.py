@@ -98,5 +98,12 @@ def _again(block: Block, recompute: str) -> tuple[int, int]:
     regions = lambda module: len(list(outermost_regions(module)))
     mixing = [regions(part) for part in block.mixing().values()]
     slow = [1] * (regions(block) - sum(mixing))
-    spans = {"none": [], "memory": mixing, "sublayer": [*mixing, *slow], "block": [regions(block)]}[recompute]
-    return sum(spans), sum(spans) - len(spans)
+    spans: dict[str, list[int]] = {
+        "none": [],
+        "memory": mixing,
+        "mlp": slow,
+        "sublayer": [*mixing, *slow],
+        "block": [regions(block)],
+    }
+    again = spans[recompute]
+    return sum(again), sum(again) - len(again)

@@ -50,6 +50,7 @@ def test_recomputed_regions_gather_again(tmp_path):
     assert seconds("block", False) == pytest.approx((14 + 4) * unit)
     assert seconds("block", True) == pytest.approx((14 + 6 / 2 + 4 / 2) * unit)
     assert seconds("memory", True) == pytest.approx((14 + 2 / 2) * unit)
+    assert seconds("mlp", True) == pytest.approx((14 + 4 / 2) * unit)
 
 
 def test_more_tensor_ranks_move_more_and_one_moves_nothing(tmp_path):

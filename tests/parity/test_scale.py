@@ -64,5 +64,6 @@ def test_scale_measures_the_cells_of_a_grid(tmp_path, monkeypatch, capsys):
     rows = json.loads((tmp_path / "scale.json").read_text())
     assert [(r["cell"], r["gpus"], r["global_batch"], r["gpu"]) for r in rows] == [
         ("n1_dp_hope", 1, 8, "cpu"), ("n2_dp_hope", 2, 16, "cpu"), ("n2_tp2_hope", 2, 16, "cpu")]  # fmt: skip
+    assert {(r["cuda_graphs"], r["compile"], r["recompute"]) for r in rows} == {(False, "none", "none")}
     assert all(r["tokens_per_s"] == pytest.approx(r["global_batch"] * 16 / r["seconds"][1]) for r in rows)
     assert "left out" in capsys.readouterr().out

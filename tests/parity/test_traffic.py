@@ -15,6 +15,7 @@ from tiny import config_file
 from configs.errors import ConfigError
 from configs.schema import load
 from hope.batch import Batch
+from hope.block import RECOMPUTE
 from hope.config import CmsConfig, ModelConfig
 from hope.memory.config import MemoryConfig
 from hope.model import Model, Slice
@@ -177,13 +178,7 @@ MODELS = {
 @pytest.mark.parametrize("sequence", [False, True], ids=["tp", "tp+sp"])
 @pytest.mark.parametrize(
     ("kind", "precision", "recompute"),
-    [
-        ("hope", "fp32", "none"),
-        ("hope", "fp32", "memory"),
-        ("hope", "fp32", "sublayer"),
-        ("hope", "fp32", "block"),
-        ("attention", "bf16", "block"),
-    ],
+    [*(("hope", "fp32", recompute) for recompute in RECOMPUTE), ("attention", "bf16", "block")],
 )
 def test_activations_that_tensor_ranks_sum_are_as_predicted(kind, precision, recompute, sequence):
     """Counted at torch's collectives: an all-reduce of two sequences moves twice what a gather of them does."""
