@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DATA := data/quickstart
 PROCESSES ?= 2
 
-.PHONY: train test parity crash-test matrix slurm-test lint format bench clean kill-test
+.PHONY: train test slow parity crash-test matrix slurm-test lint format bench clean kill-test
 
 # at Ctrl-C torchrun gives its workers 30 s, or what this says: a step and a save may need more
 train: $(DATA)/heldout.manifest.json
@@ -19,6 +19,10 @@ test: $(VENV)/.installed
 # every layout x every kind of model against one device: 231 trainings, and 396 with other optimizers, about an hour
 parity: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parity -m slow --ignore tests/parity/test_checkpoint_layouts.py
+
+# the longer cases of the other tests
+slow: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/unit tests/resume tests/launch
 
 # 50 kill -9 in training and in saves, 3 minutes
 crash-test: $(VENV)/.installed

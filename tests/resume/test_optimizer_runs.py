@@ -74,7 +74,7 @@ def test_a_loss_spike_is_skipped_with_its_numbers_and_too_many_stop_the_run(tmp_
     assert (clocks[4], clocks[5], clocks[6], clocks[8]) == (4, 4, 5, 5)
 
 
-@pytest.mark.parametrize("name", ["mlp-local", "m3", "muon-mlp"])
+@pytest.mark.parametrize("name", ["mlp-local", "m3", pytest.param("muon-mlp", marks=pytest.mark.slow)])
 def test_a_checkpoint_of_one_rank_goes_on_on_two(tmp_path, name):
     path, flags = config_file(tmp_path), [*SETTINGS[name], "optim.eps=1e-4", "model.layers=3"]
     assert run_ranks(run, 1, path, "run.name=whole", *flags, timeout=90) == [0]

@@ -187,7 +187,7 @@ def assert_whole_equals(kind: str, backend: str, recompute: str = "none") -> Non
     ("kind", "recompute"),
     [
         ("hope", "none"),
-        ("hope", "block"),
+        pytest.param("hope", "block", marks=pytest.mark.slow),
         ("transformer", "none"),
         ("kda", "none"),
         ("titans_mal", "none"),

@@ -5,6 +5,7 @@ leaves its results where it left the first ones. What mixers have collected in t
 """
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -37,6 +38,7 @@ PP2, INTERLEAVED = ParallelConfig(pipeline=2), ParallelConfig(pipeline=2, virtua
 SLOTS = {1: [2, 1], 2: [4 + 2, 3 + 1]}
 """For one and for two chunks on a rank, by stage: micro-batches that a chunk holds at once, summed over the chunks."""
 TP2_INTERLEAVED = dataclasses.replace(INTERLEAVED, tensor=2, sequence=True)
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def name(value: object) -> str:
@@ -182,11 +184,11 @@ def assert_did_something(steps: list[list[dict[str, Any]]]) -> None:
     ("layout", "precision", "recompute"),
     [
         (PP2, "bf16", "none"),
-        (PP2, "fp32", "none"),
+        slow(PP2, "fp32", "none"),
         (INTERLEAVED, "bf16", "none"),
-        (INTERLEAVED, "fp32", "none"),
-        (INTERLEAVED, "bf16", "block"),
-        (TP2_INTERLEAVED, "bf16", "none"),
+        slow(INTERLEAVED, "fp32", "none"),
+        slow(INTERLEAVED, "bf16", "block"),
+        slow(TP2_INTERLEAVED, "bf16", "none"),
     ],
     ids=name,
 )

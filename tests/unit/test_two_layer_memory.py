@@ -22,6 +22,7 @@ from hope.mixers import self_modifying
 
 ROOT = Path(__file__).parents[2]
 MLP = {"memory": "mlp", "eta_max": 0.5}
+QUICK = "an unfinished chunk", "documents, carried, one that goes on"
 interpreted = pytest.mark.skipif(GPU, reason="kernels are compiled for the GPU, not interpreted")
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:overflow")
 
@@ -66,7 +67,7 @@ def test_formulas_of_variants(memory, monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in CASES])
 def test_kernels_equal_the_plain_loop_in_float64(case, monkeypatch):
     assert_close(*both(monkeypatch, case, torch.float32, 32, CHUNK))
 
