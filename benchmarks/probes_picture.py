@@ -21,7 +21,6 @@ from recipe_picture import NAMES
 
 from hope.train.plot.picture import COLOURS, PALE, Axis, Dot, Line, Picture, Words
 
-NAMES = {**NAMES, "hope_erase_1.9": "HOPE, erase up to 1.9", "gated_deltanet": "Gated DeltaNet"}
 WIDE, HIGH, GAP, TOP, BOTTOM, LEFT = 270, 210, 50, 34, 84, 40
 
 

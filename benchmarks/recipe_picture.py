@@ -28,6 +28,7 @@ NAMES = {
     "hope_attention": "HOPE-Attention",
     "hope_attention_qk": "HOPE-Attention, QK norm",
     "hope_mlp": "HOPE, mlp memories",
+    "hope_erase_1.9": "HOPE, erase up to 1.9",
     "linear_attention": "Linear attention",
     "retnet": "RetNet",
     "mamba2": "Mamba-2",
