@@ -16,7 +16,7 @@ test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --ignore tests/slurm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" tests/slurm
 
-# every layout x every kind of model against one device: 231 trainings, and 396 with other optimizers, about an hour
+# every layout x every kind of model against one device: 253 trainings, and 396 with other optimizers, about an hour
 parity: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parity -m slow --ignore tests/parity/test_checkpoint_layouts.py
 

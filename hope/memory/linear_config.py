@@ -97,8 +97,9 @@ class LinearConfig(MixerSection):
     chunk: int = 64
     """Tokens that are computed together. Changes speed and rounding, not the result."""
     kernel: Literal["auto", "plain"] = "auto"
-    """Form of the loop over chunks. auto: Triton kernels on a GPU in bf16, without erasing, for decays per head, heads
-    of 64 and chunk 64, where rows are one document; plain: PyTorch everywhere."""
+    """Form of the loop over chunks. auto: Triton kernels on a GPU, in bf16 for heads of 64 and 128, in fp32 with TF32
+    for heads of 64, with chunk 64 and rows of one document, but for decays per channel and a normaliser; plain: PyTorch
+    everywhere."""
 
     def resolved(self) -> Rule:
         """The row of the table with the keys that are given."""

@@ -90,8 +90,8 @@ class TrainConfig:
     dense). The first steps take a minute longer. Needs a C compiler on a GPU, a C++ compiler on a CPU."""
     cuda_graphs: bool = False
     """The passes of a micro-batch as one CUDA graph, which a host starts with one call, or under a pipeline as two for
-    each of its chunks: small models wait for the host otherwise. Needs a GPU, precision bf16, and another
-    data.documents than reset."""
+    each of its chunks: small models wait for the host otherwise. Needs a GPU, precision bf16, and
+    data.documents carry or doc."""
     loss_chunk: int | None = None
     """Tokens whose scores over the vocabulary are held at once in the loss and its gradient; 0: those of the whole
     micro-batch; null: by size, the whole up to 2^27 scores."""
