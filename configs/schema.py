@@ -22,6 +22,7 @@ from configs.merge import BAD, GUESS, Fitter, defaults, describe, missing_paths,
 from configs.renamed import refuse_old
 from configs.source import plain
 from configs.tree import UNKNOWN, leaves
+from configs.usable import largest
 from configs.used import recorded, unused_given
 from data_prep.config import DataConfig
 from hope.config import ModelConfig, import_modules
@@ -62,7 +63,7 @@ def load(path: str, words: Sequence[str], *, world_size: int | None = None, chec
         raise ConfigError(path, [problem for problem in problems if problem.path == "(file)"])
     values = plain(given.values)
     problems += refuse_old(values, given.place)
-    fitter = Fitter(Config, given.place)
+    fitter = Fitter(Config, given.place, largest)
     good = fitter.fit(values, Config, "")
     problems += fitter.problems
     merged = OmegaConf.merge(defaults(Config), {} if good is BAD else good)
