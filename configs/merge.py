@@ -76,7 +76,10 @@ class Fitter:
     """
 
     def __init__(
-        self, cls: type, place: Callable[[str], str] = lambda path: "", largest: Callable[[str], int] = lambda _: LARGEST
+        self,
+        cls: type,
+        place: Callable[[str], str] = lambda path: "",
+        largest: Callable[[str], int] = lambda _: LARGEST,
     ) -> None:
         self.paths = [key.path for key in leaves(cls)]
         self.sections = {path.rpartition(".")[0] for path in self.paths} - {""}

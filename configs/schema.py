@@ -204,5 +204,10 @@ def _whole_sections(merged: DictConfig, problems: list[Problem]) -> dict[str, An
 
 if __name__ == "__main__":
     from configs.reference import key_table
+    from hope.pipe import piped
 
-    sys.stdout.write(key_table(Config))
+    def main() -> int:
+        sys.stdout.write(key_table(Config))
+        return 0
+
+    sys.exit(piped(main))

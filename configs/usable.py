@@ -1,7 +1,8 @@
-"""Values of the right type that no key can mean: no finite number, more than any machine counts, text without a form."""
+"""Values of the right type that no key can mean: no finite number, more than a machine counts, text without a form."""
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 from typing import Any
@@ -16,6 +17,17 @@ SIZES = re.compile(r"(model\.(?!cms\.periods)|parallel\.|optim\.(dmgd|muon|m3)\.
 def largest(path: str) -> int:
     """The largest whole number at a path of a run's configuration."""
     return LARGEST_SIZE if SIZES.fullmatch(path) else LARGEST
+
+
+def count(word: str) -> int:
+    """A number of devices, nodes or parts on a command line, for argparse; what is less than 1 is refused later."""
+    number = int(word)
+    if number > LARGEST_SIZE:
+        raise argparse.ArgumentTypeError(f"{number:,} is more than there are; at most {LARGEST_SIZE:,} works")
+    return number
+
+
+count.__name__ = "int"  # argparse says `invalid int value`
 
 
 def unusable(value: Any, most: int = LARGEST) -> tuple[str, str] | None:

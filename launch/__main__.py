@@ -11,11 +11,12 @@ from typing import TypeAlias
 
 from configs.errors import ConfigError
 from configs.schema import load
+from configs.usable import count
 from hope.pipe import piped
 from launch import collect, grid, local, preflight_cli, profile, speeds, status, submit, sweep
 from launch.folder import RunFolder
 from launch.placement import Request, split_overrides
-from launch.slurm import SlurmError
+from launch.slurm import NoRun, SlurmError
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -35,6 +36,9 @@ def main(argv: list[str] | None = None) -> int:
         return int(args.act(args))
     except ConfigError as error:
         print(error, file=sys.stderr)
+        return 2
+    except NoRun as error:
+        print(f"launch: {error}", file=sys.stderr)
         return 2
     except SlurmError as error:
         print(f"launch: {error}", file=sys.stderr)
@@ -64,7 +68,7 @@ def _submit(acts: Commands) -> None:
 
     parser = _command(acts, "submit", "check a run, write its batch script, and queue it", act)
     _configured(parser)
-    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--nodes", type=count, default=1)
     parser.add_argument("--profile", required=True, help="name in launch/profiles/, or a YAML file")
     parser.add_argument("--dry-run", action="store_true", help="check, print the script, write and queue nothing")
     parser.add_argument("--parity", action="store_true", help="run the referee on this layout before training")
@@ -76,7 +80,7 @@ def _local(acts: Commands) -> None:
 
     parser = _command(acts, "local", "the same on this machine", act)
     _configured(parser)
-    parser.add_argument("--processes", type=int, default=1, help="ranks; one per GPU")
+    parser.add_argument("--processes", type=count, default=1, help="ranks; one per GPU")
     parser.add_argument("--dry-run", action="store_true", help="check, and print the command")
 
 
@@ -137,7 +141,7 @@ def _estimate(acts: Commands) -> None:
 
     parser = _command(acts, "estimate", "parameters, memory per rank, days for a token budget, layouts that fit", act)
     _configured(parser)
-    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--nodes", type=count, default=1)
     parser.add_argument("--profile", required=True, help="name in launch/profiles/, or a YAML file")
     parser.add_argument("--tokens", type=float, help="token budget; default: that of the run")
     parser.add_argument("--mfu", type=float, help="model FLOPs utilisation, 0 to 1; default: the nearest measured")
@@ -162,7 +166,7 @@ def _preflight(acts: Commands) -> None:
 
     parser = _command(acts, "preflight", "check the nodes of an allocation or of a new one, in under a minute", act)
     parser.add_argument("overrides", nargs="*", help="site.key=value")
-    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--nodes", type=count, default=1)
     parser.add_argument("--profile", required=True, help="name in launch/profiles/, or a YAML file")
     parser.add_argument("--parity", dest="config", help="also run the referee on this configuration")
 
@@ -193,7 +197,7 @@ def _collect(acts: Commands) -> None:
 def _limited(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--devices",
-        type=int,
+        type=count,
         help="cells that need more are left out; default: with `where: local` this machine's GPUs, if it has any",
     )
 

@@ -17,6 +17,7 @@ import torch
 
 from hope.config import import_modules
 from hope.mixers import MIXERS, Trunk
+from hope.pipe import piped
 from hope.sections import MixerSection
 
 Row = tuple[str, ...]
@@ -73,8 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         import_modules(args.modules)
-    except ImportError as error:
-        print(f"--import: {error}", file=sys.stderr)
+    except Exception as error:  # whatever a user's module raises
+        what = f"cannot import {' '.join(args.modules)}: {type(error).__name__}: {error}"
+        print(f"--import: {what}; modules that are installed or in this folder work, without .py", file=sys.stderr)
         return 2
     trunk, rows = Trunk(args.width, args.heads, 1), [TITLES]
     for name, shown, section in sections():
@@ -87,4 +89,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(piped(main))

@@ -166,7 +166,7 @@ def test_an_index_without_a_record_is_read_and_refused_if_it_cannot_be(copied):
     file = next(record.parent.glob("*sample_index.npy"))
     file.unlink()
     file.write_bytes(b"")
-    with pytest.raises(DataError, match="cannot be read .*remove this folder"):
+    with pytest.raises(DataError, match=r"cannot be read .*remove this folder"):
         opened()
 
 

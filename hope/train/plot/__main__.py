@@ -18,6 +18,7 @@ from pathlib import Path
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from data_prep.files import atomic_write
+from hope.pipe import piped
 from hope.train.plot.chart import chart
 from hope.train.plot.curves import NoCurve, Run, read_run, smoothed
 from hope.train.plot.matrix import matrix_picture, matrix_table, read_matrix
@@ -144,4 +145,4 @@ def _dashes(points: Sequence[tuple[float, float]], length: float) -> list[list[t
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))
