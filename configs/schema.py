@@ -79,15 +79,19 @@ def load(path: str, words: Sequence[str], *, world_size: int | None = None, chec
     return Config(**sections)
 
 
-def validate(config: Config, world_size: int, source: str = "config") -> None:
-    """Check every section for a run on `world_size` devices; raises ConfigError(source) with all problems."""
+def validate(config: Config, world_size: int | None, source: str = "config") -> None:
+    """Check every section for a run on `world_size` devices, but for the layout if that is None.
+
+    Raises:
+        ConfigError: of `source`, with all problems.
+    """
     sections = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
     problems = list(section_problems(sections, world_size, [key.path for key in leaves(Config)]))
     if problems:
         raise ConfigError(source, problems)
 
 
-def validate_without_data(config: Config, world_size: int, source: str = "config") -> list[Problem]:
+def validate_without_data(config: Config, world_size: int | None, source: str = "config") -> list[Problem]:
     """Check every section but for the data files, which may be elsewhere; returns what is wrong with those.
 
     Raises:

@@ -20,8 +20,10 @@ def largest(path: str) -> int:
 
 
 def count(word: str) -> int:
-    """A number of devices, nodes or parts on a command line, for argparse; what is less than 1 is refused later."""
+    """A number of devices, nodes or parts on a command line, for argparse."""
     number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1; 1 or more works")
     if number > LARGEST_SIZE:
         raise argparse.ArgumentTypeError(f"{number:,} is more than there are; at most {LARGEST_SIZE:,} works")
     return number

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
 from configs.errors import ConfigError
-from configs.schema import load
+from configs.schema import load, validate_without_data
 from configs.usable import count
 from hope.pipe import piped
+from hope.sections import Problem
 from launch import collect, grid, local, preflight_cli, profile, speeds, status, submit, sweep
 from launch.folder import RunFolder
 from launch.placement import Request, split_overrides
@@ -133,6 +135,9 @@ def _estimate(acts: Commands) -> None:
         own, sites = split_overrides(args.overrides)
         site = profile.load(args.profile, sites)
         config = load(args.config, own, check=False)
+        validate_without_data(config, None, args.config)
+        if wrong := list(_no_numbers(args)):
+            raise ConfigError("estimate", wrong)
         tokens = args.tokens or config.train.total_steps * config.train.tokens_per_step
         say = lambda text: print(f"estimate: {text}", file=sys.stderr, flush=True)
         known = against.speeds_of(scaling.read(args.speeds), str(args.speeds)) if args.speeds else speeds.MEASURED
@@ -146,6 +151,13 @@ def _estimate(acts: Commands) -> None:
     parser.add_argument("--tokens", type=float, help="token budget; default: that of the run")
     parser.add_argument("--mfu", type=float, help="model FLOPs utilisation, 0 to 1; default: the nearest measured")
     parser.add_argument("--speeds", type=Path, help="measured ones: rows that `collect --json` wrote, of one GPU")
+
+
+def _no_numbers(args: argparse.Namespace) -> Iterator[Problem]:
+    if args.tokens is not None and not 1 <= args.tokens < math.inf:
+        yield Problem("--tokens", f"{args.tokens:g} is no number of tokens", "3e9")
+    if args.mfu is not None and not 0 < args.mfu <= 1:
+        yield Problem("--mfu", f"{args.mfu:g} is no share of the peak", "0.3; or leave it out, for the measured one")
 
 
 def _compare(acts: Commands) -> None:

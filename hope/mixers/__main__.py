@@ -20,6 +20,8 @@ from hope.mixers import MIXERS, Trunk
 from hope.pipe import piped
 from hope.sections import MixerSection
 
+MOST = 2**24
+"""Of tokens and widths: shapes of a few such sizes can still be counted."""
 Row = tuple[str, ...]
 TITLES: Row = ("mixer", "parameters", "state bytes", "FLOPs/token", "writes", "paper")
 
@@ -68,9 +70,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if min(args.width, args.heads, args.seq) < 1 or args.width % args.heads:
+    sizes = (args.width, args.heads, args.seq)
+    if min(sizes) < 1 or max(sizes) > MOST or args.width % args.heads:
         given = f"--width {args.width} --heads {args.heads} --seq {args.seq}"
-        print(f"{given}: wanted are numbers from 1 on, and heads that divide the width: 1024 and 16", file=sys.stderr)
+        wanted = f"numbers from 1 to {MOST:,}, and heads that divide the width: 1024 and 16"
+        print(f"{given}: wanted are {wanted}", file=sys.stderr)
         return 2
     try:
         import_modules(args.modules)

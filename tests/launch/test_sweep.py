@@ -232,6 +232,21 @@ def test_a_table_that_cannot_be_written_is_refused_and_the_old_one_stays(tmp_pat
     assert not list(tmp_path.glob(".results.csv*"))
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["model.cms.periods=[]"], "model.cms.periods"),  # divided by their number before
+        (["--mfu", "nan"], "--mfu   nan is no share of the peak"),
+        (["--mfu", "30"], "--mfu   30 is no share of the peak"),
+        (["--tokens", "-1"], "--tokens   -1 is no number of tokens"),
+        (["--tokens", "inf"], "--tokens   inf is no number of tokens"),
+    ],
+)
+def test_an_estimate_of_what_cannot_run_is_refused(tmp_path, capsys, words, said):
+    assert main(["estimate", config_file(tmp_path), "--profile", "h100", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_every_ideal_line_stays_in_the_picture():
     """Also that of a series which begins fast, and of one that begins at more devices."""
     points = {"slow": {1: 10.0, 8: 70.0}, "fast": {1: 9000.0, 8: 9500.0}, "late": {4: 20000.0, 8: 21000.0}}

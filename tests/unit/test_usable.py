@@ -78,6 +78,9 @@ def test_more_devices_than_there_are(capsys, main, words):
         main([*words, "100000000000000000000"])
     assert caught.value.code == 2
     assert "100,000,000,000,000,000,000 is more than there are; at most 16,777,216 works" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*words, "0"])
+    assert "0 is less than 1; 1 or more works" in capsys.readouterr().err
 
 
 def test_text_that_no_path_can_hold(tmp_path):
