@@ -26,10 +26,16 @@ def piped(main: Callable[[], int]) -> int:
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"error: {in_words(error)}", file=sys.stderr)
         close_output()
         return REFUSED
+
+
+def in_words(error: Exception) -> str:
+    """What an error says; of one that the system gave, its path and the reason, without numbers."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def close_output() -> None:

@@ -87,8 +87,8 @@ def replace_text(path: Path, text: str | bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename, error.filename2 = str(path), None  # a full disk names nothing, and nobody knows the temporary
-        raise
+        # a full disk names nothing, and nobody knows the temporary
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 

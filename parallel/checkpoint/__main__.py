@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs.usable import count
-from hope.pipe import piped
+from hope.pipe import in_words, piped
 from hope.pretrained import load
 from hope.stored import folders, manifest
 from parallel.checkpoint.describe import contents, reshard_plan
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # an OSError, but about the reader of the output
         raise
     except (CheckpointError, OSError) as error:
-        print(f"checkpoint error: {error}", file=sys.stderr)
+        print(f"checkpoint error: {in_words(error)}", file=sys.stderr)
         return 2
     return 0
 

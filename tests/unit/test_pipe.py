@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from full_disk import no_file_beyond
 
-from hope.pipe import piped
+from hope.pipe import in_words, piped
+from hope.train.written import replace_text
 from launch.__main__ import main as launch
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +46,14 @@ def test_ctrl_c_and_refused_paths_are_said_in_a_line(capsys):
     assert capsys.readouterr().err == "\ninterrupted\n"
     assert piped(raising(NotADirectoryError(20, "Not a directory", "some/path"))) == 2
     assert capsys.readouterr().err == "error: some/path: Not a directory\n"
+
+
+def test_a_state_on_a_full_disk_names_the_file_and_keeps_the_old_one(tmp_path):
+    replace_text(tmp_path / "state", "old")
+    with no_file_beyond(5), pytest.raises(OSError, match="File too large") as caught:
+        replace_text(tmp_path / "state", "newer content")
+    assert in_words(caught.value) == f"{tmp_path}/state: File too large"
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("state", "old")]
 
 
 def test_lines_of_a_log_that_are_no_records_are_passed_over(tmp_path, capsys):
