@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from full_disk import no_file_beyond
 
+from hope.devices import device_of
 from hope.pipe import in_words, piped
 from hope.train.written import replace_text
 from launch.__main__ import main as launch
@@ -46,6 +47,12 @@ def test_ctrl_c_and_refused_paths_are_said_in_a_line(capsys):
     assert capsys.readouterr().err == "\ninterrupted\n"
     assert piped(raising(NotADirectoryError(20, "Not a directory", "some/path"))) == 2
     assert capsys.readouterr().err == "error: some/path: Not a directory\n"
+
+
+@pytest.mark.parametrize("name", ["meta", "nothing_like_it"])
+def test_a_device_without_numbers_is_not_there(name):
+    with pytest.raises(ValueError, match=f"--device {name} is not there: .*; cpu works anywhere"):
+        device_of(name, ValueError)
 
 
 def test_a_state_on_a_full_disk_names_the_file_and_keeps_the_old_one(tmp_path):
