@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import recipe
-import yaml
+from kept import plan_of, rows_of
 from recipe import Cell, Plan, Row, Runs, best
 
 SHOWN = ("forgetting", "backward_transfer", "forward_transfer", "retained")
@@ -102,21 +102,17 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     if len(args.source) < 2 or not args.json:
         parser.error("--source twice or more and --json are needed, or --table")
     given = [name for name, _, _ in args.source]
-    others = {tuple(row["sources"]) for row in _rows(args.json)} - {tuple(given)}
+    others = {tuple(row["sources"]) for row in rows_of(args.json, new=True)} - {tuple(given)}
     if others:
         parser.error(f"{args.json} has rows of {', '.join(others.pop())}, not of {', '.join(given)}: another --json")
     return args
 
 
-def _rows(path: Path) -> list[Row]:
-    return json.loads(path.read_text()) if path.exists() else []
-
-
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    plan: Plan = yaml.safe_load(args.plan.read_text())
+    plan: Plan = plan_of(args.plan)
     if args.table:
-        print(table(plan, _rows(args.table)))
+        print(table(plan, rows_of(args.table)))
         return 0
     return Phases(plan, args).told(partial(table, plan))
 

@@ -27,6 +27,7 @@ import recipe
 import torch
 import yaml
 from family_picture import draw
+from kept import keep, keep_text, plan_of, rows_of
 from recipe import Cell, Plan, Row
 from throughput import SAME
 
@@ -125,7 +126,7 @@ def read(paths: list[Path]) -> list[Row]:
     rows: list[Row] = []
     for path in paths:
         if path.exists():
-            rows += json.loads(path.read_text())
+            rows += rows_of(path)
         else:
             print(f"no rows yet: {path}", file=sys.stderr)
     return rows
@@ -149,19 +150,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    found = [
-        row
-        for plan, rows in args.recipe
-        for row in losses(yaml.safe_load(plan.read_text()), read([rows]), args.optimizer)
-    ]
+    found = [row for plan, rows in args.recipe for row in losses(plan_of(plan), read([rows]), args.optimizer)]
     try:
         speed = speeds(read(args.throughput), {row["model"] for row in found}, args.where)
         rows = joined(found, speed, read(args.probes))
         print(table(rows))
         if args.json:
-            args.json.write_text(json.dumps(rows, indent=1) + "\n")
+            keep(args.json, rows)
         if args.picture:
-            args.picture.write_text(draw(rows).svg())
+            keep_text(args.picture, draw(rows).svg())
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import recipe
-import yaml
+from kept import plan_of, rows_of
 from recipe import ROOT, Plan, Row, Runs, flat
 
 NEEDLE = "needle"
@@ -163,7 +163,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.table:
         return args
-    plan: Plan = yaml.safe_load(args.plan.read_text())
+    plan: Plan = plan_of(args.plan)
     known = [*plan["probes"], NEEDLE]
     args.only = args.only or known[:-1]
     if not args.json:
@@ -178,9 +178,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     if args.table:
-        print(table(json.loads(args.table.read_text())))
+        print(table(rows_of(args.table)))
         return 0
-    return Probes(yaml.safe_load(args.plan.read_text()), args).told(table)
+    return Probes(plan_of(args.plan), args).told(table)
 
 
 if __name__ == "__main__":

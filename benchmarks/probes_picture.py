@@ -7,7 +7,6 @@ Of needle, which no small model answers, the nats per token of the answer over l
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from kept import keep_text, rows_of
 from probes import NEEDLE, best_rows
 from recipe import Row
 from recipe_picture import NAMES
@@ -100,8 +100,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--without", nargs="+", default=[], metavar="PROBE", help="probes to leave out")
     args = parser.parse_args(argv)
-    rows = [row for row in json.loads(args.rows.read_text()) if row["probe"] not in args.without]
-    args.out.write_text(draw(panels(rows)).svg())
+    rows = [row for row in rows_of(args.rows) if row["probe"] not in args.without]
+    keep_text(args.out, draw(panels(rows)).svg())
     return 0
 
 

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import yaml
+from kept import keep, plan_of, rows_of
 
 from configs.schema import Config, load
 from hope.matched import matched_hidden, parameters
@@ -138,7 +138,7 @@ class Runs:
 
     def __init__(self, plan: Plan, args: argparse.Namespace) -> None:
         self.plan, self.args, self.began = plan, args, time.monotonic()
-        self.rows: list[Row] = json.loads(args.json.read_text()) if args.json.exists() else []
+        self.rows: list[Row] = rows_of(args.json, new=True)
         self.going: set[Cell] = set()
         self.failed: set[Cell] = set()
         self.changed = threading.Condition()
@@ -190,6 +190,8 @@ class Runs:
         Path(self.args.out).mkdir(parents=True, exist_ok=True)
         self.all()
         print(table(self.rows))
+        if self.rows:
+            keep(self.args.json, self.rows)
         return int(bool(self.failed))
 
     def work(self, slot: int) -> None:
@@ -205,8 +207,15 @@ class Runs:
                 self.going.discard(cell)
                 if row:
                     self.rows.append(row)
-                    _write(self.args.json, self.rows)
+                    self._save()
                 self.changed.notify_all()
+
+    def _save(self) -> None:
+        """A full disk is no reason to end: the rows are written with the next one, and once more at the end."""
+        try:
+            keep(self.args.json, self.rows)
+        except SystemExit:
+            print(f"{self.args.json}: its rows are kept in memory, and written with the next", flush=True)
 
     def environment(self, device: int) -> dict[str, str]:
         """Of a process that has one of the devices."""
@@ -247,13 +256,6 @@ def gpu_name() -> str:
     import torch
 
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
-
-
-def _write(path: Path, rows: list[Row]) -> None:
-    """Never half a file."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(rows, indent=1) + "\n")
-    os.replace(unfinished, path)
 
 
 def table(plan: Plan, rows: list[Row]) -> str:
@@ -302,12 +304,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    plan: Plan = yaml.safe_load(args.plan.read_text())
+    plan: Plan = plan_of(args.plan)
     if args.tuned:
         of, rows = args.tuned
-        plan["tuned"] = tuned_rates(yaml.safe_load(of.read_text()), json.loads(rows.read_text()))
+        plan["tuned"] = tuned_rates(plan_of(of), rows_of(rows))
     if args.table:
-        print(table(plan, json.loads(args.table.read_text())))
+        print(table(plan, rows_of(args.table)))
         return 0
     return Runs(plan, args).told(partial(table, plan))
 

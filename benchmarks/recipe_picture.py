@@ -7,14 +7,13 @@ their mean. What is far to the right is pushed to the edge.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import yaml
+from kept import keep_text, plan_of, rows_of
 from recipe import ROOT, Cell, Plan, Row, grid
 
 from hope.train.plot.picture import COLOURS, PALE, Axis, Dot, Line, Picture, Words
@@ -99,8 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plan", type=Path, default=ROOT / "benchmarks/recipe.yaml")
     parser.add_argument("--optimizer", default="muon")
     args = parser.parse_args(argv)
-    plan: Plan = yaml.safe_load(args.plan.read_text())
-    args.out.write_text(draw(lines(plan, json.loads(args.rows.read_text()), args.optimizer)).svg())
+    plan: Plan = plan_of(args.plan)
+    keep_text(args.out, draw(lines(plan, rows_of(args.rows), args.optimizer)).svg())
     return 0
 
 

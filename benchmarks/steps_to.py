@@ -12,7 +12,6 @@ A seed that never gets there has no number, and is counted. t is Welch's, of the
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -22,8 +21,8 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import yaml
 from curves import series
+from kept import plan_of, rows_of
 from recipe import ROOT, Cell, best
 
 Curve = list[tuple[int, float]]
@@ -112,8 +111,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--of", default="adamw", help="the optimizer that the others are compared with")
     parser.add_argument("--target", type=float, help="nats; by default the worst last loss of --of")
     args = parser.parse_args(argv)
-    plan = yaml.safe_load(args.plan.read_text())
-    found = curves(plan, json.loads(args.json.read_text()), args.model, args.out)
+    plan = plan_of(args.plan)
+    found = curves(plan, rows_of(args.json), args.model, args.out)
     if not found.get(args.of):
         parser.error(f"{args.out} has no runs of {args.of} with {args.model} at the best rates of a complete grid")
     target = max(curve[-1][1] for curve in found[args.of]) if args.target is None else args.target

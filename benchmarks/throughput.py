@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import yaml
 from contestants import GPT, MODELS, SIZES, USUAL, Choices, Contestant, build, model_config
+from kept import keep, rows_of
 from torch.autograd import DeviceType
 
 from hope.batch import Batch
@@ -302,10 +303,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def write(path: Path, rows: list[Row]) -> None:
     """Add rows to a list in a file; of those that agree in all of `SAME` the newest stays."""
     key = lambda row: json.dumps([row.get(name) for name in SAME])
-    old = json.loads(path.read_text()) if path.exists() else []
+    old = rows_of(path, new=True)
     new = {key(row) for row in rows}
     kept = [row for row in old if key(row) not in new]
-    path.write_text(json.dumps([*kept, *rows], indent=1) + "\n")
+    keep(path, [*kept, *rows])
 
 
 def main(argv: list[str] | None = None) -> int:

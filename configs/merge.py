@@ -14,8 +14,10 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from configs.source import plain
 from configs.synonyms import ELSEWHERE, SYNONYMS
 from configs.tree import leaves, named_sections, strip_optional
+from configs.usable import LARGEST, unusable
 from hope.sections import Problem
 
 BAD = object()
@@ -70,12 +72,18 @@ class Fitter:
 
     Args:
         place: gives where a path was given, such as " (line 3)", or nothing.
+        largest: gives the largest whole number that may stand at a path.
     """
 
-    def __init__(self, cls: type, place: Callable[[str], str] = lambda path: "") -> None:
+    def __init__(
+        self,
+        cls: type,
+        place: Callable[[str], str] = lambda path: "",
+        largest: Callable[[str], int] = lambda _: LARGEST,
+    ) -> None:
         self.paths = [key.path for key in leaves(cls)]
         self.sections = {path.rpartition(".")[0] for path in self.paths} - {""}
-        self.place = place
+        self.place, self.largest = place, largest
         self.problems: list[Problem] = []
 
     def fit(self, value: Any, hint: Any, path: str) -> Any:
@@ -131,10 +139,13 @@ class Fitter:
             self._add(path, f"YAML reads this text as the {type(value).__name__} {value}", "put it in quotes")
             return BAD
         try:
-            OmegaConf.merge(OmegaConf.structured(_one_field(hint)), {"value": value})
+            read = OmegaConf.merge(OmegaConf.structured(_one_field(hint)), {"value": value})
         except (OmegaConfBaseException, ValueError, TypeError):
             shown = "null" if value is None else repr(value)
             self._add(path, f"{shown} is not {describe(hint)}", _leaf_fix(value, hint))
+            return BAD
+        if found := unusable(plain(read)["value"], self.largest(path)):
+            self._add(path, *found)
             return BAD
         return value
 

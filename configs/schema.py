@@ -22,6 +22,7 @@ from configs.merge import BAD, GUESS, Fitter, defaults, describe, missing_paths,
 from configs.renamed import refuse_old
 from configs.source import plain
 from configs.tree import UNKNOWN, leaves
+from configs.usable import largest
 from configs.used import recorded, unused_given
 from data_prep.config import DataConfig
 from hope.config import ModelConfig, import_modules
@@ -62,7 +63,7 @@ def load(path: str, words: Sequence[str], *, world_size: int | None = None, chec
         raise ConfigError(path, [problem for problem in problems if problem.path == "(file)"])
     values = plain(given.values)
     problems += refuse_old(values, given.place)
-    fitter = Fitter(Config, given.place)
+    fitter = Fitter(Config, given.place, largest)
     good = fitter.fit(values, Config, "")
     problems += fitter.problems
     merged = OmegaConf.merge(defaults(Config), {} if good is BAD else good)
@@ -78,15 +79,19 @@ def load(path: str, words: Sequence[str], *, world_size: int | None = None, chec
     return Config(**sections)
 
 
-def validate(config: Config, world_size: int, source: str = "config") -> None:
-    """Check every section for a run on `world_size` devices; raises ConfigError(source) with all problems."""
+def validate(config: Config, world_size: int | None, source: str = "config") -> None:
+    """Check every section for a run on `world_size` devices, but for the layout if that is None.
+
+    Raises:
+        ConfigError: of `source`, with all problems.
+    """
     sections = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
     problems = list(section_problems(sections, world_size, [key.path for key in leaves(Config)]))
     if problems:
         raise ConfigError(source, problems)
 
 
-def validate_without_data(config: Config, world_size: int, source: str = "config") -> list[Problem]:
+def validate_without_data(config: Config, world_size: int | None, source: str = "config") -> list[Problem]:
     """Check every section but for the data files, which may be elsewhere; returns what is wrong with those.
 
     Raises:
@@ -203,5 +208,10 @@ def _whole_sections(merged: DictConfig, problems: list[Problem]) -> dict[str, An
 
 if __name__ == "__main__":
     from configs.reference import key_table
+    from hope.pipe import piped
 
-    sys.stdout.write(key_table(Config))
+    def main() -> int:
+        sys.stdout.write(key_table(Config))
+        return 0
+
+    sys.exit(piped(main))

@@ -36,8 +36,8 @@ def device_of(name: str | None, refused: type[Exception]) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # `meta` has shapes and no numbers
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise refused(f"--device {name} is not there: {reason}; cpu works anywhere") from None
     return device

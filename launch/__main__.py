@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
 from configs.errors import ConfigError
-from configs.schema import load
+from configs.schema import load, validate_without_data
+from configs.usable import count
 from hope.pipe import piped
+from hope.sections import Problem
 from launch import collect, grid, local, preflight_cli, profile, speeds, status, submit, sweep
 from launch.folder import RunFolder
 from launch.placement import Request, split_overrides
-from launch.slurm import SlurmError
+from launch.slurm import NoRun, SlurmError
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -35,6 +38,9 @@ def main(argv: list[str] | None = None) -> int:
         return int(args.act(args))
     except ConfigError as error:
         print(error, file=sys.stderr)
+        return 2
+    except NoRun as error:
+        print(f"launch: {error}", file=sys.stderr)
         return 2
     except SlurmError as error:
         print(f"launch: {error}", file=sys.stderr)
@@ -64,7 +70,7 @@ def _submit(acts: Commands) -> None:
 
     parser = _command(acts, "submit", "check a run, write its batch script, and queue it", act)
     _configured(parser)
-    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--nodes", type=count, default=1)
     parser.add_argument("--profile", required=True, help="name in launch/profiles/, or a YAML file")
     parser.add_argument("--dry-run", action="store_true", help="check, print the script, write and queue nothing")
     parser.add_argument("--parity", action="store_true", help="run the referee on this layout before training")
@@ -76,7 +82,7 @@ def _local(acts: Commands) -> None:
 
     parser = _command(acts, "local", "the same on this machine", act)
     _configured(parser)
-    parser.add_argument("--processes", type=int, default=1, help="ranks; one per GPU")
+    parser.add_argument("--processes", type=count, default=1, help="ranks; one per GPU")
     parser.add_argument("--dry-run", action="store_true", help="check, and print the command")
 
 
@@ -129,6 +135,9 @@ def _estimate(acts: Commands) -> None:
         own, sites = split_overrides(args.overrides)
         site = profile.load(args.profile, sites)
         config = load(args.config, own, check=False)
+        validate_without_data(config, None, args.config)
+        if wrong := list(_no_numbers(args)):
+            raise ConfigError("estimate", wrong)
         tokens = args.tokens or config.train.total_steps * config.train.tokens_per_step
         say = lambda text: print(f"estimate: {text}", file=sys.stderr, flush=True)
         known = against.speeds_of(scaling.read(args.speeds), str(args.speeds)) if args.speeds else speeds.MEASURED
@@ -137,11 +146,18 @@ def _estimate(acts: Commands) -> None:
 
     parser = _command(acts, "estimate", "parameters, memory per rank, days for a token budget, layouts that fit", act)
     _configured(parser)
-    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--nodes", type=count, default=1)
     parser.add_argument("--profile", required=True, help="name in launch/profiles/, or a YAML file")
     parser.add_argument("--tokens", type=float, help="token budget; default: that of the run")
     parser.add_argument("--mfu", type=float, help="model FLOPs utilisation, 0 to 1; default: the nearest measured")
     parser.add_argument("--speeds", type=Path, help="measured ones: rows that `collect --json` wrote, of one GPU")
+
+
+def _no_numbers(args: argparse.Namespace) -> Iterator[Problem]:
+    if args.tokens is not None and not 1 <= args.tokens < math.inf:
+        yield Problem("--tokens", f"{args.tokens:g} is no number of tokens", "3e9")
+    if args.mfu is not None and not 0 < args.mfu <= 1:
+        yield Problem("--mfu", f"{args.mfu:g} is no share of the peak", "0.3; or leave it out, for the measured one")
 
 
 def _compare(acts: Commands) -> None:
@@ -166,7 +182,7 @@ def _preflight(acts: Commands) -> None:
 
     parser = _command(acts, "preflight", "check the nodes of an allocation or of a new one, in under a minute", act)
     parser.add_argument("overrides", nargs="*", help="site.key=value")
-    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--nodes", type=count, default=1)
     parser.add_argument("--profile", required=True, help="name in launch/profiles/, or a YAML file")
     parser.add_argument("--parity", dest="config", help="also run the referee on this configuration")
 
@@ -197,7 +213,7 @@ def _collect(acts: Commands) -> None:
 def _limited(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--devices",
-        type=int,
+        type=count,
         help="cells that need more are left out; default: with `where: local` this machine's GPUs, if it has any",
     )
 

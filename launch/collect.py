@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from hope.train.written import replace_text
 from launch import plot, scaling
 from launch.grid import BOTH, Cell, Grid, cell_config, cells
 from launch.placement import folder_of
@@ -27,11 +28,11 @@ def collect(grid: Grid, out: str | None, json: Path | None = None, devices: int 
     rows = add_efficiency([row(grid, cell) for cell in chosen])
     folder = Path(out) if out else run_folder(grid, chosen[0]).root.parent
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.csv").write_text(results_csv(rows))
+    replace_text(folder / "results.csv", results_csv(rows))
     print(results_csv(rows), end="")
     timed = [r for r in rows if r["tokens_per_s"] is not None]
     if timed:
-        (folder / "scaling.svg").write_text(plot.scaling(timed, f"{grid.name}, {grid.scaling} scaling"))
+        replace_text(folder / "scaling.svg", plot.scaling(timed, f"{grid.name}, {grid.scaling} scaling"))
         print(f"{folder / 'results.csv'}  {folder / 'scaling.svg'}")
     if json:
         scaling.write(json, [scale_row(grid, cell, r) for cell, r in zip(chosen, rows, strict=True) if r in timed])

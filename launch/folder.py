@@ -83,11 +83,12 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path, default: Any = None) -> Any:
-    """The JSON value in `path`, `default` if there is no such file or it is not whole."""
+    """The JSON value in `path`, `default` if there is no such file, or it is not whole or of another kind."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError):
         return default
+    return found if default is None or isinstance(found, type(default)) else default
 
 
 def first(path: Path, value: object) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """The whole lines of a .jsonl file of a run folder; [] without one."""
+    """The whole lines of a .jsonl file of a run folder; [] without one. What is no record of ours is passed over."""
     found = []
     try:
         lines = (folder / name).read_text(errors="replace").splitlines()
@@ -20,7 +20,7 @@ def records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
             found.append(json.loads(line))
         except ValueError:  # the last line, being written
             continue
-    return found
+    return [record for record in found if isinstance(record, dict) and isinstance(record.get("step", 0), int)]
 
 
 def steady(folder: Path) -> list[dict[str, Any]]:

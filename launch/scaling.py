@@ -8,12 +8,13 @@ which older rows do not say; and cell, config and overrides, from which its conf
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError
 from hope.sections import Problem
+from hope.train.written import replace_text
 from launch.grid import Cell, Grid, cell_config
 from launch.placement import split_overrides
 
@@ -23,6 +24,9 @@ SAME = ("model", "overrides", "gpus", "gpu")
 ALIKE = ("model", "parameters", "seq", "gpu")
 CHOICES = ("cuda_graphs", "compile", "recompute")
 """Of `train`: two rows that differ in one of these, or of which one does not say it, say nothing of each other."""
+NEEDED = ("model", "parameters", "layout", "gpus", "scaling", "seq", "tokens_per_s", "gpu", "config", "overrides")
+"""What every row has, of those who read it."""
+WROTE = "a file that `collect --json` wrote"
 PLACE = ("run.dir=", "run.name=")
 """Overrides that say nothing of what was measured."""
 
@@ -83,20 +87,31 @@ def write(path: Path, rows: Sequence[Row]) -> None:
     old = read(path) if path.exists() else []
     new = {key(row) for row in rows}
     kept = [row for row in old if key(row) not in new]
+    text = json.dumps(with_efficiency([*kept, *rows]), indent=1) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.new")
-    unfinished.write_text(json.dumps(with_efficiency([*kept, *rows]), indent=1) + "\n")
-    unfinished.replace(path)
+    replace_text(path, text)
 
 
 def read(path: Path) -> list[Row]:
-    """All rows of a file. Raises ConfigError: there are none."""
+    """All rows of a file. Raises ConfigError: there are none, or one that is no row, by its number from 1."""
     try:
         rows: list[Row] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         what = error.strerror if isinstance(error, OSError) else f"is no JSON: {error}"
-        raise ConfigError(str(path), [Problem("(file)", str(what), "a file that `collect --json` wrote")]) from error
+        raise ConfigError(str(path), [Problem("(file)", str(what), WROTE)]) from error
+    if wrong := list(_no_rows(rows)):
+        raise ConfigError(str(path), wrong)
     return rows
+
+
+def _no_rows(rows: Any) -> Iterator[Problem]:
+    if not isinstance(rows, list):
+        yield Problem("(file)", f"is no list of rows but a {type(rows).__name__}", WROTE)
+        return
+    for number, row in enumerate(rows, 1):
+        lacking = [key for key in NEEDED if key not in row] if isinstance(row, dict) else NEEDED
+        if lacking:
+            yield Problem(f"row {number}", f"lacks {', '.join(lacking)}", WROTE)
 
 
 def device_of(run: Path) -> str:

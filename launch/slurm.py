@@ -22,6 +22,10 @@ class SlurmError(Exception):
     """A command of SLURM failed; the message holds what it said."""
 
 
+class NoRun(SlurmError):
+    """What was named is no run, or has none of what was asked for: no matter of SLURM's."""
+
+
 class NoAnswer(SlurmError):
     """It ran out of time: what it was asked for may have happened or not."""
 

@@ -21,14 +21,14 @@ def find_runs(where: list[str]) -> list[RunFolder]:
     """Run folders, however they were started: the ones given, or all below the folders given.
 
     Raises:
-        SlurmError: there is none in one of them.
+        NoRun: there is none in one of them.
     """
     found = []
     for word in where:
         path = Path(word)
         inside = [path] if _is_run(path) else [p for p in sorted(path.glob("*")) if _is_run(p)]
         if not inside:
-            raise slurm.SlurmError(f"no run in {path}: give run folders, or folders that hold them")
+            raise slurm.NoRun(f"no run in {path}: give run folders, or folders that hold them")
         found += [RunFolder(p) for p in inside]
     return found
 
@@ -89,14 +89,14 @@ def log_file(run: RunFolder, rank: int) -> Path:
     """The newest log: the job's (rank 0 and the batch script), or that of another rank.
 
     Raises:
-        SlurmError: there is none.
+        NoRun: there is none.
     """
     if rank:
         files = sorted(run.logs.glob(f"*/rank-{rank:05d}.log"), key=lambda p: p.stat().st_mtime)
     else:
         files = sorted(run.logs.glob("*.out"), key=lambda p: p.stat().st_mtime)
     if not files:
-        raise slurm.SlurmError(f"no log of rank {rank} in {run.logs}: has the job started?")
+        raise slurm.NoRun(f"no log of rank {rank} in {run.logs}: has the job started?")
     return files[-1]
 
 
@@ -104,7 +104,7 @@ def last_lines(run: RunFolder, rank: int, lines: int) -> str:
     """The end of the newest log under its name. A run that was started without launch has no log, but its numbers.
 
     Raises:
-        SlurmError: there is neither.
+        NoRun: there is neither.
     """
     numbers = records(run.root)
     if rank or not numbers or next(run.logs.glob("*.out"), None):
@@ -145,10 +145,11 @@ def cancel(run: RunFolder) -> str:
     Every number is tried, whatever SLURM says of it: one that it seems to have forgotten may still run.
 
     Raises:
-        SlurmError: there is no such run, or a job of it may still run.
+        NoRun: there is no such run.
+        SlurmError: a job of it may still run.
     """
     if not run.launch.is_dir():
-        raise slurm.SlurmError(f"{run.root} is no run that was submitted: it has no folder launch/")
+        raise slurm.NoRun(f"{run.root} is no run that was submitted: it has no folder launch/")
     run.control.mkdir(parents=True, exist_ok=True)
     run.cancelled.touch()
     here = interrupt(run)

@@ -71,16 +71,20 @@ def resume(root: str) -> str:
     """Submit the script of an existing run again, with the same code and configuration; the new job's id.
 
     Raises:
-        SlurmError: it has no script, a job of it still waits or runs, or sbatch refuses: then nothing has changed.
+        NoRun: it has no script, or its launch folder is not whole.
+        SlurmError: a job of it still waits or runs, or sbatch refuses: then nothing has changed.
     """
     run = RunFolder(root)
     if not run.script.exists():
-        raise slurm.SlurmError(f"{run.script} is not there: this run was not submitted; use `submit`, or `local` again")
+        raise slurm.NoRun(f"{run.script} is not there: this run was not submitted; use `submit`, or `local` again")
+    folder = read_json(run.job, {}).get("folder")
+    if not isinstance(folder, str):
+        raise slurm.NoRun(f"{run.job} is not what `submit` wrote; `submit` the run again, which keeps its checkpoints")
     if (number := slurm.newest_live(run.job_ids())) is not None:
         raise slurm.SlurmError(f"job {number} of this run waits or runs: nothing to resume")
     for note in slurm.dropped(os.environ):
         print(f"note: {note}")
-    number = queue(run, run.launch, Path(read_json(run.job)["folder"]))
+    number = queue(run, run.launch, Path(folder))
     reopen(run)
     with run.jobs.open("a") as file:  # last: the job waits until its number is there
         file.write(f"{number}\n")

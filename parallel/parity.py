@@ -2,7 +2,8 @@
 
 import sys
 
+from hope.pipe import piped
 from parallel.referee.parity import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

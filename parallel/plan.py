@@ -5,6 +5,7 @@ import sys
 
 from configs.errors import ConfigError
 from configs.schema import load
+from hope.pipe import piped
 from parallel.layout.plan import plan_table
 
 
@@ -26,4 +27,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

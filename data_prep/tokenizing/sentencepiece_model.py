@@ -16,6 +16,8 @@ class SentencePieceModel:
     """The content of a model file; `name` stands in messages. A `TokenizerModel`."""
 
     def __init__(self, model: bytes, name: str) -> None:
+        if not model:  # of which sentencepiece makes a model without pieces, and complains to the terminal
+            raise DataError(f"{name}: is empty; `tokenizer train` makes a model")
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:

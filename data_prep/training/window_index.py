@@ -7,12 +7,14 @@ megatron-core's GPTDataset for exactly one epoch, or, with one document per row,
 read in file order need none.
 """
 
+import json
 import os
 import shutil
 import socket
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,14 +22,18 @@ import numpy as np
 import torch.distributed as dist
 
 from data_prep.errors import DataError
+from data_prep.files import sha256_file, write_json
 from data_prep.training.index_key import BUILD_INDEX, IndexKey
 from data_prep.training.index_rows import DocumentRows, StreamWindows, Windows
 from data_prep.training.index_store import MegatronStore, TokenStore
 
 STAMP = "checked.json"
+WRITTEN = "written.json"
+"""sha256 of every file of an index: a damaged one would give other windows, or none far into the run."""
 MOST_DOCUMENTS = 2**31 - 1  # megatron-core numbers documents in int32
-# numpy raises ValueError for a truncated .npy, megatron-core AssertionError for sizes that do not fit
-_UNREADABLE = (OSError, ValueError, AssertionError)
+# numpy raises ValueError for a truncated .npy, EOFError for an empty one, and takes others for pickles; megatron-core
+# AssertionError for sizes that do not fit
+_UNREADABLE = (OSError, ValueError, AssertionError, EOFError, UnpicklingError)
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ def _prepare(store: TokenStore, key: IndexKey, final: Path, *, build: bool) -> s
     try:
         if final.is_dir():
             store.check_unchanged(final / STAMP)
-            return ""
+            return _damaged(final)
         if isinstance(store, MegatronStore) and store.manifest.documents > MOST_DOCUMENTS:
             what = f"{store.manifest.documents} documents, an index of megatron-core holds {MOST_DOCUMENTS}"
             return f"{store.name}.idx: {what}; make several sets of it and name them in data.sources"
@@ -117,6 +123,8 @@ def _publish(store: TokenStore, key: IndexKey, final: Path) -> str:
         private.mkdir(parents=True, exist_ok=True)
         store.check_unchanged(private / STAMP)
         _write(store, key, private)
+        if digests := {path.name: sha256_file(path) for path in private.glob("*.npy")}:
+            write_json(private / WRITTEN, digests)
         os.rename(private, final)
     except _UNREADABLE as problem:
         if not final.is_dir():  # else another job has published the same index in the meantime
@@ -124,6 +132,18 @@ def _publish(store: TokenStore, key: IndexKey, final: Path) -> str:
     finally:
         shutil.rmtree(private, ignore_errors=True)
     return ""
+
+
+def _damaged(folder: Path) -> str:
+    """What of an index is not as it was written, or "". One without a record is as old as its version of this file."""
+    try:
+        recorded = json.loads((folder / WRITTEN).read_bytes())
+        wrong = [name for name, digest in recorded.items() if sha256_file(folder / name) != digest]
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError, AttributeError) as problem:
+        wrong = [str(problem)]
+    return f"{folder} is not what was written ({wrong[0]}); remove this folder, it will be built again" if wrong else ""
 
 
 def _write(store: TokenStore, key: IndexKey, folder: Path) -> None:

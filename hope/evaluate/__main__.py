@@ -35,7 +35,7 @@ from hope.evaluate.rows import Alone, Share
 from hope.evaluate.run import Engine, evaluate_task, evaluate_text
 from hope.evaluate.scorer import ModelScorer, fingerprint
 from hope.evaluate.tasks import read_task
-from hope.pipe import piped
+from hope.pipe import in_words, piped
 from hope.pretrained import open_pretrained
 from hope.stored.errors import CheckpointError
 from parallel.compute.shares import RankShare
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # an OSError, but about the reader of the output
         raise
     except EXPLAINED as error:
-        told.once(f"evaluate: {error}", launch, met, agreed=False)
+        told.once(f"evaluate: {in_words(error)}", launch, met, agreed=False)
         return REFUSED
     except KeyboardInterrupt:
         print("\ninterrupted; with --json the same command goes on from here", file=sys.stderr)

@@ -34,7 +34,7 @@ from hope.generate.prompts import checked, read_prompts
 from hope.generate.session import Session, identity_of, learner_of, read_session, write_session
 from hope.generate.text import Stream, Writer
 from hope.model import Model
-from hope.pipe import piped
+from hope.pipe import in_words, piped
 from hope.pretrained import Pretrained, open_pretrained
 from hope.stored.errors import CheckpointError
 from parallel.compute.generation import on_tensor_ranks
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         told.once(f"generate: {str(error).partition('. ')[0]}; {LARGE}", launch, met, agreed=False)
         return REFUSED
     except EXPLAINED as error:
-        told.once(f"generate: {error}", launch, met, agreed=isinstance(error, GenerationError))
+        told.once(f"generate: {in_words(error)}", launch, met, agreed=isinstance(error, GenerationError))
         return REFUSED
     except KeyboardInterrupt:
         print(file=sys.stderr)

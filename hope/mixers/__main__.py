@@ -17,8 +17,11 @@ import torch
 
 from hope.config import import_modules
 from hope.mixers import MIXERS, Trunk
+from hope.pipe import piped
 from hope.sections import MixerSection
 
+MOST = 2**24
+"""Of tokens and widths: shapes of a few such sizes can still be counted."""
 Row = tuple[str, ...]
 TITLES: Row = ("mixer", "parameters", "state bytes", "FLOPs/token", "writes", "paper")
 
@@ -67,14 +70,17 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if min(args.width, args.heads, args.seq) < 1 or args.width % args.heads:
+    sizes = (args.width, args.heads, args.seq)
+    if min(sizes) < 1 or max(sizes) > MOST or args.width % args.heads:
         given = f"--width {args.width} --heads {args.heads} --seq {args.seq}"
-        print(f"{given}: wanted are numbers from 1 on, and heads that divide the width: 1024 and 16", file=sys.stderr)
+        wanted = f"numbers from 1 to {MOST:,}, and heads that divide the width: 1024 and 16"
+        print(f"{given}: wanted are {wanted}", file=sys.stderr)
         return 2
     try:
         import_modules(args.modules)
-    except ImportError as error:
-        print(f"--import: {error}", file=sys.stderr)
+    except Exception as error:  # whatever a user's module raises
+        what = f"cannot import {' '.join(args.modules)}: {type(error).__name__}: {error}"
+        print(f"--import: {what}; modules that are installed or in this folder work, without .py", file=sys.stderr)
         return 2
     trunk, rows = Trunk(args.width, args.heads, 1), [TITLES]
     for name, shown, section in sections():
@@ -87,4 +93,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(piped(main))

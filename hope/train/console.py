@@ -2,8 +2,6 @@
 
 import contextlib
 import math
-import os
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,14 +14,6 @@ def print_line(text: str) -> None:
     """Print, now. What a full disk or a reader that has gone does not take is no reason to end."""
     with contextlib.suppress(OSError):
         print(text, flush=True)
-
-
-def close_output() -> None:
-    """At the end: let go of lines that nobody takes, for which Python would exit with 120 instead of the run's code."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def console_line(record: Mapping[str, Any], *, steps: int, devices: Devices) -> str:

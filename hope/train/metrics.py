@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from hope.pipe import close_output
 from hope.train.board import Board
-from hope.train.console import close_output, console_line, event_line, format_event, print_line
+from hope.train.console import console_line, event_line, format_event, print_line
 from hope.train.sink import Background
 from hope.train.throughput import Devices
 from hope.train.written import LineFile, keep_lines, move_aside, replace_text

@@ -78,7 +78,7 @@ class LineFile:
 
 
 def replace_text(path: Path, text: str | bytes) -> None:
-    """Let `path` hold `text`, durably: whoever reads it sees the old content or the new. Raises OSError."""
+    """Let `path` hold `text`, durably: whoever reads it sees the old content or the new. Raises OSError, naming it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -86,6 +86,9 @@ def replace_text(path: Path, text: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        # a full disk names nothing, and nobody knows the temporary
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hope.pipe import piped
+from configs.usable import count
+from hope.pipe import in_words, piped
 from hope.pretrained import load
 from hope.stored import folders, manifest
 from parallel.checkpoint.describe import contents, reshard_plan
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # an OSError, but about the reader of the output
         raise
     except (CheckpointError, OSError) as error:
-        print(f"checkpoint error: {error}", file=sys.stderr)
+        print(f"checkpoint error: {in_words(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -106,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     verify_parser = commands.add_parser("verify", help="compare every file with its recorded size and sha256")
     plan = commands.add_parser("reshard-plan", help="what each rank of another layout would read")
     for name in ("tensor", "pipeline", "virtual-pipeline", "data"):
-        plan.add_argument(f"--{name}", type=int, default=1, metavar="N")
+        plan.add_argument(f"--{name}", type=count, default=1, metavar="N")
     exported = commands.add_parser("export", help="weights as one safetensors file, with config.json and the tokenizer")
     exported.add_argument("--out", required=True, help="folder for model.safetensors, config.json and the tokenizer")
     exported.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,6 +124,50 @@ def fail_on_rank(prefix: str) -> str:
         TrainingSet(prefix, T, 1)
     dist.destroy_process_group()
     return str(caught.value)
+
+
+DAMAGES = {
+    "empty": lambda content: b"",
+    "cut": lambda content: content[:-4],
+    "flipped": lambda content: content[:-1] + bytes([content[-1] ^ 64]),
+    "gone": None,
+}
+"""What becomes of a file."""
+
+
+@pytest.mark.parametrize("documents", ["carry", "doc"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_index_is_refused_by_name_and_built_again(copied, documents, damage):
+    def opened():
+        return TrainingSet(copied.train_prefix, T, 1, documents=documents)
+
+    before = opened()
+    [folder] = [path.parent for path in Path(f"{copied.train_prefix}.cache").glob("*/written.json")]
+    file = sorted(folder.glob("*.npy"))[-1]
+    content = file.read_bytes()
+    file.unlink()  # another file: what maps the old one keeps it
+    if DAMAGES[damage]:
+        file.write_bytes(DAMAGES[damage](content))
+    with pytest.raises(DataError, match="is not what was written") as caught:
+        opened()
+    assert str(folder) in str(caught.value)
+    assert file.name in str(caught.value)
+    assert "remove this folder" in str(caught.value)
+    shutil.rmtree(folder)
+    assert np.array_equal(opened().window(0), before.window(0))
+
+
+def test_an_index_without_a_record_is_read_and_refused_if_it_cannot_be(copied):
+    opened = lambda: TrainingSet(copied.train_prefix, T, 1)
+    opened()
+    [record] = Path(f"{copied.train_prefix}.cache").glob("*/written.json")
+    record.unlink()  # as an earlier version left it
+    opened()
+    file = next(record.parent.glob("*sample_index.npy"))
+    file.unlink()
+    file.write_bytes(b"")
+    with pytest.raises(DataError, match=r"cannot be read .*remove this folder"):
+        opened()
 
 
 def test_changed_data_is_an_error_on_every_rank(copied):

@@ -138,3 +138,9 @@ def test_a_llama_style_model_is_accepted(existing_model):
 def test_what_another_model_changes_is_told(existing_model):
     changing = existing_model()
     assert changing.failures(["two  spaces", "plain words"]) == ["two  spaces"]
+
+
+def test_an_empty_file_is_called_so(capfd):
+    with pytest.raises(DataError, match=r"tokenizer\.model: is empty; `tokenizer train` makes a model"):
+        Tokenizer(b"", "tokenizer.model")
+    assert capfd.readouterr().err == ""  # sentencepiece had complained there

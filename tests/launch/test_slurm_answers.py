@@ -106,7 +106,7 @@ def test_cancel_of_ended_jobs_says_so(submitted_run, fake_slurm, capsys):
 
 
 def test_cancel_of_no_run_makes_no_folder(tmp_path, capsys):
-    assert main(["cancel", str(tmp_path / "tpyo")]) == 1
+    assert main(["cancel", str(tmp_path / "tpyo")]) == 2
     assert "is no run that was submitted" in capsys.readouterr().err
     assert not (tmp_path / "tpyo").exists()
 

@@ -15,10 +15,12 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from full_disk import no_file_beyond
 from tiny import config_file
 
 from configs.errors import ConfigError
 from configs.schema import load, validate_without_data
+from hope.pipe import piped
 from hope.stored.manifest import Manifest
 from hope.train.stragglers import BusyTimer
 from launch import against, collect, estimate, plot, preflight, profile, scaling, speeds, sweep
@@ -194,13 +196,55 @@ def test_an_estimate_may_rest_on_rows_of_ones_own(tmp_path):
     assert estimate.measured(attention, [speed]).mixer == "attention"  # of which the file says nothing
 
 
-@pytest.mark.parametrize("text", [None, "[{"])
-def test_rows_that_cannot_be_read_are_an_error_in_words(tmp_path, capsys, text):
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        (None, "(file)   No such file"),
+        ("[{", "(file)   is no JSON"),
+        ("{}", "(file)   is no list of rows but a dict"),
+        ("[3, null]", "row 2    lacks model, parameters, layout"),
+        ('[{"model": "hope"}]', "row 1   lacks parameters, layout"),
+    ],
+)
+def test_rows_that_cannot_be_read_are_an_error_in_words(tmp_path, capsys, text, where):
     file = tmp_path / "scale.json"
     if text is not None:
         file.write_text(text)
     assert main(["compare", str(file)]) == 2
-    assert str(file) in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert str(file) in said
+    assert re.search(r"\s+".join(map(re.escape, where.split())), said), said
+
+
+def test_a_table_that_cannot_be_written_is_refused_and_the_old_one_stays(tmp_path, capsys, monkeypatch):
+    path = grid_file(tmp_path, nodes=[1])
+    measured(tmp_path, "n1_dp", 999.0, 1)
+    (tmp_path / "file").write_text("")
+    assert piped(lambda: main(["collect", path, "--out", str(tmp_path / "file" / "out")])) == 2
+    assert f"error: {tmp_path}/file/out: Not a directory" in capsys.readouterr().err
+    assert main(["collect", path, "--out", str(tmp_path)]) == 0
+    before = (tmp_path / "results.csv").read_text()
+    measured(tmp_path, "more", 9.0, 1)
+    with no_file_beyond(20):
+        assert piped(lambda: main(["collect", path, "--out", str(tmp_path)])) == 2
+    assert f"error: {tmp_path}/results.csv: File too large" in capsys.readouterr().err
+    assert (tmp_path / "results.csv").read_text() == before
+    assert not list(tmp_path.glob(".results.csv*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["model.cms.periods=[]"], "model.cms.periods"),  # divided by their number before
+        (["--mfu", "nan"], "--mfu   nan is no share of the peak"),
+        (["--mfu", "30"], "--mfu   30 is no share of the peak"),
+        (["--tokens", "-1"], "--tokens   -1 is no number of tokens"),
+        (["--tokens", "inf"], "--tokens   inf is no number of tokens"),
+    ],
+)
+def test_an_estimate_of_what_cannot_run_is_refused(tmp_path, capsys, words, said):
+    assert main(["estimate", config_file(tmp_path), "--profile", "h100", *words]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_every_ideal_line_stays_in_the_picture():
@@ -360,7 +404,7 @@ def test_runs_that_launch_did_not_start_are_shown_too(tmp_path, capsys):
 
 
 def test_no_run_is_an_error_not_an_empty_table(tmp_path, capsys):
-    assert main(["status", str(tmp_path / "rusn")]) == 1
+    assert main(["status", str(tmp_path / "rusn")]) == 2
     assert "no run in" in capsys.readouterr().err
 
 

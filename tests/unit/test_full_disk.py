@@ -2,14 +2,12 @@
 
 import json
 import math
-import resource
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from full_disk import no_file_beyond
 
 from hope.train import metrics
 from hope.train.board import Board
@@ -27,17 +25,6 @@ def complaints(said: list[str]) -> list[str]:
 
 def steps_in(folder: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-@contextmanager
-def no_file_beyond(size: int) -> Iterator[None]:
-    """Writes beyond `size` bytes of any file are cut short, and then refused: like a disk that is full there."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("resume_step", [None, 5])

@@ -41,7 +41,16 @@ def test_a_size_that_a_mixer_cannot_have_is_said_in_its_line(capsys):
     assert "not at this size" not in lines["linear kda"]
 
 
-@pytest.mark.parametrize("words", [["--width", "15", "--heads", "2"], ["--seq", "0"], ["--import", "nowhere_at_all"]])
+@pytest.mark.parametrize(
+    "words", [["--width", "15", "--heads", "2"], ["--seq", "0"], ["--seq", "9" * 20], ["--import", "nowhere_at_all"]]
+)
 def test_what_cannot_work_ends_with_2(capsys, words):
     assert program.main(words) == 2
     assert words[0] in capsys.readouterr().err
+
+
+def test_a_module_that_breaks_is_named(capsys, tmp_path, monkeypatch):
+    (tmp_path / "breaks_at_once.py").write_text("raise RuntimeError('boo')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert program.main(["--import", "breaks_at_once"]) == 2
+    assert "cannot import breaks_at_once: RuntimeError: boo; modules that are" in capsys.readouterr().err

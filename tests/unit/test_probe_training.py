@@ -179,3 +179,17 @@ def test_needles_and_facts_ask_a_trained_model(tmp_path, capsys):
 
 def re_spaced(text):
     return "  ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--rates", "nan"], "--rates nan is not a positive number; 1e-3 works"),
+        (["--rates", "1e-3", "inf"], "--rates inf is not a positive number"),
+        (["--seeds", "-1"], "--seeds -1 is not in 0 to"),
+        (["--steps", "9" * 20], "is more than can be counted; at most 2,147,483,647"),
+    ],
+)
+def test_numbers_that_cannot_work_are_refused(capsys, words, said):
+    assert run("s3", *SMALL, *words) == 2
+    assert said in capsys.readouterr().err

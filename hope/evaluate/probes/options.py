@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from hope.evaluate.probes.needles import NEEDLES
 from hope.evaluate.probes.protocols import PROTOCOLS
 
 ZERO_SHOT = ("needle", "facts")
+MOST = 2**31 - 1
+"""Of steps, sizes and seeds."""
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
@@ -53,8 +56,12 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise EvaluationError(f"--{name.replace('_', '-')} {value} is less than 1")
-    if args.rates and min(args.rates) <= 0:
-        raise EvaluationError(f"--rates {min(args.rates)} is not positive; 1e-3 works")
+        if value is not None and value > MOST:
+            raise EvaluationError(f"--{name.replace('_', '-')} {value:,} is more than can be counted; at most {MOST:,}")
+    if wrong := [rate for rate in args.rates or () if not 0 < rate < math.inf]:
+        raise EvaluationError(f"--rates {wrong[0]} is not a positive number; 1e-3 works")
+    if wrong_seeds := [seed for seed in args.seeds if not 0 <= seed <= MOST]:
+        raise EvaluationError(f"--seeds {wrong_seeds[0]} is not in 0 to {MOST:,}; 1 works")
     if args.name in ZERO_SHOT and args.haystack is None:
         raise EvaluationError(f"{args.name} hides sentences in a text; --haystack FILE names it")
     if args.name in ZERO_SHOT and args.overrides:

@@ -18,6 +18,7 @@ from pathlib import Path
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from data_prep.files import atomic_write
+from hope.pipe import in_words, piped
 from hope.train.plot.chart import chart
 from hope.train.plot.curves import NoCurve, Run, read_run, smoothed
 from hope.train.plot.matrix import matrix_picture, matrix_table, read_matrix
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         picture = chart(runs, span, args.x, args.log_x, args.title)
         written = write(picture, args.out)
     except (NoCurve, OSError, ValueError) as error:
-        print(f"plot error: {error}", file=sys.stderr)
+        print(f"plot error: {in_words(error)}", file=sys.stderr)
         return 2
     print("\n".join([*table(runs, span, args.x), f"picture  {'  '.join(map(str, written))}"]))
     return 0
@@ -144,4 +145,4 @@ def _dashes(points: Sequence[tuple[float, float]], length: float) -> list[list[t
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

@@ -1,0 +1,75 @@
+"""How commands end: nobody reads on, Ctrl-C, a path that the system refuses."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from full_disk import no_file_beyond
+
+from hope.devices import device_of
+from hope.pipe import in_words, piped
+from hope.train.written import replace_text
+from launch.__main__ import main as launch
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = [["hope.mixers"], ["parallel.plan", "configs/hope_340m.yaml"], ["configs.schema"]]
+
+
+@pytest.mark.parametrize("words", PROGRAMS, ids=lambda words: words[0])
+def test_a_reader_that_has_gone_gets_no_traceback(words):
+    ours, theirs = os.pipe()
+    os.close(ours)
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-m", *words], stdout=theirs, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=300
+        )
+    finally:
+        os.close(theirs)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
+def test_no_standard_output_at_all():
+    code = "import sys; from hope.pipe import piped; sys.stdout = None; sys.exit(piped(lambda: print('x') or 7))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=300).returncode == 7
+
+
+def raising(error: BaseException):
+    def main() -> int:
+        raise error
+
+    return main
+
+
+def test_ctrl_c_and_refused_paths_are_said_in_a_line(capsys):
+    assert piped(raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+    assert piped(raising(NotADirectoryError(20, "Not a directory", "some/path"))) == 2
+    assert capsys.readouterr().err == "error: some/path: Not a directory\n"
+
+
+@pytest.mark.parametrize("name", ["meta", "nothing_like_it"])
+def test_a_device_without_numbers_is_not_there(name):
+    with pytest.raises(ValueError, match=f"--device {name} is not there: .*; cpu works anywhere"):
+        device_of(name, ValueError)
+
+
+def test_a_state_on_a_full_disk_names_the_file_and_keeps_the_old_one(tmp_path):
+    replace_text(tmp_path / "state", "old")
+    with no_file_beyond(5), pytest.raises(OSError, match="File too large") as caught:
+        replace_text(tmp_path / "state", "newer content")
+    assert in_words(caught.value) == f"{tmp_path}/state: File too large"
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("state", "old")]
+
+
+def test_lines_of_a_log_that_are_no_records_are_passed_over(tmp_path, capsys):
+    lines = ["3", "null", "[]", '{"step": "x"}', '{"step": 2, "loss": 3.5}', '{"step": 3, "lo']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    (tmp_path / "control").mkdir()
+    (tmp_path / "control/verdict.json").write_text("[]")
+    (tmp_path / "control/budget.json").write_text("null")
+    assert launch(["status", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[3:6] == ["2/?", "-", "3.5000"]
+    assert launch(["logs", str(tmp_path)]) == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:]] == [["step", "2/2"]]
