@@ -162,7 +162,7 @@ def test_a_run_is_plain_torch_over_the_file(tmp_path):
         (2, []),
         slow(1, ["train.micro_batch=8"]),
         slow(2, ["parallel.tensor=2"]),
-        (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+        slow(2, ["parallel.tensor=2", "parallel.sequence=true"]),
         slow(2, ["parallel.pipeline=2"]),
         (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "model.layers=4"]),
         slow(1, ["train.recompute=block"]),
@@ -179,7 +179,9 @@ def test_layouts_equal_one_device(tmp_path, ranks, words):
 
 
 @pytest.mark.parametrize("memory", ["matrix", slow("attention"), slow("linear"), *map(slow, LEVELS)])
-@pytest.mark.parametrize(("ranks", "layout"), [(1, []), (2, ["parallel.tensor=2"]), slow(2, ["parallel.pipeline=2"])])
+@pytest.mark.parametrize(
+    ("ranks", "layout"), [(1, []), slow(2, ["parallel.tensor=2"]), slow(2, ["parallel.pipeline=2"])]
+)
 def test_a_resumed_run_is_the_run_to_the_last_bit(tmp_path, memory, ranks, layout):
     """With windows of 18 tokens no chunk ends with a step, so that tokens are pending; attention's window of 40 is
     still filling when the run stops."""

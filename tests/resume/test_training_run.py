@@ -104,7 +104,10 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", [pytest.param("tp2", marks=pytest.mark.slow), "tp2-sp-pp2", "pp2-vpp2-dp2"])
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param("tp2", marks=pytest.mark.slow), "tp2-sp-pp2", pytest.param("pp2-vpp2-dp2", marks=pytest.mark.slow)],
+)
 def test_tensor_and_pipeline_layouts_train_and_resume_alike(tmp_path, layout):
     """The whole program under a layout: the curve of one device, and a bit-equal resume in a CMS period."""
     path, (ranks, flags) = config_file(tmp_path), LAYOUTS[layout]

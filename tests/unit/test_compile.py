@@ -190,7 +190,7 @@ def assert_whole_equals(kind: str, backend: str, recompute: str = "none") -> Non
         pytest.param("hope", "block", marks=pytest.mark.slow),
         ("transformer", "none"),
         ("kda", "none"),
-        ("titans_mal", "none"),
+        pytest.param("titans_mal", "none", marks=pytest.mark.slow),
         pytest.param("titans_mac", "none", marks=pytest.mark.slow),
     ],
 )

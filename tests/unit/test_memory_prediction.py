@@ -30,10 +30,11 @@ def config(kind: str = "hope", memory: str = "matrix", layers: int = 4) -> Model
     return named(kind, memory=memories, vocab_size=64, width=32, layers=layers, heads=4, cms=cms)
 
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
 KINDS = [("hope", "matrix"), ("hope", "mlp"), ("hope_attention", "matrix"), ("transformer", "matrix")]
 
 
-@pytest.mark.parametrize("recompute", ["none", pytest.param("memory", marks=pytest.mark.slow), "mlp", "block"])
+@pytest.mark.parametrize("recompute", ["none", *map(slow, ("memory", "mlp")), "block"])
 @pytest.mark.parametrize(("kind", "memory"), KINDS)
 def test_one_block_stands_for_all_of_them(kind, memory, recompute):
     model, shape = config(kind, memory), StepShape(64, 2, False, recompute=recompute)  # 8 chunks

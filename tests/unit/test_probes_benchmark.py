@@ -57,7 +57,7 @@ def test_cells_of_the_plan_seeds_last_and_none_twice(probes, tmp_path):
     assert probes.Probes(plan, args).next() == cells[-1]
 
 
-@pytest.mark.parametrize("name", ["probes", "probes_family"])
+@pytest.mark.parametrize("name", [pytest.param("probes", marks=pytest.mark.slow), "probes_family"])
 def test_every_model_of_the_plan_can_be_built(probes, name):
     plan = yaml.safe_load((BENCHMARKS / f"{name}.yaml").read_text())
     load = importlib.import_module("configs.schema").load

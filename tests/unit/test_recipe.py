@@ -91,7 +91,13 @@ def test_cells_are_run_once_and_a_diverged_one_has_no_loss(recipe, tmp_path, cap
     assert rows.read_text() == before
 
 
-@pytest.mark.parametrize("file", sorted(BENCHMARKS.glob("recipe*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param(file, marks=() if file.stem in ("recipe", "recipe_family") else pytest.mark.slow, id=file.stem)
+        for file in sorted(BENCHMARKS.glob("recipe*.yaml"))
+    ],
+)
 def test_every_cell_of_the_plans_is_a_configuration(recipe, file):
     """No key is unknown or unused, and every optimizer of a plan is given a grid of the same size."""
     plan = yaml.safe_load(file.read_text())

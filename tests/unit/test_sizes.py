@@ -1,5 +1,7 @@
 """configs/sizes: every model of configs/models at every size has the parameters of the Transformer++ of that size."""
 
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,11 +29,22 @@ def loaded(*words: str | Path, base: str = "hope_17m_1xh200") -> Config:
     return load(str(ROOT / f"configs/{base}.yaml"), [str(word) for word in words])
 
 
-@pytest.mark.parametrize("preset", MODELS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("size", SIZES, ids=lambda path: path.stem)
+def cases() -> Iterator[object]:
+    """Every preset at every size, the two in the middle among the slow ones."""
+    for size in SIZES:
+        marks = pytest.mark.slow if size.stem in ("340m", "760m") else ()
+        yield from (pytest.param(size, preset, marks=marks, id=f"{size.stem}-{preset.stem}") for preset in MODELS)
+
+
+@functools.cache
+def wanted_of(size: Path) -> int:
+    """Parameters of the Transformer++."""
+    return parameters(loaded(ROOT / "configs/models/transformer.yaml", size).model)
+
+
+@pytest.mark.parametrize(("size", "preset"), cases())
 def test_every_model_at_every_size_has_the_parameters_of_its_transformer(size, preset):
-    config, transformer = (loaded(path, size) for path in (preset, ROOT / "configs/models/transformer.yaml"))
-    wanted = parameters(transformer.model)
+    config, wanted = loaded(preset, size), wanted_of(size)
     assert wanted == pytest.approx(1e6 * MILLIONS[size.stem], rel=1e-3)
     assert abs(parameters(config.model) - wanted) <= WITHIN * wanted
     given = yaml.safe_load(size.read_text())

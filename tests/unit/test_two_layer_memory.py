@@ -89,6 +89,7 @@ def test_what_is_spoiled_would_be_seen(spoiled, monkeypatch):
 
 
 @interpreted
+@pytest.mark.slow
 def test_two_runs_are_bit_equal(monkeypatch):
     monkeypatch.setattr(self_modifying, "scan_for", lambda *_: choice(torch.float32))
     mixer = lambda: mixer_of(16, CHUNK, torch.float32, **MLP)
@@ -196,6 +197,7 @@ SPILLS = dict.fromkeys(("_project", "_write", "_read", "_reads", "_keys", "_gate
 SPILLS |= {"_systems": 128, "_errors": 128}
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_hopper(tmp_path):
     """In a process of its own, since kernels are interpreted here. Every form that a run takes, without documents."""
     environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
