@@ -13,7 +13,7 @@ from layout_matrix import LAYOUTS, State, load, save
 
 SEVEN = [name for name in LAYOUTS if name != "pp2-vpp2"]
 QUICK = [  # load layout, optimizer, save layouts
-    ("1", "mlp", ["tp2-pp2-dp2"]),
+    pytest.param("1", "mlp", ["tp2-pp2-dp2"], marks=pytest.mark.slow),
     ("dp2", "m3", ["dp4"]),
     ("tp2-pp2", "mlp", ["dp4", "pp2-vpp2"]),
 ]

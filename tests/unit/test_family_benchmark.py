@@ -87,6 +87,7 @@ def test_one_row_per_model_with_blanks_where_nothing_was_measured(family, tmp_pa
     assert (tmp_path / "family.svg").read_text().count("<circle") == 3  # two states and one speed
 
 
+@pytest.mark.slow
 def test_files_that_are_not_there_yet_are_said_and_blank(family, tmp_path, capsys):
     plan = files(family, tmp_path)[1]
     assert family.main(["--recipe", plan, str(tmp_path / "later.json")]) == 0

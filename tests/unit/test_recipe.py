@@ -58,6 +58,7 @@ def test_the_table_has_means_and_spreads_of_the_best(recipe):
     assert "1 of 2 cells run" in lines[3]
 
 
+@pytest.mark.slow
 def test_cells_are_run_once_and_a_diverged_one_has_no_loss(recipe, tmp_path, capfd):
     config = config_file(tmp_path, "attention")
     plan = {
