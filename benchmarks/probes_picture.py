@@ -25,12 +25,11 @@ WIDE, HIGH, GAP, TOP, BOTTOM, LEFT = 270, 210, 50, 34, 84, 40
 
 
 class Panel(NamedTuple):
-    """One probe: the names of its tests, the values of every model in their order, and their range."""
+    """One probe: the names of its tests, the values of every model in their order, and the largest that is shown."""
 
     title: str
     tests: list[str]
     models: dict[str, list[float]]
-    low: float
     high: float
 
 
@@ -43,7 +42,7 @@ def panels(rows: list[Row]) -> list[Panel]:
         tests = list(next(iter(values.values())))
         lists = {model: [by_test[test] for test in tests] for model, by_test in values.items()}
         high = 100.0 if probe != NEEDLE else max(max(values) for values in lists.values()) * 1.05
-        found.append(Panel(f"{probe}, {'%' if probe != NEEDLE else 'nats per token'}", tests, lists, 0.0, high))
+        found.append(Panel(f"{probe}, {'%' if probe != NEEDLE else 'nats per token'}", tests, lists, high))
     return found
 
 
@@ -78,7 +77,7 @@ def draw(found: list[Panel]) -> Picture:
 
 def _panel(picture: Picture, panel: Panel, left: float, colours: dict[str, str]) -> None:
     across = Axis(-0.3, len(panel.tests) - 0.7, left, left + WIDE)
-    up = Axis(panel.low, panel.high, TOP + HIGH, TOP)
+    up = Axis(0.0, panel.high, TOP + HIGH, TOP)
     picture.add(Words(left, TOP - 14, panel.title))
     for mark in up.marks():
         y = up.at(mark)

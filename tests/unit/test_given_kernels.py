@@ -45,7 +45,7 @@ def results(function, given, dtype, weigh_state: bool = True, **settings) -> dic
     return {"y": y.detach(), "end": state.detach(), **{n: t.grad for n, t in leaves.items() if t is not None}}
 
 
-def both(length: int, K: int, erase: bool, given, **settings):
+def assert_equals_plain(length: int, K: int, erase: bool, given, **settings):
     fast = results(
         fused_memory, given, torch.float32, erase=erase, chunk=CHUNK, operands=torch.float32, precision="ieee",
         **settings,
@@ -61,14 +61,14 @@ def both(length: int, K: int, erase: bool, given, **settings):
 @pytest.mark.parametrize("erase", [False, True])
 @pytest.mark.parametrize(("decay", "write"), [(True, True), (True, False), (False, True), (False, False)])
 def test_outputs_state_and_gradients(decay, write, erase):
-    fast, _ = both(48, 32, erase, inputs(48, 32, decay, write))
+    fast, _ = assert_equals_plain(48, 32, erase, inputs(48, 32, decay, write))
     assert fast["y"].shape == (B, H, 48, 32)
 
 
 @pytest.mark.parametrize("erase", [False, True])
 @pytest.mark.parametrize("length", [1, 15, 37])
 def test_lengths_that_end_inside_a_chunk(length, erase):
-    both(length, 32, erase, inputs(length, 32, True, True))
+    assert_equals_plain(length, 32, erase, inputs(length, 32, True, True))
 
 
 def test_keys_wider_than_values_are_cut():
@@ -84,16 +84,16 @@ def test_keys_wider_than_values_are_cut():
 
 
 def test_values_divided_over_programs():
-    both(32, 64, True, inputs(32, 64, True, True))
+    assert_equals_plain(32, 64, True, inputs(32, 64, True, True))
 
 
 @pytest.mark.parametrize("strength", [1e-3, 8.0])  # far beyond, the gradient of a decay is what large terms leave
 def test_weak_and_strong_decays(strength):
-    both(40, 32, True, inputs(40, 32, True, True, strength))
+    assert_equals_plain(40, 32, True, inputs(40, 32, True, True, strength))
 
 
 def test_gradients_of_outputs_alone():
-    both(32, 32, True, inputs(32, 32, True, True), weigh_state=False)
+    assert_equals_plain(32, 32, True, inputs(32, 32, True, True), weigh_state=False)
 
 
 def test_a_write_of_nothing_has_no_gradient_that_is_not_finite():

@@ -105,7 +105,7 @@ def test_rows_are_independent(name):
 class TestLimits:
     """Where one row of the table is another, as layers with the same weights."""
 
-    def compare(self, one: LinearConfig, other: LinearConfig, change=lambda layer: None) -> None:
+    def assert_same(self, one: LinearConfig, other: LinearConfig, change=lambda layer: None) -> None:
         first, second = layer_of(one), layer_of(other)
         with torch.no_grad():
             change(first)
@@ -116,12 +116,12 @@ class TestLimits:
 
     def test_gated_deltanet_that_keeps_everything_is_deltanet(self):
         keep = lambda layer: layer.decay_rate.fill_(-1e9)
-        self.compare(CONFIGS["gated_deltanet"], LinearConfig(rule="deltanet", gate="silu"), keep)
+        self.assert_same(CONFIGS["gated_deltanet"], LinearConfig(rule="deltanet", gate="silu"), keep)
 
     def test_deltanet_without_erasing_and_gates_is_linear_attention(self):
         plain = {"conv_width": 0, "unit_keys": False}
         without = LinearConfig(rule="deltanet", erase=False, write="one", **plain)
-        self.compare(without, CONFIGS["no normaliser"])
+        self.assert_same(without, CONFIGS["no normaliser"])
 
     def test_kda_with_equal_channels_is_gated_deltanet(self):
         """The low-rank gate gives every channel of a head what the gate of the head would give."""
@@ -141,7 +141,7 @@ class TestLimits:
 
     def test_retnet_that_keeps_everything_is_linear_attention(self):
         rest = {"rope_base": 0.0, "gate": "none"}
-        self.compare(LinearConfig(rule="retnet", decay="none", **rest), CONFIGS["no normaliser"])
+        self.assert_same(LinearConfig(rule="retnet", decay="none", **rest), CONFIGS["no normaliser"])
 
 
 def test_heads_of_another_tensor_rank_have_their_own_fixed_decays():
