@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from functools import partial
 from pathlib import Path
 
 import recipe
 from kept import plan_of, rows_of
-from recipe import Cell, Plan, Row, Runs, best
+from recipe import Cell, Plan, Row, Runs, best, same_rates
+from tables import markdown, spread
 
 SHOWN = ("forgetting", "backward_transfer", "forward_transfer", "retained")
 Source = tuple[str, str, str]
@@ -71,26 +71,14 @@ def table(plan: Plan, rows: list[Row]) -> str:
             told = f"{done} of {len(grid)} cells run" if done < len(grid) else "all diverged"
             lines.append([optimizer, model, *[""] * 4, told, *[""] * len(SHOWN)])
             continue
-        same = [r for r in rows if Cell.of(r)._replace(seed=0) == Cell.of(chosen)._replace(seed=0)]
-        same = [row for row in same if row["heldout"] is not None]
+        same = same_rates(chosen, rows)
         rates = [f"{chosen['parameters'] / 1e6:.1f}M", f"{chosen['lr']:g}", f"{chosen['lr_elementwise']:g}"]
-        figures = [_spread([row["measures"].get(name) for row in same]) for name in SHOWN]
-        lines.append([optimizer, model, *rates, str(len(same)), _spread([r["heldout"] for r in same]), *figures])
+        figures = [spread([row["measures"].get(name) for row in same]) for name in SHOWN]
+        lines.append([optimizer, model, *rates, str(len(same)), spread([r["heldout"] for r in same]), *figures])
         for number, name in enumerate(chosen["sources"]):
             seen = [[row["matrix"][phase][number] for row in same] for phase in (number, number + 1, -1)]
-            detail.append([optimizer, model, name, *map(_spread, seen)])
-    return "\n\n".join(_markdown(part) for part in (lines, detail) if len(part) > 1)
-
-
-def _spread(values: list[float | None]) -> str:
-    """`mean (smallest - largest)` of those that there are."""
-    found = [value for value in values if value is not None]
-    return f"{statistics.mean(found):.3f} ({min(found):.3f} - {max(found):.3f})" if found else "-"
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+            detail.append([optimizer, model, name, *map(spread, seen)])
+    return "\n\n".join(markdown(part) for part in (lines, detail) if len(part) > 1)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

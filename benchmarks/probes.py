@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import recipe
 from kept import plan_of, rows_of
 from recipe import ROOT, Plan, Row, Runs, flat
+from tables import markdown
 
 NEEDLE = "needle"
 
@@ -102,11 +103,7 @@ class Probes(Runs):
     def _start(self, words: list[str], cell: Cell, device: int) -> None:
         """Raises RuntimeError: it failed; TimeoutExpired: no time is left."""
         log = Path(self.args.out) / f"{cell.name}.log"
-        with log.open("a") as file:
-            code = subprocess.run(
-                [sys.executable, *words], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT,
-                env=self.environment(device), timeout=self.left(),
-            ).returncode  # fmt: skip
+        code = self.started(words, log, device)
         if code:
             raise RuntimeError(f"exit code {code}, see {log}")
 
@@ -143,8 +140,7 @@ def table(rows: list[Row]) -> str:
             sizes = [row["tests"][tests[0]].get("state_bytes") for row in same[:1]]
             size = f"{sizes[0]:,}" if sizes[0] else ""
             lines.append([model, rate, str(len(same)), *(_cell(same, test) for test in tests), size])
-        lines.insert(1, ["---"] * len(lines[0]))
-        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        parts.append(markdown(lines))
     return "\n\n".join(parts)
 
 

@@ -84,10 +84,15 @@ def best(plan: Plan, optimizer: str, model: str, rows: list[Row]) -> Row | None:
     return min(trained, key=lambda row: row["heldout"], default=None)
 
 
+def same_rates(chosen: Row, rows: list[Row]) -> list[Row]:
+    """The rows of all seeds at the rates of a row, without those that diverged."""
+    same = [row for row in rows if Cell.of(row)._replace(seed=0) == Cell.of(chosen)._replace(seed=0)]
+    return [row for row in same if row["heldout"] is not None]
+
+
 def of_all_seeds(chosen: Row, rows: list[Row]) -> list[float]:
     """Held-out losses at the rates of a row."""
-    same = [row for row in rows if Cell.of(row)._replace(seed=0) == Cell.of(chosen)._replace(seed=0)]
-    return [row["heldout"] for row in same if row["heldout"] is not None]
+    return [row["heldout"] for row in same_rates(chosen, rows)]
 
 
 def tuned_rates(plan: Plan, rows: list[Row]) -> dict[tuple[str, str], tuple[float, float]]:
@@ -222,21 +227,23 @@ class Runs:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(self.args.gpus)))).split(",")
         return os.environ | {"CUDA_VISIBLE_DEVICES": visible[device % len(visible)], "OMP_NUM_THREADS": "1"}
 
+    def started(self, words: list[str], log: Path, device: int) -> int:
+        """Exit code of a Python program on a device, which prints to `log`. Raises TimeoutExpired: no time is left."""
+        with log.open("a") as file:
+            return subprocess.run(
+                [sys.executable, *words], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT,
+                env=self.environment(device), timeout=self.left(),
+            ).returncode  # fmt: skip
+
     def run(self, cell: Cell, device: int) -> Row | None:
         """The row of a run; None if there was no time for it. Raises RuntimeError: it neither ended nor diverged."""
         out = Path(self.args.out)
         config, given = config_of(self.plan, cell, self.words(cell))
-        log = out / f"{cell.name}.log"
-        environment = self.environment(device)
-        command = [sys.executable, str(ROOT / "pretrain_hope.py"), str(ROOT / self.plan["config"]), *given]
-        began = time.monotonic()
-        with log.open("w") as file:
-            try:
-                code = subprocess.run(
-                    command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT, timeout=self.left()
-                ).returncode
-            except subprocess.TimeoutExpired:
-                return None
+        log, began = out / f"{cell.name}.log", time.monotonic()
+        try:
+            code = self.started([str(ROOT / "pretrain_hope.py"), str(ROOT / self.plan["config"]), *given], log, device)
+        except subprocess.TimeoutExpired:
+            return None
         diverged = code == DO_NOT_RESTART
         if code and not diverged:
             raise RuntimeError(f"exit code {code}, see {log}")
