@@ -35,14 +35,15 @@ def reduced_bytes_per_step(config: ModelConfig, parts: Sequence[Slice], shape: S
 def data_ring_bytes(config: ModelConfig, parts: Sequence[Slice], shape: StepShape, optim: OptimConfig) -> float:
     """Bytes that a data-parallel rank moves per step, averaged like `reduced_bytes_per_step`.
 
-    Gradients are all-reduced in fp32, and weights are all-gathered in their own precision when they have moved. Of
-    matrices that one rank owns (Muon, M3) gradients are reduce-scattered and weights gathered, both in fp32; the
-    exchange of their parts among tensor ranks is left out. All of it comes after the backward pass: nothing overlaps.
+    Gradients are fp32, reduce-scattered under bf16 and all-reduced else. Weights that have moved are all-gathered in
+    their own precision. Of matrices that one rank owns (Muon, M3) gradients are reduce-scattered and weights gathered,
+    both in fp32; the exchange of their parts among tensor ranks is left out. All of it comes after the backward pass:
+    nothing overlaps.
     """
     total = 0.0
     for group, size in _learning(config, parts, shape, optim):
         owned = group["matrices"] and optim.name in MATRIX_OPTIMIZERS
-        total += (1 if owned else 2) * _reduced(group, size, optim)
+        total += (1 if owned or shape.bf16 else 2) * _reduced(group, size, optim)
         total += (2 if shape.bf16 and not owned else 4) * size / group["period"]
     return (shape.data - 1) / shape.data * total
 

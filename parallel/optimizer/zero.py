@@ -1,4 +1,4 @@
-"""ZeRO-1: DeepSpeed averages gradients and owns the partitions, our optimizer updates them.
+"""ZeRO-1: DeepSpeed owns the partitions and gathers gradients in fp32, our optimizer updates them.
 
 One reduction over the data-parallel ranks and one all-gather (per parameter group) of this rank's part of the model
 per step.
