@@ -249,6 +249,9 @@ class Runs:
             raise RuntimeError(f"exit code {code}, see {log}")
         records = [json.loads(line) for line in (out / cell.name / "metrics.jsonl").read_text().splitlines()]
         train, last = config.train, [r for r in records if r.get("tokens")][-1]
+        evaluated = [record["step"] for record in records if record.get("heldout_loss") is not None]
+        if not diverged and evaluated[-1:] != [train.total_steps]:  # told to end during its last evaluation
+            raise RuntimeError(f"no held-out loss of its last step: remove {out / cell.name} and start again")
         row = cell._asdict() | {
             "parameters": parameters(config.model), "tokens": train.total_steps * train.tokens_per_step,
             **self.measured(records, diverged),

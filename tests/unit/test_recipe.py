@@ -1,5 +1,6 @@
 """benchmarks/recipe.py: which cells are run, in which order, what is kept, and the table."""
 
+import argparse
 import importlib
 import json
 from pathlib import Path
@@ -135,6 +136,27 @@ def test_a_run_that_fails_is_no_result(recipe, tmp_path, capfd):
     assert recipe.main([*flags, "--out", str(tmp_path / "runs")]) == 1
     assert "exit code 2, see " in capfd.readouterr().out
     assert not rows.exists()
+
+
+def test_a_run_that_was_cut_in_its_last_evaluation_is_no_result(recipe, tmp_path):
+    """Its newest held-out loss is of an earlier step."""
+    plan = {
+        "config": config_file(tmp_path, "attention"), "common": ["train.steps=4"], "models": {"transformer": []},
+        "optimizers": {"adamw": {"set": ["optim.name=adamw"]}},
+    }  # fmt: skip
+    args = argparse.Namespace(json=tmp_path / "rows.json", data=["t", "h"], out=tmp_path, seconds=99, jobs=1)
+    runs, cell = recipe.Runs(plan, args), recipe.Cell("transformer", "adamw", 1e-2, 1e-2, 1)
+    (tmp_path / cell.name).mkdir()
+
+    def trained(last: float | None) -> None:
+        records = [{"step": 2, "tokens": 9, "heldout_loss": 4.0}, {"step": 4, "tokens": 9, "heldout_loss": last}]
+        (tmp_path / cell.name / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+
+    runs.started = lambda words, log, device: trained(None) or 0
+    with pytest.raises(RuntimeError, match=f"remove .*{cell.name} and start again"):
+        runs.run(cell, 0)
+    runs.started = lambda words, log, device: trained(3.0) or 0
+    assert runs.run(cell, 0)["heldout"] == 3.0
 
 
 def test_the_picture_has_a_line_per_model_the_best_above(recipe):
