@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+import torch.distributed as dist
 from models import named
 from multirank import run_ranks
 from tiny import config_file
@@ -22,11 +23,12 @@ from hope.mixers.titans_attention import LayerConfig
 from hope.model import Model
 from hope.optim.config import OptimConfig
 from hope.train.diagnostics import MixerProbe
-from parallel.compute import graphs
+from parallel.compute import graphs, replica
 from parallel.compute.graphs import Graphs
 from parallel.compute.recording import Recorder
 from parallel.compute.replica import build_replica
 from parallel.layout.topology import ParallelConfig
+from parallel.referee import parity
 from parallel.start import groups
 
 MODEL = named("hope", vocab_size=64, width=64, layers=2, heads=2, cms=CmsConfig(periods=[1, 2]))
@@ -161,29 +163,49 @@ def test_a_machine_without_a_gpu_says_so(tmp_path: Path, capfd):
     assert pretrain_hope.main([*words, "--dry-run", "--devices", "1"]) == 0
 
 
+def closed(main, *words: str) -> list[bool]:
+    """Whether the groups were there at every close of a replica, in a program that ends as it should."""
+    found, close = [], replica.Replica.close
+
+    def noted(one):
+        found.append(dist.is_initialized())
+        close(one)
+
+    replica.Replica.close = noted
+    assert main(list(words)) == 0
+    assert not dist.is_initialized()
+    return found
+
+
+@pytest.mark.parametrize("main", [pretrain_hope.main, parity.main], ids=["train", "parity"])
+def test_graphs_are_gone_before_the_groups_that_they_use(tmp_path: Path, main):
+    """NCCL destroys no communicator that a graph has recorded: the program would never end."""
+    assert run_ranks(closed, 1, main, config_file(tmp_path, "attention"), timeout=120) == [[True]]
+
+
 def weights(name: str, cuda_graphs: bool, out: str) -> int:
     """Six steps of two micro-batches, the fourth of them watched; weights and losses go to `out`."""
     torch.use_deterministic_algorithms(True)
     losses = []
     with groups.start(ParallelConfig()) as ranks:
-        replica = build_replica(
+        built = build_replica(
             MODEL, OptimConfig(name=name), ParallelConfig(), ranks, seq_len=128, precision="bf16", seed=1,
             cuda_graphs=cuda_graphs,
         )  # fmt: skip
         generator = torch.Generator().manual_seed(0)
         for step in range(6):
-            for block in replica.models[0].blocks.values():
+            for block in built.models[0].blocks.values():
                 block.mixer.watched = step == 3
             ids = torch.randint(0, 64, (2, 128, 2), generator=generator).to(ranks.device)
-            reports = replica.run([Batch(row, row.roll(-1, 0)) for row in ids])
-            replica.reduce()
+            reports = built.run([Batch(row, row.roll(-1, 0)) for row in ids])
+            built.reduce()
             losses.append([report["loss"].item() for report in reports])
-            losses.append(list(replica.optimizer.grad_norms().values()))
-            replica.optimizer.set_lr(1e-2)
-            replica.optimizer.step()
-        norms = [block.mixer.report().scalars["memory_norm"].item() for block in replica.models[0].blocks.values()]
+            losses.append(list(built.optimizer.grad_norms().values()))
+            built.optimizer.set_lr(1e-2)
+            built.optimizer.step()
+        norms = [block.mixer.report().scalars["memory_norm"].item() for block in built.models[0].blocks.values()]
         found = {"losses": losses, "norms": norms, "weights": [p.double().sum().item() for p in
-                 replica.models[0].parameters()]}  # fmt: skip
+                 built.models[0].parameters()]}  # fmt: skip
     Path(out).write_text(json.dumps(found))
     return 0
 
