@@ -3,7 +3,6 @@
 A stand-in for a recording runs the pass itself at every replay.
 """
 
-import json
 from pathlib import Path
 from typing import ClassVar
 
@@ -31,6 +30,7 @@ from parallel.layout.topology import ParallelConfig
 from parallel.referee import parity
 from parallel.start import groups
 
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
 MODEL = named("hope", vocab_size=64, width=64, layers=2, heads=2, cms=CmsConfig(periods=[1, 2]))
 
 
@@ -183,14 +183,18 @@ def test_graphs_are_gone_before_the_groups_that_they_use(tmp_path: Path, main):
     assert run_ranks(closed, 1, main, config_file(tmp_path, "attention"), timeout=120) == [[True]]
 
 
-def weights(name: str, cuda_graphs: bool, out: str) -> int:
-    """Six steps of two micro-batches, the fourth of them watched; weights and losses go to `out`."""
+SHARED = ParallelConfig(tensor=2, sequence=True)
+"""Collectives are in the passes."""
+
+
+def trained(name: str, layout: ParallelConfig, recompute: str, cuda_graphs: bool) -> dict:
+    """Six steps of two micro-batches, the fourth of them watched: losses, what mixers report, and weights."""
     torch.use_deterministic_algorithms(True)
     losses = []
-    with groups.start(ParallelConfig()) as ranks:
+    with groups.start(layout, timeout_s=60) as ranks:
         built = build_replica(
-            MODEL, OptimConfig(name=name), ParallelConfig(), ranks, seq_len=128, precision="bf16", seed=1,
-            cuda_graphs=cuda_graphs,
+            MODEL, OptimConfig(name=name), layout, ranks, seq_len=128, precision="bf16", seed=1,
+            recompute=recompute, cuda_graphs=cuda_graphs,
         )  # fmt: skip
         generator = torch.Generator().manual_seed(0)
         for step in range(6):
@@ -204,19 +208,32 @@ def weights(name: str, cuda_graphs: bool, out: str) -> int:
             built.optimizer.set_lr(1e-2)
             built.optimizer.step()
         norms = [block.mixer.report().scalars["memory_norm"].item() for block in built.models[0].blocks.values()]
-        found = {"losses": losses, "norms": norms, "weights": [p.double().sum().item() for p in
-                 built.models[0].parameters()]}  # fmt: skip
-    Path(out).write_text(json.dumps(found))
-    return 0
+        weights = [p.double().sum().item() for p in built.models[0].parameters()]
+        built.close()
+    return {"losses": losses, "norms": norms, "weights": weights}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("name", ["dmgd", "muon"])
-def test_a_graph_repeats_the_pass_to_the_last_bit(tmp_path, name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "layout", "recompute"),
+    [
+        ("dmgd", ParallelConfig(), "none"),
+        ("muon", ParallelConfig(), "none"),
+        ("dmgd", ParallelConfig(), "mlp"),
+        pytest.param("dmgd", SHARED, "none", marks=TWO_GPUS),
+        pytest.param("muon", SHARED, "mlp", marks=TWO_GPUS),
+    ],
+)
+def test_a_graph_repeats_the_pass_to_the_last_bit(name, layout, recompute, monkeypatch):
+    """The processes also end, which those with collectives in graphs do only if the graphs go first."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    found = []
-    for cuda_graphs in (False, True):
-        out = tmp_path / f"{cuda_graphs}.json"
-        assert run_ranks(weights, 1, name, cuda_graphs, str(out), timeout=120) == [0]
-        found.append(json.loads(out.read_text()))
-    assert found[0] == found[1]
+    eager, recorded = (run_ranks(trained, layout.tensor, name, layout, recompute, graphs, timeout=110)
+                       for graphs in (False, True))  # fmt: skip
+    assert len({loss for losses in eager[0]["losses"][::2] for loss in losses}) == 12
+    assert recorded == eager
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_the_steps_that_are_compared_on_a_gpu_are_steps():
+    [found] = run_ranks(trained, 1, "dmgd", ParallelConfig(), "mlp", False, timeout=110)
+    assert len({loss for losses in found["losses"][::2] for loss in losses}) == 12
