@@ -136,6 +136,20 @@ def test_cells_that_have_a_row_are_cells_of_the_plan(recipe, name):
     assert len(done) > len(cells) / 2
 
 
+def test_models_of_one_name_are_one_model_in_all_plans(recipe):
+    """So that rows of one plan can be handed to another."""
+    plans = {file.stem: yaml.safe_load(file.read_text()) for file in BENCHMARKS.glob("recipe*.yaml")}
+    first, shared = plans["recipe"], set()
+    for name, plan in plans.items():
+        if plan["common"] == first["common"]:
+            known = plan["models"].keys() & first["models"].keys()
+            shared |= {(name, model) for model in known}
+            assert {m: recipe.flat(plan["models"][m]) for m in known} == {
+                m: recipe.flat(first["models"][m]) for m in known
+            }
+    assert {"hope", "hope_attention", "transformer"} == {model for name, model in shared if name == "recipe_in_context"}
+
+
 def test_lists_within_lists_are_words(recipe):
     assert recipe.flat(["a=1", ["b=2", ["c=3"]], "d=4"]) == ["a=1", "b=2", "c=3", "d=4"]
 
