@@ -39,7 +39,10 @@ def models() -> dict[str, list[str]]:
     found = {path.stem: [str(path)] for path in sorted((ROOT / "configs/models").glob("*.yaml"))}
     for name in ("recipe_ablation", "recipe_in_context"):
         plan = yaml.safe_load((ROOT / f"benchmarks/{name}.yaml").read_text())
-        found |= {model: words for model, words in plan["models"].items() if "hybrid" not in model}
+        own = {
+            model: words for model, words in plan["models"].items() if "hybrid" not in model and model != "transformer"
+        }
+        found |= {f"{name}-{model}": words for model, words in own.items()}
     return found
 
 
