@@ -137,6 +137,7 @@ class Run:
         config, beat = self.config, self.instruments.beat
         last = min(config.train.stop_after or config.train.total_steps, config.train.total_steps)
         with ExitStack() as stack:
+            stack.callback(self.replica.close)  # last, and before the groups go: NCCL waits for graphs that use them
             stack.callback(self.feed.close)
             log = stack.enter_context(open_log(
                 self.ranks.rank == 0, self.folder, steps=config.train.total_steps, devices=self.instruments.devices,

@@ -109,6 +109,7 @@ class Contestant:
     run: Callable[[Sequence[Batch]], Any]
     reduce: Callable[[], None]
     parameters: int
+    close: Callable[[], None]
 
     def step(self, batches: Sequence[Batch]) -> float:
         """A whole training step; the gradient norm, for which the device has finished the backward pass."""
@@ -140,7 +141,7 @@ def build(
         config, optim, layout, ranks, seq_len=seq, precision=precision, seed=1, recompute=recompute, compile=compile,
         cuda_graphs=cuda_graphs,
     )  # fmt: skip
-    return Contestant(replica.optimizer, replica.run, replica.reduce, parameters(config))
+    return Contestant(replica.optimizer, replica.run, replica.reduce, parameters(config), replica.close)
 
 
 class Gpt(nn.Module):
@@ -217,4 +218,5 @@ def _build_gpt(
         optimizer.reduce()
 
     count = sum(p.numel() for p in model.parameters())
-    return Contestant(optimizer, lambda batches: forward_backward(stage, batches, step_fn), reduce, count)
+    run = lambda batches: forward_backward(stage, batches, step_fn)
+    return Contestant(optimizer, run, reduce, count, optimizer.close)

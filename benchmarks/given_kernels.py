@@ -23,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from kept import keep_text
 from memory_stages import relative
 from torch import Tensor
 
@@ -151,24 +152,32 @@ def _gpu(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else device
 
 
+def write(path: Path | None, found: dict[str, list[dict[str, Any]]]) -> None:
+    """As rows come: a later case may hang, or have no time."""
+    if path is not None:
+        keep_text(path, json.dumps(found, indent=1) + "\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args(argv)
-    checks = []
+    found: dict[str, list[dict[str, Any]]] = {"check": [], "time": []}
     for case in CASES:
-        checks.append(check(case, args.device))
-        worst = {name: f"{error:.1e}" for name, error in checks[-1]["errors"].items()}
-        print(case, worst, "BAD: " + ", ".join(checks[-1]["bad"]) if checks[-1]["bad"] else "ok", flush=True)
-        print("  stages", {name: f"{error:.1e}" for name, error in checks[-1]["stages"].items()}, flush=True)
-    times = [time(case, args.device, args.steps) for case in TIMES] if args.device == "cuda" else []
-    for row in times:
+        row = check(case, args.device)
+        worst = {name: f"{error:.1e}" for name, error in row["errors"].items()}
+        print(case, worst, "BAD: " + ", ".join(row["bad"]) if row["bad"] else "ok", flush=True)
+        print("  stages", {name: f"{error:.1e}" for name, error in row["stages"].items()}, flush=True)
+        found["check"].append(row)
+        write(args.json, found)
+    for case in TIMES if args.device == "cuda" else []:
+        row = time(case, args.device, args.steps)
         print(row, flush=True)
-    if args.json:
-        args.json.write_text(json.dumps({"check": checks, "time": times}, indent=1) + "\n")
-    return int(any(row["bad"] for row in checks))
+        found["time"].append(row)
+        write(args.json, found)
+    return int(any(row["bad"] for row in found["check"]))
 
 
 if __name__ == "__main__":

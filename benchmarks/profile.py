@@ -66,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
                 replica.optimizer.step(min(1.0, 1 / (norm + 1e-6)))
         for text in profiler.told():
             print(text, flush=True)
+        replica.close()
     return 0
 
 

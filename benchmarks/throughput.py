@@ -73,14 +73,14 @@ class Bench:
 
     @contextmanager
     def built(self, model: str, seq: int) -> Iterator[Contestant]:
-        """Its optimizer's hooks would keep all of the model's memory for ever: they are removed at the end."""
+        """Its optimizer's hooks and its graphs would keep all of the model's memory: they are removed at the end."""
         args, compile = self.args, self.compile_of(model)
         graphs = args.graphs and model != GPT
         one = build(model, args.size, seq, args.precision, self.ranks, compile, args.recompute, graphs, args.choices)
         try:
             yield one
         finally:
-            one.optimizer.close()
+            one.close()
 
     def config(self, model: str) -> ModelConfig:
         """Of the Transformer++ for megatron-core's."""

@@ -24,6 +24,7 @@ Shapes: C tokens of a chunk, K key width, V rows of the state; leading dimension
 """
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -179,10 +180,8 @@ class MomentumChunk:
 
     def __init__(self, log_gamma: Tensor, gates: Gates, beta: float | Tensor) -> None:
         valid = torch.ones_like(gates.eta) if gates.valid is None else gates.valid.to(gates.eta.dtype)
-        if isinstance(beta, Tensor):
-            log_beta = beta.cumsum(-1)
-        else:
-            log_beta = valid.cumsum(-1) * torch.log(torch.as_tensor(beta, dtype=valid.dtype, device=valid.device))
+        # a number's logarithm is Python's: as a tensor it would be copied from the host, for which no graph can wait
+        log_beta = beta.cumsum(-1) if isinstance(beta, Tensor) else valid.cumsum(-1) * math.log(beta)
         decay = decay_ratios(log_gamma, log_gamma, 0)
         kept = decay_ratios(log_beta, log_beta, 0) * valid.unsqueeze(-1)  # S_s is added only at real tokens
         self.weights = decay @ kept

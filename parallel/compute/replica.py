@@ -67,7 +67,10 @@ class Replica:
         return self.graphs.run(self.models, batches, scheduled, phase)
 
     def close(self) -> None:
-        """Let go of what would outlive this: the optimizer's hooks, and graphs that use the ranks' groups."""
+        """Let go of what would outlive this: the optimizer's hooks, and graphs that use the ranks' groups.
+
+        Before the groups end: NCCL destroys no communicator that a graph still uses, and waits without an end.
+        """
         if self.graphs is not None:
             self.graphs.close()
         self.optimizer.close()

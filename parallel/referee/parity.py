@@ -139,4 +139,7 @@ def run_layout(config: Config, task: Task, ranks: groups.Ranks) -> Evidence | No
         compile=config.train.compile,
         cuda_graphs=config.train.cuda_graphs,
     )
-    return from_layout(task, replica, config.train.micro_batch)
+    try:
+        return from_layout(task, replica, config.train.micro_batch)
+    finally:
+        replica.close()

@@ -9,6 +9,8 @@ import pytest
 import yaml
 from tiny import config_file, token_set
 
+from configs.schema import validate_without_data
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SOURCES = [(name, f"{name}/train", f"{name}/heldout") for name in ("x", "y")]
 PLAN = {
@@ -80,7 +82,8 @@ def test_the_cells_of_the_plan_are_configurations_of_equal_size_whose_clocks_div
     for optimizer, model in plan["order"]:
         cell = continual.recipe.grid(plan, optimizer, model)[0]
         config, _ = continual.recipe.config_of(plan, cell, continual.Phases(plan, args).words(cell))
-        assert list(config.model.problems()) == list(config.optim.problems()) == list(config.train.problems()) == []
+        missing = validate_without_data(config, 1, plan["config"])  # all else is as it should be
+        assert {problem.path.split("[")[0] for problem in missing} == {"data.sources"}
         assert [source.name for source in config.data.sources] == ["law", "code", "web"]
         assert config.data.sources[1].heldout == "code/h"
         assert (config.train.mode, config.data.train, config.train.total_steps % 3) == ("continual", "", 0)

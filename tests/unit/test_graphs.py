@@ -3,12 +3,12 @@
 A stand-in for a recording runs the pass itself at every replay.
 """
 
-import json
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
+import torch.distributed as dist
 from models import named
 from multirank import run_ranks
 from tiny import config_file
@@ -22,13 +22,15 @@ from hope.mixers.titans_attention import LayerConfig
 from hope.model import Model
 from hope.optim.config import OptimConfig
 from hope.train.diagnostics import MixerProbe
-from parallel.compute import graphs
+from parallel.compute import graphs, replica
 from parallel.compute.graphs import Graphs
 from parallel.compute.recording import Recorder
 from parallel.compute.replica import build_replica
 from parallel.layout.topology import ParallelConfig
+from parallel.referee import parity
 from parallel.start import groups
 
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
 MODEL = named("hope", vocab_size=64, width=64, layers=2, heads=2, cms=CmsConfig(periods=[1, 2]))
 
 
@@ -161,40 +163,80 @@ def test_a_machine_without_a_gpu_says_so(tmp_path: Path, capfd):
     assert pretrain_hope.main([*words, "--dry-run", "--devices", "1"]) == 0
 
 
-def weights(name: str, cuda_graphs: bool, out: str) -> int:
-    """Six steps of two micro-batches, the fourth of them watched; weights and losses go to `out`."""
+def closed(main, *words: str) -> list[bool]:
+    """Whether the groups were there at every close of a replica, in a program that ends as it should."""
+    found, close = [], replica.Replica.close
+
+    def noted(one):
+        found.append(dist.is_initialized())
+        close(one)
+
+    replica.Replica.close = noted
+    assert main(list(words)) == 0
+    assert not dist.is_initialized()
+    return found
+
+
+@pytest.mark.parametrize("main", [pretrain_hope.main, parity.main], ids=["train", "parity"])
+def test_graphs_are_gone_before_the_groups_that_they_use(tmp_path: Path, main):
+    """NCCL destroys no communicator that a graph has recorded: the program would never end."""
+    assert run_ranks(closed, 1, main, config_file(tmp_path, "attention"), timeout=120) == [[True]]
+
+
+SHARED = ParallelConfig(tensor=2, sequence=True)
+"""Collectives are in the passes."""
+
+
+def trained(name: str, layout: ParallelConfig, recompute: str, cuda_graphs: bool) -> dict:
+    """Six steps of two micro-batches, the fourth of them watched: losses, what mixers report, and weights."""
     torch.use_deterministic_algorithms(True)
     losses = []
-    with groups.start(ParallelConfig()) as ranks:
-        replica = build_replica(
-            MODEL, OptimConfig(name=name), ParallelConfig(), ranks, seq_len=128, precision="bf16", seed=1,
-            cuda_graphs=cuda_graphs,
+    with groups.start(layout, timeout_s=60) as ranks:
+        built = build_replica(
+            MODEL, OptimConfig(name=name), layout, ranks, seq_len=128, precision="bf16", seed=1,
+            recompute=recompute, cuda_graphs=cuda_graphs,
         )  # fmt: skip
         generator = torch.Generator().manual_seed(0)
         for step in range(6):
-            for block in replica.models[0].blocks.values():
+            for block in built.models[0].blocks.values():
                 block.mixer.watched = step == 3
             ids = torch.randint(0, 64, (2, 128, 2), generator=generator).to(ranks.device)
-            reports = replica.run([Batch(row, row.roll(-1, 0)) for row in ids])
-            replica.reduce()
+            reports = built.run([Batch(row, row.roll(-1, 0)) for row in ids])
+            built.reduce()
             losses.append([report["loss"].item() for report in reports])
-            losses.append(list(replica.optimizer.grad_norms().values()))
-            replica.optimizer.set_lr(1e-2)
-            replica.optimizer.step()
-        norms = [block.mixer.report().scalars["memory_norm"].item() for block in replica.models[0].blocks.values()]
-        found = {"losses": losses, "norms": norms, "weights": [p.double().sum().item() for p in
-                 replica.models[0].parameters()]}  # fmt: skip
-    Path(out).write_text(json.dumps(found))
-    return 0
+            losses.append(list(built.optimizer.grad_norms().values()))
+            built.optimizer.set_lr(1e-2)
+            built.optimizer.step()
+        norms = [block.mixer.report().scalars["memory_norm"].item() for block in built.models[0].blocks.values()]
+        weights = [p.double().sum().item() for p in built.models[0].parameters()]
+        built.close()
+    return {"losses": losses, "norms": norms, "weights": weights}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("name", ["dmgd", "muon"])
-def test_a_graph_repeats_the_pass_to_the_last_bit(tmp_path, name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "layout", "recompute"),
+    [
+        ("dmgd", ParallelConfig(), "none"),
+        ("muon", ParallelConfig(), "none"),
+        ("dmgd", ParallelConfig(), "mlp"),
+        pytest.param("dmgd", SHARED, "none", marks=TWO_GPUS),
+        pytest.param("muon", SHARED, "mlp", marks=TWO_GPUS),
+    ],
+)
+def test_a_graph_repeats_the_pass_to_the_last_bit(name, layout, recompute, monkeypatch):
+    """The processes also end, which those with collectives in graphs do only if the graphs go first."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    found = []
-    for cuda_graphs in (False, True):
-        out = tmp_path / f"{cuda_graphs}.json"
-        assert run_ranks(weights, 1, name, cuda_graphs, str(out), timeout=120) == [0]
-        found.append(json.loads(out.read_text()))
-    assert found[0] == found[1]
+    eager, recorded = (run_ranks(trained, layout.tensor, name, layout, recompute, graphs, timeout=110)
+                       for graphs in (False, True))  # fmt: skip
+    assert len({loss for losses in eager[0]["losses"][::2] for loss in losses}) == 12
+    assert recorded == eager
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_the_steps_that_are_compared_on_a_gpu_are_steps_and_the_same_with_mlps_computed_again():
+    """Also where the MLPs that are computed again have collectives."""
+    plain, again = (run_ranks(trained, 2, "dmgd", SHARED, what, False, timeout=110) for what in ("none", "mlp"))
+    assert len({loss for losses in plain[0]["losses"][::2] for loss in losses}) == 12
+    assert again == plain

@@ -1,11 +1,16 @@
 """benchmarks/probes.py: which cells are run, which rate counts, and the table."""
 
+import dataclasses
 import importlib
 import json
 from pathlib import Path
 
 import pytest
 import yaml
+
+from configs.schema import load, validate_without_data
+from hope.evaluate.probes.options import check, parser_of
+from hope.evaluate.probes.protocols import PROTOCOLS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -59,16 +64,33 @@ def test_cells_of_the_plan_seeds_last_and_none_twice(probes, tmp_path):
 
 @pytest.mark.parametrize("name", [pytest.param("probes", marks=pytest.mark.slow), "probes_family"])
 def test_every_model_of_the_plan_can_be_built(probes, name):
+    """As the program builds it: with the probe's vocabulary and layers. And needle's runs are configurations."""
     plan = yaml.safe_load((BENCHMARKS / f"{name}.yaml").read_text())
-    load = importlib.import_module("configs.schema").load
-    for probe in plan["probes"].values():
-        for model in probe["models"]:
+    for probe, how in plan["probes"].items():
+        for model in how["models"]:
             words = [*plan["common"], *probes.flat(plan["models"][model])]
-            assert list(load(str(probes.ROOT / plan["config"]), words, check=False).model.problems()) == []
+            args = parser_of(None).parse_args([probe, "config", *how["options"]])
+            check(args)
+            made = dataclasses.replace(
+                load(str(probes.ROOT / plan["config"]), words, check=False).model,
+                vocab_size=PROTOCOLS[probe].train[0][0].vocab_size, layers=args.layers or PROTOCOLS[probe].layers,
+            )  # fmt: skip
+            assert list(made.problems()) == []
     for words in plan.get("needle", {"models": {}})["models"].values():
         given = [*plan["needle"]["common"], *probes.flat(words), "data.train=a", "data.heldout=b", "run.name=x"]
-        config = load(str(probes.ROOT / plan["needle"]["config"]), given, check=False)
+        path = str(probes.ROOT / plan["needle"]["config"])
+        config = load(path, given, check=False)
+        assert [problem.path for problem in validate_without_data(config, 1, path)] == ["data.train", "data.heldout"]
         assert config.checkpoint.every == config.train.steps  # the needle is asked of its checkpoint
+
+
+def test_finished_cells_are_not_run_again(probes):
+    rows = BENCHMARKS.parent / "docs/measurements/probes.json"
+    args = probes.arguments(["--json", str(rows), "--only", "mqar", "parity", "s5", "palindrome"])
+    found = probes.Probes(yaml.safe_load((BENCHMARKS / "probes.yaml").read_text()), args)
+    done = {found.cell_of(row) for row in found.rows if row["probe"] != probes.NEEDLE}
+    assert done
+    assert done <= set(found.cells())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """benchmarks/recipe.py: which cells are run, in which order, what is kept, and the table."""
 
 import argparse
+import functools
 import importlib
 import json
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 from tiny import config_file
+
+from configs.schema import load, validate_without_data
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PLAN = {
@@ -96,25 +99,56 @@ def test_cells_are_run_once_and_a_diverged_one_has_no_loss(recipe, tmp_path, cap
 @pytest.mark.parametrize(
     "file",
     [
-        pytest.param(file, marks=() if file.stem in ("recipe", "recipe_family") else pytest.mark.slow, id=file.stem)
+        pytest.param(file, marks=() if file.stem == "recipe_position" else pytest.mark.slow, id=file.stem)
         for file in sorted(BENCHMARKS.glob("recipe*.yaml"))
     ],
 )
-def test_every_cell_of_the_plans_is_a_configuration(recipe, file):
-    """No key is unknown or unused, and every optimizer of a plan is given a grid of the same size."""
+def test_every_cell_of_the_plans_is_a_configuration(recipe, file, monkeypatch):
+    """A run would start it: nothing of it is refused, and an MLP makes it as large as the others. Every optimizer of a
+    plan is given a grid of the same size."""
     plan = yaml.safe_load(file.read_text())
     path = str(recipe.ROOT / plan["config"])
     if file.name == "recipe_100m.yaml":  # its rates are the best of another plan
         plan["tuned"] = dict.fromkeys(map(tuple, plan["order"]), (1e-3, 1e-2))
-    sizes = set()
+    once = functools.cache(lambda path, words: load(path, list(words), check=False))
+    monkeypatch.setattr(recipe, "load", lambda path, words, check: once(path, tuple(words)))
+    sizes, sized = set(), set[str]()
     for optimizer, model in plan["order"]:
         cell, *others = recipe.grid(plan, optimizer, model)
         sizes.add(1 + len(others))
-        config = recipe.load(path, recipe.words(plan, cell, ["a", "b"], Path("runs")), check=False)
-        assert list(config.model.problems()) == list(config.optim.problems()) == []
+        words = recipe.words(plan, cell, ["a", "b"], Path("runs"))
+        config = recipe.load(path, words, check=False) if model in sized else recipe.config_of(plan, cell, words)[0]
+        sized.add(model)
+        assert [problem.path for problem in validate_without_data(config, 1, path)] == ["data.train", "data.heldout"]
         assert config.train.eval_every == plan.get("eval_every", 0)
         assert config.checkpoint.every == plan.get("checkpoint_every", 0)
     assert len(sizes) == 1
+
+
+@pytest.mark.parametrize("name", ["recipe", "recipe_ablation"])
+def test_cells_that_have_a_row_are_cells_of_the_plan(recipe, name):
+    """Else a finished cell would be run again under another name."""
+    plan = yaml.safe_load((BENCHMARKS / f"{name}.yaml").read_text())
+    rows = json.loads((BENCHMARKS.parent / f"docs/measurements/{name}.json").read_text())
+    cells, known = list(recipe.cells(plan, rows)), set(plan["models"])
+    assert len(set(cells)) == len(cells)
+    assert {row["model"] for row in rows} <= known
+    done = set(cells) & {recipe.Cell.of(row) for row in rows}
+    assert len(done) > len(cells) / 2
+
+
+def test_models_of_one_name_are_one_model_in_all_plans(recipe):
+    """So that rows of one plan can be handed to another."""
+    plans = {file.stem: yaml.safe_load(file.read_text()) for file in BENCHMARKS.glob("recipe*.yaml")}
+    first, shared = plans["recipe"], set()
+    for name, plan in plans.items():
+        if plan["common"] == first["common"]:
+            known = plan["models"].keys() & first["models"].keys()
+            shared |= {(name, model) for model in known}
+            assert {m: recipe.flat(plan["models"][m]) for m in known} == {
+                m: recipe.flat(first["models"][m]) for m in known
+            }
+    assert {"hope", "hope_attention", "transformer"} == {model for name, model in shared if name == "recipe_in_context"}
 
 
 def test_lists_within_lists_are_words(recipe):

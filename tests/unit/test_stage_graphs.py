@@ -106,7 +106,7 @@ class Rerun(Recorder):
 
 
 def micro_batches(step: int, device: torch.device) -> list[Batch]:
-    """Every other step weighs its targets."""
+    """Of a step, with weights of targets."""
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(0, 64, (COUNT, LENGTH, 2), generator=generator)
     return [Batch(row, row.roll(-1, 0), None, torch.rand(LENGTH, 2, generator=generator)).to(device) for row in ids]
@@ -254,12 +254,25 @@ def test_what_is_recorded_and_when():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
-@pytest.mark.parametrize(("optim", "recompute"), [("dmgd", "none"), ("muon", "block")])
-@pytest.mark.parametrize("layout", [PP2, INTERLEAVED], ids=name)
+@pytest.mark.parametrize(
+    ("layout", "optim", "recompute"),
+    [
+        (PP2, "dmgd", "none"),
+        (PP2, "muon", "block"),
+        (INTERLEAVED, "dmgd", "mlp"),
+        (INTERLEAVED, "muon", "none"),
+        pytest.param(
+            TP2_INTERLEAVED, "dmgd", "none",
+            marks=pytest.mark.skipif(torch.cuda.device_count() < 4, reason="fewer than four CUDA devices"),
+        ),
+    ],
+    ids=name,
+)  # fmt: skip
 def test_graphs_of_stages_repeat_the_passes_to_the_last_bit(layout, optim, recompute, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    expected = run_ranks(trained, 2, layout, "eager", "bf16", optim, recompute, timeout=110)
-    found = run_ranks(trained, 2, layout, "graphs", "bf16", optim, recompute, timeout=110)
+    world = layout.tensor * layout.pipeline
+    expected = run_ranks(trained, world, layout, "eager", "bf16", optim, recompute, timeout=110)
+    found = run_ranks(trained, world, layout, "graphs", "bf16", optim, recompute, timeout=110)
     assert_did_something([steps for steps, _, _ in expected])
     for rank, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
         assert_equal(mine[:2], theirs[:2], f"rank {rank}")
