@@ -4,10 +4,11 @@
         --source law LAW/train LAW/heldout --source code CODE/train CODE/heldout --source web WEB/train WEB/heldout
     python benchmarks/continual.py --table docs/measurements/continual.json
 
-benchmarks/continual.yaml says which: Transformer++ and HOPE with one, two and four clocks. Each has a grid of rates of
-the same size. The rates with the lowest held-out loss at the end, the mean over the sources, are run with the other
-seeds. Sources are read in the order given, for equally many steps. As in benchmarks/recipe.py, whose plans, slots and
-rows these are, one may stop at any time (`--seconds`) and go on later with the same command.
+benchmarks/continual.yaml says which: Transformer++, HOPE with one, two and four clocks, and with levels in context.
+Each has a grid of rates of the same size. The rates with the lowest held-out loss at the end, the mean over the
+sources, are run with the other seeds. Sources are read in the order given, for equally many steps. As in
+benchmarks/recipe.py, whose plans, slots and rows these are, one may stop at any time (`--seconds`) and go on later with
+the same command.
 """
 
 from __future__ import annotations

@@ -74,8 +74,9 @@ def test_the_tables_have_means_and_spreads_over_seeds(continual):
     assert "all diverged" in continual.table(PLAN, [row("b", 1, None)]).splitlines()[3]
 
 
-def test_the_cells_of_the_plan_are_configurations_of_equal_size_whose_clocks_divide_the_phases(continual, tmp_path):
-    plan = yaml.safe_load((BENCHMARKS / "continual.yaml").read_text())
+@pytest.mark.parametrize("name", ["continual", pytest.param("continual_cpu", marks=pytest.mark.slow)])
+def test_the_cells_of_the_plans_are_configurations_of_equal_size_whose_clocks_divide_phases(continual, tmp_path, name):
+    plan = yaml.safe_load((BENCHMARKS / f"{name}.yaml").read_text())
     three = [(name, f"{name}/t", f"{name}/h") for name in ("law", "code", "web")]
     args = argparse.Namespace(json=tmp_path / "rows.json", source=three, out="runs", seconds=9)
     periods = {}
@@ -89,7 +90,8 @@ def test_the_cells_of_the_plan_are_configurations_of_equal_size_whose_clocks_div
         assert (config.train.mode, config.data.train, config.train.total_steps % 3) == ("continual", "", 0)
         assert all(config.train.total_steps // 3 % period == 0 for period in config.model.periods)
         periods[model] = len(config.model.periods)
-    assert periods == {"transformer": 1, "hope_1_clock": 1, "hope_2_clocks": 2, "hope_4_clocks": 4}
+    clocks = {"transformer": 1, "hope_1_clock": 1, "hope_2_clocks": 2, "hope_4_clocks": 4, "hope_in_context": 2}
+    assert periods == clocks
 
 
 def test_rows_of_other_sources_and_too_few_sources_are_refused(continual, tmp_path, capsys):
