@@ -23,6 +23,8 @@ import recipe
 from kept import plan_of, rows_of
 from recipe import Cell, Plan, Row, Runs, best
 
+from hope.pipe import piped
+
 SHOWN = ("forgetting", "backward_transfer", "forward_transfer", "retained")
 Source = tuple[str, str, str]
 
@@ -118,4 +120,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

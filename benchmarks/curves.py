@@ -3,9 +3,14 @@
 Thin lines: training loss of each logged step; dots: held-out loss. Reads metrics.jsonl of every folder.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
+
+from kept import keep_text
+
+from hope.pipe import piped
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 420, 60, 190, 20, 45
 COLOURS = ["#1f6feb", "#d1242f", "#1a7f37", "#8250df", "#bf8700", "#57606a", "#bf3989", "#0a3069"]
@@ -47,7 +52,15 @@ def draw(runs: dict[str, Path]) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="SVG file")
+    parser.add_argument("runs", nargs="+", metavar="LABEL=RUN_FOLDER")
+    args = parser.parse_args(argv)
+    named = (word.partition("=") for word in args.runs)
+    keep_text(args.out, draw({label: Path(folder) for label, _, folder in named}))
+    return 0
+
+
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
-        raise SystemExit(__doc__)
-    Path(sys.argv[1]).write_text(draw({a.split("=", 1)[0]: Path(a.split("=", 1)[1]) for a in sys.argv[2:]}))
+    sys.exit(piped(main))

@@ -36,6 +36,7 @@ from hope.heads import ops
 from hope.layers import gated, rms_norm, rotated, rotation
 from hope.loss import LARGEST, block_alone
 from hope.mixers.self_modifying import memory_input, merge_heads
+from hope.pipe import piped
 
 Case = tuple[Callable[..., Any], list[Any]]
 KERNELS = {memory_input: ops.memory_input, merge_heads: ops.merge_heads}
@@ -215,4 +216,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

@@ -33,6 +33,7 @@ from throughput import SAME
 
 from hope.block import Block
 from hope.config import ModelConfig
+from hope.pipe import piped
 
 ASKED = ("mqar", "parity", "s5")
 SETTING = [key for key in SAME if key not in ("model", "heads", "hope")]
@@ -166,4 +167,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

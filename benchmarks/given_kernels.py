@@ -28,6 +28,7 @@ from torch import Tensor
 
 from hope.memory.given.ops import fused_memory
 from hope.memory.linear import linear_memory
+from hope.pipe import piped
 
 # (outputs, gradients), relative in norm, as in benchmarks/memory_kernels.py
 BOUNDS = {"bf16": (1e-2, 2e-2), "tf32": (4e-3, 4e-3)}
@@ -172,4 +173,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from layouts import ROOT
 
+from hope.pipe import piped
 from hope.stored import folders
 from launch.runs import records
 from parallel.referee.verdict import LOSS_TOLERANCE, relative
@@ -247,4 +248,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

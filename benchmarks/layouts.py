@@ -22,10 +22,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
 
 from configs.schema import Config, load, validate_without_data
 from hope.batch import Batch
+from hope.pipe import piped
 from hope.train.numerics import set_numerics
 from hope.train.throughput import GIB
 from launch.estimate import worst_rank
@@ -238,4 +241,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

@@ -43,6 +43,7 @@ from hope.memory.scan import Given, Memories, Scanned, States, scan
 from hope.mixers import Trunk, self_modifying
 from hope.mixers.self_modifying import SelfModifyingTitans
 from hope.parameters import initialise
+from hope.pipe import piped
 
 # (outputs, gradients and stages) by kind, relative in norm. Triton cuts fp32 operands off to TF32 instead of rounding
 # them: 2e-3 was seen in gradients on an H100. bf16: 5e-3.
@@ -292,4 +293,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

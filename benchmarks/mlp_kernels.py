@@ -45,6 +45,7 @@ from hope.memory.two_layer.stages import Kernels
 from hope.mixers import Trunk, self_modifying
 from hope.mixers.self_modifying import SelfModifyingTitans
 from hope.parameters import initialise
+from hope.pipe import piped
 
 BOXES = ("k", "v", "eta", "alpha", "main")
 # (outputs, gradients and stages) by kind, relative in norm, as in benchmarks/memory_kernels.py
@@ -347,4 +348,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

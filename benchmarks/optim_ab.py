@@ -27,6 +27,7 @@ from quality import KINDS, ROOT, run, summarise
 
 from configs.errors import ConfigError
 from configs.schema import load
+from hope.pipe import piped
 
 OPTIMIZERS = {
     "adamw": ["optim.name=adamw"],
@@ -189,4 +190,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

@@ -26,6 +26,8 @@ import recipe
 from kept import plan_of, rows_of
 from recipe import ROOT, Plan, Row, Runs, flat
 
+from hope.pipe import piped
+
 NEEDLE = "needle"
 
 
@@ -184,4 +186,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

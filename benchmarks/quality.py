@@ -19,6 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hope.pipe import piped
+
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = {
     "matrix": ["model.mixers.hope.memory=matrix"],
@@ -120,4 +124,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

@@ -37,6 +37,7 @@ from kept import keep, plan_of, rows_of
 
 from configs.schema import Config, load
 from hope.matched import matched_hidden, parameters
+from hope.pipe import piped
 from parallel.exits import DO_NOT_RESTART
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -315,4 +316,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

@@ -31,6 +31,7 @@ from layouts import torchrun
 
 from configs.errors import ConfigError
 from configs.schema import validate_without_data
+from hope.pipe import piped
 from hope.sections import Problem
 from launch import scaling
 from launch.grid import Cell, Grid, all_cells, cell_config, cells, load, why_left_out
@@ -202,4 +203,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

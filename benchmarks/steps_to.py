@@ -25,6 +25,8 @@ from curves import series
 from kept import plan_of, rows_of
 from recipe import ROOT, Cell, best
 
+from hope.pipe import piped
+
 Curve = list[tuple[int, float]]
 
 
@@ -121,4 +123,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

@@ -40,6 +40,7 @@ from hope.config import ModelConfig
 from hope.dense import COMPILE
 from hope.model import Slice
 from hope.optim.config import OptimConfig
+from hope.pipe import piped
 from hope.train.config import TrainConfig
 from hope.train.numerics import set_numerics
 from hope.train.throughput import GIB, Devices, mfu
@@ -326,4 +327,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

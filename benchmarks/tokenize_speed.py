@@ -19,6 +19,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hope.pipe import piped
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -72,7 +76,7 @@ def wait_until_quiet(most: float, patience: float) -> None:
             return
 
 
-def main() -> None:
+def main() -> int:
     """Print every run and the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True)
@@ -82,7 +86,6 @@ def main() -> None:
     parser.add_argument("--others", type=float, default=0.2, help="most cores of other programs (default 0.2)")
     parser.add_argument("--patience", type=float, default=0, help="seconds to wait for others before each round")
     args = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
     megabytes = sum(map(os.path.getsize, args.input)) / 1e6
     print(f"{megabytes:.1f} MB of input, {os.cpu_count()} cores")
     rounds: list[list[TimedRun]] = []
@@ -99,6 +102,7 @@ def main() -> None:
                     flush=True,
                 )
     report(rounds, args.workers, args.others, megabytes)
+    return 0
 
 
 def report(rounds: list[list[TimedRun]], workers: list[int], most: float, megabytes: float) -> None:
@@ -123,4 +127,4 @@ def report(rounds: list[list[TimedRun]], workers: list[int], most: float, megaby
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(piped(main))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from full_disk import no_file_beyond
+from house import own_files
 
 from hope.devices import device_of
 from hope.pipe import in_words, piped
@@ -14,20 +15,56 @@ from hope.train.written import replace_text
 from launch.__main__ import main as launch
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = [["hope.mixers"], ["parallel.plan", "configs/hope_340m.yaml"], ["configs.schema"]]
+PROGRAMS = [
+    ["-m", "hope.mixers"],
+    ["-m", "parallel.plan", "configs/hope_340m.yaml"],
+    ["-m", "configs.schema"],
+    ["benchmarks/recipe.py", "--table", "docs/measurements/recipe.json"],
+]
+NOT_PIPED = {
+    "pretrain_hope.py",
+    "launch/agent.py",
+    "launch/job.py",
+    "launch/preflight.py",
+    "parallel/start/interconnect.py",
+}
+"""What a launcher starts: its codes are read by programs, and its logs must not end it."""
 
 
-@pytest.mark.parametrize("words", PROGRAMS, ids=lambda words: words[0])
-def test_a_reader_that_has_gone_gets_no_traceback(words):
+def starts(path: Path) -> str:
+    """The part of a file that runs only as a program."""
+    return path.read_text().partition('if __name__ == "__main__":\n')[2]
+
+
+def test_every_program_is_ended_by_piped():
+    paths = [*(ROOT / "benchmarks").glob("*.py"), *own_files()]
+    programs = {str(path.relative_to(ROOT)): starts(path) for path in paths if starts(path)}
+    assert {name for name, code in programs.items() if "sys.exit(piped(main))" not in code} == NOT_PIPED
+
+
+def unread(words: list[str]) -> tuple[int, str]:
+    """Exit code and standard error of a python command whose standard output nobody reads."""
     ours, theirs = os.pipe()
     os.close(ours)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     try:
         ended = subprocess.run(
-            [sys.executable, "-m", *words], stdout=theirs, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=300
-        )
+            [sys.executable, *words], stdout=theirs, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=300,
+            env=buffered,
+        )  # fmt: skip
     finally:
         os.close(theirs)
-    assert (ended.returncode, ended.stderr) == (141, "")
+    return ended.returncode, ended.stderr
+
+
+@pytest.mark.parametrize("words", PROGRAMS, ids=lambda words: " ".join(words[:2]))
+def test_a_reader_that_has_gone_gets_no_traceback(words):
+    assert unread(words) == (141, "")
+
+
+def test_help_that_nobody_reads():
+    code = "import argparse, sys; from hope.pipe import piped; sys.exit(piped(argparse.ArgumentParser().parse_args))"
+    assert unread(["-c", code, "--help"]) == (141, "")
 
 
 def test_no_standard_output_at_all():
