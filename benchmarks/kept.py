@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -13,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import yaml
 
 from configs.source import one_line
+from data_prep.yaml_text import shallow
+from hope.nesting import json_of
 from hope.train.written import replace_text
 
 ROWS = "a file that --json of this program wrote"
@@ -21,7 +24,7 @@ PLAN = "a plan such as benchmarks/recipe.yaml"
 
 def plan_of(path: Path) -> dict[str, Any]:
     """The plan in a YAML file. Ends the program with 2 if there is none."""
-    found = _read(path, yaml.safe_load, PLAN)
+    found = _read(path, lambda text: yaml.safe_load(shallow(text)), PLAN)
     return found if isinstance(found, dict) else _refuse(path, "is no mapping", PLAN)
 
 
@@ -29,9 +32,18 @@ def rows_of(path: Path, *, new: bool = False) -> list[dict[str, Any]]:
     """The rows in a JSON file. Ends the program with 2 if there are none. new: no file is no rows."""
     if new and not path.exists():
         return []
-    found = _read(path, json.loads, ROWS)
+    found = _read(path, json_of, ROWS)
     whole = isinstance(found, list) and all(isinstance(row, dict) for row in found)
     return found if whole else _refuse(path, "is no list of rows", ROWS)
+
+
+def pair(word: str) -> tuple[str, Any]:
+    """KEY=VALUE of a command line, VALUE as YAML, for argparse."""
+    key, _, value = word.partition("=")
+    try:
+        return key, yaml.safe_load(shallow(value))
+    except (ValueError, yaml.YAMLError) as error:
+        raise argparse.ArgumentTypeError(f"{word}: {one_line(error)}") from None
 
 
 def keep(path: Path, rows: list[Any]) -> None:

@@ -30,9 +30,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import yaml
 from contestants import GPT, MODELS, SIZES, USUAL, Choices, Contestant, build, model_config
-from kept import keep, rows_of
+from kept import keep, pair, rows_of
 from torch.autograd import DeviceType
 
 from hope.batch import Batch
@@ -278,7 +277,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(USUAL))
     parser.add_argument("--seq", nargs="+", type=int, default=[4096], help="lengths; each divides --tokens")
     parser.add_argument("--heads", type=int, default=0, help="of models with memories; 0: as the Transformer++")
-    parser.add_argument("--hope", nargs="+", default=[], metavar="KEY=VALUE", help="keys of model.mixers.hope")
+    parser.add_argument("--hope", nargs="+", type=pair, default=[], metavar="KEY=VALUE", help="of model.mixers.hope")
     parser.add_argument("--tokens", type=int, default=131072, help="per step, at every length")
     parser.add_argument("--compile", choices=COMPILE, default="none", help="train.compile of this project's models")
     parser.add_argument("--graphs", action="store_true", help="train.cuda_graphs of this project's models")
@@ -290,8 +289,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="timed steps of a turn")
     parser.add_argument("--json", type=Path, help="rows are added to this file; an equal measurement is replaced")
     args = parser.parse_args(argv)
-    pairs = (word.partition("=") for word in args.hope)
-    args.choices = Choices(args.heads, tuple((key, yaml.safe_load(value)) for key, _, value in pairs))
+    args.choices = Choices(args.heads, tuple(args.hope))
     for seq in args.seq:
         if seq < 1 or args.tokens % seq:
             parser.error(f"--seq {seq} does not divide --tokens {args.tokens}")

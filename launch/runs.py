@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
+
+from hope.nesting import json_of
 
 
 def records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -17,7 +18,7 @@ def records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
         return []
     for line in lines:
         try:
-            found.append(json.loads(line))
+            found.append(json_of(line))
         except ValueError:  # the last line, being written
             continue
     return [record for record in found if isinstance(record, dict) and isinstance(record.get("step", 0), int)]

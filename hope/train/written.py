@@ -2,12 +2,13 @@
 
 import contextlib
 import errno
-import json
 import os
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from hope.nesting import json_of
 
 WAITING = 100_000  # lines; about 50 MB of metrics
 
@@ -124,7 +125,7 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        entry = json.loads(line)
+        entry = json_of(line)
     except ValueError:
         return None
     return entry if isinstance(entry, dict) else None
