@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.distributed as dist
 
+from hope.arguments import count, finite, whole
 from hope.batch import Batch
 from hope.config import CmsConfig, ModelConfig
 from hope.memory.config import MemoryConfig
@@ -112,13 +113,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="toy")
     parser.add_argument("--folder", default="runs/checkpoint-benchmark")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--tensor", type=int, default=1)
-    parser.add_argument("--pipeline", type=int, default=1)
+    parser.add_argument("--rounds", type=whole(), default=3)
+    parser.add_argument("--steps", type=whole(), default=5)
+    parser.add_argument("--tensor", type=count, default=1)
+    parser.add_argument("--pipeline", type=count, default=1)
     parser.add_argument("--load", action="store_true", help="load what another call left with --keep")
     parser.add_argument("--keep", action="store_true")
-    parser.add_argument("--every-s", type=float, default=600.0, help="seconds between checkpoints")
+    parser.add_argument("--every-s", type=finite, default=600.0, help="seconds between checkpoints")
     args = parser.parse_args()
     layout, folder, rows = (
         ParallelConfig(tensor=args.tensor, pipeline=args.pipeline),

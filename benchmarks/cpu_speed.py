@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from hope.arguments import count, whole
 from hope.config import CmsConfig, ModelConfig
 from hope.memory.config import MemoryConfig
 from hope.model import Model, next_token_loss
@@ -72,9 +73,9 @@ def row(name: str, speeds: list[float]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", action="store_true")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--chunk", type=int, default=64)
+    parser.add_argument("--threads", type=count, default=2)
+    parser.add_argument("--rounds", type=whole(), default=30)
+    parser.add_argument("--chunk", type=whole(), default=64)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if not args.lengths:

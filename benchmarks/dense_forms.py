@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
+from hope.arguments import whole
 from hope.dense import Compiled, Form, eager
 from hope.heads import ops
 from hope.layers import gated, rms_norm, rotated, rotation
@@ -180,12 +181,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
-    parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--width", type=int, default=1536)
-    parser.add_argument("--head", type=int, default=64)
-    parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--repeat", type=int, default=10)
+    parser.add_argument("--length", type=whole(), default=4096)
+    parser.add_argument("--batch", type=whole(), default=8)
+    parser.add_argument("--width", type=whole(), default=1536)
+    parser.add_argument("--head", type=whole(), default=64)
+    parser.add_argument("--vocabulary", type=whole(), default=32000)
+    parser.add_argument("--repeat", type=whole(), default=10)
     parser.add_argument("--only", help="parts by their first words, such as memory_input,merge_heads")
     parser.add_argument("--blocks", nargs="*", help="sizes of the kernels' programs; on a GPU those of a run")
     parser.add_argument("--json", type=Path)

@@ -26,6 +26,7 @@ import torch
 from memory_stages import relative
 from torch import Tensor
 
+from hope.arguments import whole
 from hope.memory.given.ops import fused_memory
 from hope.memory.linear import linear_memory
 from hope.pipe import piped
@@ -155,7 +156,7 @@ def _gpu(device: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=whole(), default=10)
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args(argv)
     checks = []

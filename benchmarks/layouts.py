@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from configs.schema import Config, load, validate_without_data
+from hope.arguments import count, finite, whole
 from hope.batch import Batch
 from hope.pipe import piped
 from hope.train.numerics import set_numerics
@@ -217,13 +218,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--devices", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--devices", type=count, default=2)
+    parser.add_argument("--steps", type=whole(), default=5)
     parser.add_argument("--only", default=",".join(LAYOUTS), help=f"of {', '.join(LAYOUTS)}")
     parser.add_argument("--layout", action="append", default=[], metavar="NAME=OVERRIDES", help="{n}: of devices")
     parser.add_argument("--referee", action="store_true")
-    parser.add_argument("--jobs", type=int, default=1, help="verdicts at a time, which share the devices")
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds for one layout")
+    parser.add_argument("--jobs", type=count, default=1, help="verdicts at a time, which share the devices")
+    parser.add_argument("--limit", type=finite, default=600.0, help="seconds for one layout")
     parser.add_argument("--out", default="")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args()

@@ -31,6 +31,7 @@ from cases import Case, child, report
 from memory_stages import Run, check_chunk, not_finite, relative
 from torch import Tensor
 
+from hope.arguments import count, whole
 from hope.dense import Compiled, set_form
 from hope.documents import ChunkLayout, Documents, plain_layout
 from hope.layers import unit
@@ -275,8 +276,8 @@ def main() -> int:
     parser.add_argument("mode", choices=["check", "time", "one"])
     parser.add_argument("rest", nargs="*", help="of one: check or time, and its keys as JSON")
     parser.add_argument("--json", type=Path, help="where to write all numbers")
-    parser.add_argument("--limit", type=int, default=170, help="seconds per configuration")
-    parser.add_argument("--jobs", type=int, default=4, help="checks side by side; times are taken alone")
+    parser.add_argument("--limit", type=whole(), default=170, help="seconds per configuration")
+    parser.add_argument("--jobs", type=count, default=4, help="checks side by side; times are taken alone")
     args = parser.parse_args()
     if args.mode == "one":
         one(args.rest[0], json.loads(args.rest[1]) if len(args.rest) > 1 else {})

@@ -32,6 +32,7 @@ from cases import Case, child, report
 from mlp_stages import Formulas
 from torch import Tensor
 
+from hope.arguments import whole
 from hope.documents import ChunkLayout, Documents, plain_layout
 from hope.layers import unit
 from hope.memory.config import MemoryConfig
@@ -331,7 +332,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("mode", nargs="?", choices=["all", "check", "time", "one"], default="all")
     parser.add_argument("rest", nargs="*")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--limit", type=int, default=240, help="seconds per case")
+    parser.add_argument("--limit", type=whole(), default=240, help="seconds per case")
     args = parser.parse_args(argv)
     if args.mode == "one":
         report((check if args.rest[0] == "check" else measure)(json.loads(args.rest[1])))

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from hope.arguments import finite, whole
 from hope.optim.build import build_optimizer
 from hope.optim.clocks import ClockedOptimizer
 from hope.optim.config import DmgdConfig, MlpConfig, OptimConfig
@@ -89,9 +90,9 @@ def bytes_per_parameter(optimizer: torch.optim.Optimizer, numbers: int) -> float
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parameters", type=float, default=1e9)
-    parser.add_argument("--shape", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--parameters", type=finite, default=1e9)
+    parser.add_argument("--shape", type=whole(), default=2048)
+    parser.add_argument("--steps", type=whole(), default=20)
     parser.add_argument("--only", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

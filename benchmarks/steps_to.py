@@ -25,6 +25,7 @@ from curves import series
 from kept import plan_of, rows_of
 from recipe import ROOT, Cell, best
 
+from hope.arguments import finite
 from hope.pipe import piped
 from hope.train.plot.curves import NoCurve
 
@@ -112,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--model", required=True)
     parser.add_argument("--of", default="adamw", help="the optimizer that the others are compared with")
-    parser.add_argument("--target", type=float, help="nats; by default the worst last loss of --of")
+    parser.add_argument("--target", type=finite, help="nats; by default the worst last loss of --of")
     args = parser.parse_args(argv)
     plan = plan_of(args.plan)
     try:

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from configs.errors import ConfigError
 from configs.schema import load, validate_without_data
-from configs.usable import count
+from hope.arguments import count, finite, whole
 from hope.pipe import piped
 from hope.sections import Problem
 from launch import collect, grid, local, preflight_cli, profile, speeds, status, submit, sweep
@@ -106,8 +106,8 @@ def _logs(acts: Commands) -> None:
 
     parser = _command(acts, "logs", "the end of a run's newest log", act)
     parser.add_argument("run")
-    parser.add_argument("--rank", type=int, default=0)
-    parser.add_argument("--lines", type=int, default=20)
+    parser.add_argument("--rank", type=whole(0), default=0)
+    parser.add_argument("--lines", type=whole(0), default=20)
     parser.add_argument("--follow", action="store_true")
 
 
@@ -148,8 +148,8 @@ def _estimate(acts: Commands) -> None:
     _configured(parser)
     parser.add_argument("--nodes", type=count, default=1)
     parser.add_argument("--profile", required=True, help="name in launch/profiles/, or a YAML file")
-    parser.add_argument("--tokens", type=float, help="token budget; default: that of the run")
-    parser.add_argument("--mfu", type=float, help="model FLOPs utilisation, 0 to 1; default: the nearest measured")
+    parser.add_argument("--tokens", type=finite, help="token budget; default: that of the run")
+    parser.add_argument("--mfu", type=finite, help="model FLOPs utilisation, 0 to 1; default: the nearest measured")
     parser.add_argument("--speeds", type=Path, help="measured ones: rows that `collect --json` wrote, of one GPU")
 
 
@@ -172,7 +172,7 @@ def _compare(acts: Commands) -> None:
     parser = _command(acts, "compare", "estimated step times against measured ones, with the error of each", act)
     parser.add_argument("rows", type=Path, nargs="+", help="what `collect --json` or benchmarks/scale.py wrote")
     parser.add_argument(
-        "--bus-gb-s", type=float, default=profile.BUS_GB_S, help="all-reduce bus bandwidth of the host's GPUs"
+        "--bus-gb-s", type=finite, default=profile.BUS_GB_S, help="all-reduce bus bandwidth of the host's GPUs"
     )
 
 

@@ -174,7 +174,10 @@ def test_what_cannot_work_is_said_with_what_would(place, capsys):
     text = ("--text", place / "a.txt")
     for words, said in (
         ((), "nothing to evaluate; give --text FILE"),
-        ((*text, "--window", 0, "--limit", 0), "this cannot work:\n  --window 0 is less than 1\n  --limit 0"),
+        (
+            (*text, "--carry", "--stride", 3, "--json", "no/out"),
+            "this cannot work:\n  --carry has no windows; leave out --stride\n  --json",
+        ),
         ((*text, "--carry", "--stride", 3), "--carry has no windows"),
         ((*text, "--window", 8, "--stride", 9), "--stride 9 is more than the window of 8 tokens"),
         ((*text, *text), "two sources are called a; give them names: NAME=a"),
