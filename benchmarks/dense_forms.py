@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -29,9 +28,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from kept import keep
 from torch import Tensor
 
-from hope.arguments import whole
+from hope.arguments import result_file, whole
 from hope.dense import Compiled, Form, eager
 from hope.heads import ops
 from hope.layers import gated, rms_norm, rotated, rotation
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeat", type=whole(), default=10)
     parser.add_argument("--only", help="parts by their first words, such as memory_input,merge_heads")
     parser.add_argument("--blocks", nargs="*", help="sizes of the kernels' programs; on a GPU those of a run")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=result_file)
     args = parser.parse_args(argv)
     blocks = args.blocks if args.blocks is not None else [""] if args.device == "cuda" else []
     compiled, rows = Compiled(args.backend), []
@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(edge_row(args))
     if args.json:
         gpu = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-        args.json.write_text(json.dumps([{**row, "gpu": gpu} for row in rows], indent=1) + "\n")
+        keep(args.json, [{**row, "gpu": gpu} for row in rows])
     return int(any(row["bad"] for row in rows))
 
 

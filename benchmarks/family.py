@@ -30,6 +30,7 @@ from kept import keep, keep_text, pair, plan_of, rows_of
 from recipe import Cell, Plan, Row
 from throughput import SAME
 
+from hope.arguments import result_file
 from hope.block import Block
 from hope.config import ModelConfig
 from hope.pipe import piped
@@ -139,8 +140,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--throughput", nargs="*", type=Path, default=[], metavar="ROWS")
     parser.add_argument("--where", nargs="*", type=pair, default=[], metavar="KEY=VALUE", help="of its rows")
     parser.add_argument("--probes", nargs="*", type=Path, default=[], metavar="ROWS")
-    parser.add_argument("--json", type=Path, help="write the joined rows here")
-    parser.add_argument("--picture", type=Path, help="write an SVG here")
+    parser.add_argument("--json", type=result_file, help="write the joined rows here")
+    parser.add_argument("--picture", type=result_file, help="write an SVG here")
     args = parser.parse_args(argv)
     args.where = dict(args.where)
     if unknown := [key for key in args.where if key not in SAME]:

@@ -12,7 +12,6 @@ Times are of forward and backward of the loop alone, bf16, against the plain for
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -23,10 +22,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from kept import keep
 from memory_stages import relative
 from torch import Tensor
 
-from hope.arguments import whole
+from hope.arguments import result_file, whole
 from hope.memory.given.ops import fused_memory
 from hope.memory.linear import linear_memory
 from hope.pipe import piped
@@ -155,7 +155,7 @@ def _gpu(device: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=result_file)
     parser.add_argument("--steps", type=whole(), default=10)
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args(argv)
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     for row in times:
         print(row, flush=True)
     if args.json:
-        args.json.write_text(json.dumps({"check": checks, "time": times}, indent=1) + "\n")
+        keep(args.json, {"check": checks, "time": times})
     return int(any(row["bad"] for row in checks))
 
 

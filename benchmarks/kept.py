@@ -46,8 +46,8 @@ def pair(word: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"{word}: {one_line(error)}") from None
 
 
-def keep(path: Path, rows: list[Any]) -> None:
-    """Let the file hold these rows; the old ones stay until all of them are on disk. Ends the program with 2 if not."""
+def keep(path: Path, rows: Any) -> None:
+    """Let the file hold rows, or an object; the old ones stay until all is on disk. Ends the program with 2 if not."""
     keep_text(path, json.dumps(rows, indent=1) + "\n")
 
 

@@ -28,9 +28,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from kept import keep
 from layouts import ROOT
 
-from hope.arguments import count, finite, whole
+from hope.arguments import count, finite, result_file, whole
 from hope.pipe import piped
 from hope.stored import folders
 from launch.runs import records
@@ -232,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--precision", choices=list(LOSS_TOLERANCE), default="bf16", help="train.precision of all runs")
     parser.add_argument("--limit", type=finite, default=600.0, help="seconds for everything")
     parser.add_argument("--folder", default="runs/kill-resume", help="of the runs; it is removed at the start")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=result_file)
     args = parser.parse_intermixed_args(argv)
     args.overrides.append(f"train.precision={args.precision}")
     args.tolerance = args.tolerance or LOSS_TOLERANCE[args.precision]
@@ -241,10 +242,9 @@ def main(argv: list[str] | None = None) -> int:
     except Failed as error:
         print(f"kill_resume: {error}", file=sys.stderr)
         return 2
-    text = json.dumps(found, indent=1)
-    print(text)
+    print(json.dumps(found, indent=1))
     if args.json:
-        args.json.write_text(text + "\n")
+        keep(args.json, found)
     return int(not found["equal"])
 
 

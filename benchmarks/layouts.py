@@ -25,9 +25,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from kept import keep
 
 from configs.schema import Config, load, validate_without_data
-from hope.arguments import count, finite, whole
+from hope.arguments import count, finite, result_file, whole
 from hope.batch import Batch
 from hope.pipe import piped
 from hope.train.numerics import set_numerics
@@ -200,9 +201,9 @@ def judged(row: dict) -> str:
     return f"{word} | {worst['gradient']:.1e} {worst['name']} | {loss:.1e} | {row['weights_error']:.1e}"
 
 
-def save(out: str, found: dict) -> None:
+def save(out: Path | None, found: dict) -> None:
     if out:
-        Path(out).write_text(json.dumps(found, indent=1) + "\n")
+        keep(out, found)
 
 
 def chosen_layouts(args: argparse.Namespace) -> dict[str, list[str]]:
@@ -225,7 +226,7 @@ def main() -> int:
     parser.add_argument("--referee", action="store_true")
     parser.add_argument("--jobs", type=count, default=1, help="verdicts at a time, which share the devices")
     parser.add_argument("--limit", type=finite, default=600.0, help="seconds for one layout")
-    parser.add_argument("--out", default="")
+    parser.add_argument("--out", type=result_file)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args()
     if args.worker:

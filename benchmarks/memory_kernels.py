@@ -28,10 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from cases import Case, child, report
+from kept import keep
 from memory_stages import Run, check_chunk, not_finite, relative
 from torch import Tensor
 
-from hope.arguments import count, whole
+from hope.arguments import count, result_file, whole
 from hope.dense import Compiled, set_form
 from hope.documents import ChunkLayout, Documents, plain_layout
 from hope.layers import unit
@@ -275,7 +276,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=["check", "time", "one"])
     parser.add_argument("rest", nargs="*", help="of one: check or time, and its keys as JSON")
-    parser.add_argument("--json", type=Path, help="where to write all numbers")
+    parser.add_argument("--json", type=result_file, help="where to write all numbers")
     parser.add_argument("--limit", type=whole(), default=170, help="seconds per configuration")
     parser.add_argument("--jobs", type=count, default=4, help="checks side by side; times are taken alone")
     args = parser.parse_args()
@@ -289,7 +290,7 @@ def main() -> int:
     for result in results:
         print(result["mode"], json.dumps(result["case"]), result["verdict"])
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
+        keep(args.json, results)
     return int(any(result["verdict"] != "ok" for result in results))
 
 

@@ -29,10 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from cases import Case, child, report
+from kept import keep
 from mlp_stages import Formulas
 from torch import Tensor
 
-from hope.arguments import whole
+from hope.arguments import result_file, whole
 from hope.documents import ChunkLayout, Documents, plain_layout
 from hope.layers import unit
 from hope.memory.config import MemoryConfig
@@ -331,7 +332,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", nargs="?", choices=["all", "check", "time", "one"], default="all")
     parser.add_argument("rest", nargs="*")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=result_file)
     parser.add_argument("--limit", type=whole(), default=240, help="seconds per case")
     args = parser.parse_args(argv)
     if args.mode == "one":
@@ -342,7 +343,7 @@ def main(argv: list[str] | None = None) -> int:
         for case in cases if args.mode in ("all", mode) else []:
             rows.append(child(__file__, mode, args.limit, case))
             if args.json:
-                args.json.write_text(json.dumps(rows, indent=1) + "\n")
+                keep(args.json, rows)
     wrong = [row for row in rows if row["verdict"] != "ok"]
     print(f"{len(rows) - len(wrong)} of {len(rows)} cases ok", flush=True)
     return int(bool(wrong))

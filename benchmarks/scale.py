@@ -31,7 +31,7 @@ from layouts import torchrun
 
 from configs.errors import ConfigError
 from configs.schema import validate_without_data
-from hope.arguments import count, finite, whole
+from hope.arguments import count, finite, result_file, whole
 from hope.pipe import piped
 from hope.sections import Problem
 from launch import scaling
@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=whole(), default=3, help="timed steps")
     parser.add_argument("--limit", type=finite, default=90.0, help="seconds for one cell, and for the start")
     parser.add_argument("--budget", type=finite, default=3600.0, help="seconds after which no cell begins")
-    parser.add_argument("--json", type=Path, help="rows are added to this file; an equal measurement is replaced")
+    parser.add_argument("--json", type=result_file, help="rows are added here; an equal measurement is replaced")
     parser.add_argument("--worker", nargs="+", default=[], help=argparse.SUPPRESS)
     parser.add_argument("--until", type=finite, default=0.0, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -34,7 +34,7 @@ from contestants import GPT, MODELS, SIZES, USUAL, Choices, Contestant, build, m
 from kept import keep, pair, rows_of
 from torch.autograd import DeviceType
 
-from hope.arguments import finite, whole
+from hope.arguments import finite, result_file, whole
 from hope.batch import Batch
 from hope.config import ModelConfig
 from hope.dense import COMPILE
@@ -288,7 +288,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cap", type=finite, default=72.0, help="GiB that a model may reserve")
     parser.add_argument("--rounds", type=whole(), default=3, help="turns of every model")
     parser.add_argument("--steps", type=whole(), default=5, help="timed steps of a turn")
-    parser.add_argument("--json", type=Path, help="rows are added to this file; an equal measurement is replaced")
+    parser.add_argument("--json", type=result_file, help="rows are added here; an equal measurement is replaced")
     args = parser.parse_args(argv)
     args.choices = Choices(args.heads, tuple(args.hope))
     for seq in args.seq:

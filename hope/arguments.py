@@ -1,8 +1,12 @@
-"""Types of numbers on a command line, for argparse: one that nothing can count with is refused with what would work."""
+"""Types of numbers and files of a command line, for argparse: what cannot be used is refused with what would work."""
 
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
+
+from hope.pipe import in_words
+from hope.train.written import check_replaceable
 
 LARGEST = 2**63 - 1
 """Of any whole number: what tensors and files are indexed with."""
@@ -41,6 +45,18 @@ def finite(word: str) -> float:
     if not math.isfinite(found):
         raise argparse.ArgumentTypeError(f"{_short(word)} is no finite number, such as 0.5 or 3e-4")
     return found
+
+
+def result_file(word: str) -> Path:
+    """A file that is to be written, whole, when there are results: what cannot be one is refused before they are."""
+    path = Path(word)
+    try:
+        check_replaceable(path)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{in_words(error)}; give the name of a file") from None
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: there is no folder {path.parent}")
+    return path
 
 
 def _short(word: str) -> str:

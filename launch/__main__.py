@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from configs.errors import ConfigError
 from configs.schema import load, validate_without_data
-from hope.arguments import count, finite, whole
+from hope.arguments import count, finite, result_file, whole
 from hope.pipe import piped
 from hope.sections import Problem
 from launch import collect, grid, local, preflight_cli, profile, speeds, status, submit, sweep
@@ -148,8 +148,8 @@ def _estimate(acts: Commands) -> None:
     _configured(parser)
     parser.add_argument("--nodes", type=count, default=1)
     parser.add_argument("--profile", required=True, help="name in launch/profiles/, or a YAML file")
-    parser.add_argument("--tokens", type=finite, help="token budget; default: that of the run")
-    parser.add_argument("--mfu", type=finite, help="model FLOPs utilisation, 0 to 1; default: the nearest measured")
+    parser.add_argument("--tokens", type=float, help="token budget; default: that of the run")
+    parser.add_argument("--mfu", type=float, help="model FLOPs utilisation, 0 to 1; default: the nearest measured")
     parser.add_argument("--speeds", type=Path, help="measured ones: rows that `collect --json` wrote, of one GPU")
 
 
@@ -205,7 +205,7 @@ def _collect(acts: Commands) -> None:
     parser.add_argument("grid", help="YAML file, see launch/sweeps/")
     parser.add_argument("--out", help="folder; default: the sweep's folder of runs")
     parser.add_argument(
-        "--json", type=Path, help="also add a row per cell to this file; one of the same cell is replaced"
+        "--json", type=result_file, help="also add a row per cell to this file; one of the same cell is replaced"
     )
     _limited(parser)
 

@@ -48,8 +48,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _tokenize(args: argparse.Namespace) -> None:
-    if args.workers < 1 or args.unit_mb <= 0:
-        raise DataError(f"--workers {args.workers}, --unit-mb {args.unit_mb}: need at least 1 and more than 0")
+    if args.unit_mb <= 0:
+        raise DataError(f"--unit-mb {args.unit_mb}: need more than 0")
     tokenizer = Tokenizer.load(args.tokenizer)
     if not args.lossy:
         refuse_lossy(tokenizer)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from hope.adapt import settings
-from hope.arguments import whole
+from hope.arguments import result_file, whole
 from hope.evaluate.errors import EvaluationError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -39,7 +39,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     ):
         add(option, metavar=metavar, action="extend", nargs="+", default=[], help=what)
     add("--delimiter", metavar="NAME=TEXT", action="append", default=[], help="what joins the parts of a task's items")
-    add("--json", type=Path, metavar="OUT", help="results, also partial ones: the same command goes on from there")
+    add("--json", type=result_file, metavar="OUT", help="results, also partial ones: the same command goes on there")
     add("--window", type=whole(), metavar="T", help="tokens of a window (default: those of training)")
     add("--stride", type=whole(), metavar="S", help="new tokens of each window, the others are context (default: T)")
     add("--carry", action="store_true", help="one pass over every text, the state carried from its first token on")
@@ -102,8 +102,6 @@ def check(args: argparse.Namespace, processes: int = 1) -> None:
 def _problems(args: argparse.Namespace) -> Iterator[str]:
     if args.carry and args.stride is not None:
         yield "--carry has no windows; leave out --stride"
-    if args.json is not None and not args.json.parent.is_dir():
-        yield f"--json {args.json}: there is no folder {args.json.parent}"
 
 
 def _order_problems(args: argparse.Namespace, processes: int) -> Iterator[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from hope.adapt import settings
-from hope.arguments import LARGEST, whole
+from hope.arguments import LARGEST, result_file, whole
 from hope.generate.errors import GenerationError
 from hope.generate.loop import CHUNK
 from hope.generate.sampling import Sampling
@@ -37,7 +37,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--ignore-eos", action="store_true", help="go on after the end of a document")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.model, if it is not found by itself")
     parser.add_argument("--state-in", type=Path, metavar="FILE", help="go on from what --state-out wrote")
-    parser.add_argument("--state-out", type=Path, metavar="FILE", help="write what the sequence remembers")
+    parser.add_argument("--state-out", type=result_file, metavar="FILE", help="write what the sequence remembers")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are stored)")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
     parser.add_argument(
@@ -71,10 +71,6 @@ def _problems(args: argparse.Namespace, processes: int) -> Iterator[str]:
             yield f"{option} is the memory of one sequence, --batch has several; give --prompt"
         if processes > 1:
             yield f"{option} holds a state that is not cut over processes, and {processes} were started; start one"
-    if args.state_out is not None and not args.state_out.parent.is_dir():
-        yield f"--state-out {args.state_out}: there is no folder {args.state_out.parent}"
-    if args.state_out is not None and args.state_out.is_dir():
-        yield f"--state-out {args.state_out} is a folder; give a file, such as {args.state_out}/session"
     if args.device is not None and processes > 1:
         yield f"--device goes with one process; each of {processes} takes the device of its rank"
 

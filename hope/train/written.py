@@ -78,8 +78,17 @@ class LineFile:
                 os.close(handle)
 
 
+def check_replaceable(path: Path) -> None:
+    """Raises OSError, naming `path`, if it is there and no file: a folder, or a device, which a file would replace."""
+    if path.is_dir():
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is no file but a device or a pipe, which a file would replace", str(path))
+
+
 def replace_text(path: Path, text: str | bytes) -> None:
     """Let `path` hold `text`, durably: whoever reads it sees the old content or the new. Raises OSError, naming it."""
+    check_replaceable(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

@@ -1,6 +1,7 @@
-"""Numbers on a command line that nothing can count with are refused by argparse, with the option and what works."""
+"""Numbers and files of a command line that cannot be used are refused by argparse, with the option and what works."""
 
 import ast
+import os
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,16 @@ from house import ROOT, own_files
 
 import pretrain_hope
 from data_prep.__main__ import main as data_prep
+from data_prep.files import atomic_write
 from hope.evaluate.__main__ import main as evaluate
 from hope.evaluate.classes.__main__ import main as classes
 from hope.evaluate.harness.__main__ import main as harness
 from hope.evaluate.probes.__main__ import main as probe
 from hope.generate.__main__ import main as generate
 from hope.mixers.__main__ import main as mixers
+from hope.pipe import in_words
 from hope.train.plot.__main__ import main as plot
+from hope.train.written import replace_text
 from launch.__main__ import main as launch
 from parallel.checkpoint.__main__ import main as checkpoint
 from parallel.referee.parity import main as parity
@@ -58,7 +62,7 @@ def test_what_cannot_be_counted_names_the_option_and_the_range(capsys, main, wor
 @pytest.mark.parametrize("word", ["nan", "inf", "1e400", "a", ""])
 def test_what_is_no_finite_number(capsys, word):
     for main, words in (
-        (launch, ["estimate", CONFIG, "--profile", "h100", f"--mfu={word}"]),
+        (launch, ["compare", "rows.json", f"--bus-gb-s={word}"]),
         (data_prep, ["tokenize", "--input", "a", "--tokenizer", "b", "--out", "c", f"--unit-mb={word}"]),
         (plot, ["runs/some", f"--from={word}"]),
     ):
@@ -66,6 +70,49 @@ def test_what_is_no_finite_number(capsys, word):
             main(words)
         assert caught.value.code == 2
         assert f"{word!r} is no finite number, such as 0.5" in capsys.readouterr().err
+
+
+WRITERS = [
+    (evaluate, ["runs/some", "--text", "a.txt", "--json"]),
+    (classes, ["runs/some", "--data", "a.json", "--json"]),
+    (probe, ["mqar", CONFIG, "--json"]),
+    (harness, ["runs/some", "--tasks", "arc", "--json"]),
+    (generate, ["runs/some", "--prompt", "a", "--state-out"]),
+    (launch, ["collect", "launch/sweeps/laptop.yaml", "--json"]),
+]
+
+
+@pytest.mark.parametrize(("main", "words"), WRITERS, ids=lambda v: "")
+def test_what_cannot_be_a_file_of_results_is_refused_at_the_start(tmp_path, capsys, main, words):
+    (tmp_path / "full").symlink_to("/dev/full")  # never the device itself: root may replace it
+    os.mkfifo(tmp_path / "pipe")
+    for name, what in (
+        ("full", "is no file but a device or a pipe, which a file would replace; give the name of a file"),
+        ("pipe", "is no file but a device or a pipe"),
+        ("", "Is a directory; give the name of a file"),
+        ("no/out", "there is no folder"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main([*words, str(tmp_path / name)])
+        assert caught.value.code == 2
+        assert f"argument {words[-1]}: {tmp_path / name}: {what}" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "pipe"]
+    assert (tmp_path / "full").is_symlink()
+
+
+def write(path: Path) -> None:
+    with atomic_write(path) as stream:
+        stream.write(b"text")
+
+
+@pytest.mark.parametrize("write", [lambda path: replace_text(path, "text"), write])
+def test_a_device_is_never_replaced(tmp_path, write):
+    (tmp_path / "full").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="is no file but a device") as caught:
+        write(tmp_path / "full")
+    assert str(tmp_path / "full") in in_words(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+    assert (tmp_path / "full").is_symlink()
 
 
 def plain_types(path: Path) -> set[str]:
@@ -77,6 +124,6 @@ def plain_types(path: Path) -> set[str]:
 
 def test_every_number_has_one_of_the_types():
     """The others say by themselves what works of infinite ones; no person writes launch.job's --code."""
-    told = {"--adapt-rate", "--rate", "--rates", "--temperature", "--top-p", "--seconds", "--code"}
+    told = {"--adapt-rate", "--rate", "--rates", "--temperature", "--top-p", "--mfu", "--tokens", "--seconds", "--code"}
     paths = [*own_files(), *(ROOT / "benchmarks").glob("*.py")]
     assert set().union(*map(plain_types, paths)) == told

@@ -173,7 +173,6 @@ REFUSED = {
     "state": (["--prompt", "a", "--state-in", "nowhere"], "nowhere cannot be read: No such file"),
     "state of several": (["--batch", "x", "--state-out", "y"], "--state-out is the memory of one sequence"),
     "state-out": (["--prompt", "a", "--state-out", "no/folder/s"], "there is no folder no/folder"),
-    "state-out folder": (["--prompt", "a", "--state-out", "/"], "--state-out / is a folder"),
     "half a character": (["--prompt", "\udcff"], "--prompt is not UTF-8 text"),
     "tokenizer": (["--prompt", "a", "--tokenizer", "nowhere"], "nowhere: no such file"),
     "two": (["--prompt", "a", "--stop", "", "--top-p", "0"], "this cannot work:\n  --top-p 0.0 is not"),

@@ -58,6 +58,16 @@ def test_a_plan_that_cannot_be_read_is_named(program, tmp_path, capsys):
         assert what in said
 
 
+def test_a_device_is_no_file_of_rows(program, tmp_path, capsys):
+    (tmp_path / "full").symlink_to("/dev/full")
+    words = ["--json", str(tmp_path / "full"), "--data", "a", "b"]
+    for name in ("recipe", "probes", "continual", "throughput"):
+        with pytest.raises(SystemExit) as caught:
+            program(name).main(words)
+        assert caught.value.code == 2
+        assert f"argument --json: {tmp_path}/full: is no file but a device" in capsys.readouterr().err
+
+
 def test_rows_on_a_full_disk_leave_the_old_ones(program, tmp_path, capsys):
     kept, rows = program("kept"), tmp_path / "rows.json"
     kept.keep(rows, [{"a": 1}])

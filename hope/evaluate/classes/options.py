@@ -6,7 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
-from hope.arguments import whole
+from hope.arguments import result_file, whole
 from hope.evaluate.errors import EvaluationError
 
 
@@ -45,7 +45,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
         metavar="SEED",
         help="of classes' and examples' order (default 1)",
     )
-    add("--json", type=Path, metavar="OUT", help="results, also partial ones: the same command goes on from there")
+    add("--json", type=result_file, metavar="OUT", help="results, also partial ones: the same command goes on there")
     add("--window", type=whole(2), metavar="T", help="tokens of a prompt at most (default: those of training)")
     add("--batch-tokens", type=whole(), default=4096, metavar="N", help="tokens of a batch of answers (default 4096)")
     add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.model, if it is not found by itself")
@@ -62,5 +62,3 @@ def check(args: argparse.Namespace) -> None:
         raise EvaluationError(f"--seeds has {twice[0]} twice")
     if "*" in args.learn:
         raise EvaluationError("--learn *: leave --learn out, and all parameters learn")
-    if args.json is not None and not args.json.parent.is_dir():
-        raise EvaluationError(f"--json {args.json}: there is no folder {args.json.parent}")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hope.arguments import whole
+from hope.arguments import result_file, whole
 from hope.evaluate.errors import EvaluationError
 from hope.evaluate.options import DTYPES
 from hope.evaluate.probes.needles import NEEDLES
@@ -27,7 +27,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     add("name", choices=(*PROTOCOLS, *ZERO_SHOT), help="the probe")
     add("model", metavar="CONFIG|MODEL", help="a configuration to train; for needle and facts a trained model")
     add("overrides", nargs="*", help="section.key=value, or YAML files, as for pretrain_hope.py")
-    add("--json", type=Path, metavar="OUT", help="results, also partial ones: the same command goes on from there")
+    add("--json", type=result_file, metavar="OUT", help="results, also partial ones: the same command goes on there")
     add("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
     trained = parser.add_argument_group("probes that train; defaults are the published set-up")
     trained.add_argument("--layers", type=whole(), metavar="N", help="of the model")
@@ -57,8 +57,6 @@ def check(args: argparse.Namespace) -> None:
         raise EvaluationError(f"{args.name} hides sentences in a text; --haystack FILE names it")
     if args.name in ZERO_SHOT and args.overrides:
         raise EvaluationError(f"{args.name} takes a trained model, which {args.overrides[0]} cannot change")
-    if args.json is not None and not args.json.parent.is_dir():
-        raise EvaluationError(f"--json {args.json}: there is no folder {args.json.parent}")
 
 
 def best_of(runs: Sequence[tuple[float, Mapping[str, Any]]]) -> float:
