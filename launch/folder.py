@@ -67,7 +67,7 @@ class RunFolder:
     def job_ids(self) -> list[str]:
         """Every job that was submitted for this run, oldest first: `NUMBER`, or `NUMBER;CLUSTER`."""
         files = [path for path in (self.jobs, self.fresh / self.jobs.name) if path.exists()]
-        words = [word for path in files for word in path.read_text().split()]
+        words = [word for path in files for word in path.read_text(errors="replace").split()]
         return [word for word in words if re.fullmatch(r"\d+(;\S+)?", word)]
 
 

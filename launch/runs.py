@@ -8,6 +8,10 @@ from typing import Any
 
 from hope.nesting import json_of
 
+SHOWN = ("tokens", "loss", "heldout_loss", "grad_norm", "lr", "tokens_per_s", "tokens_per_s_per_device", "mfu",
+         "memory_gb", "step_time_s", "data_time_s", "eta_s")  # fmt: skip
+"""Keys of metrics.jsonl whose values are numbers."""
+
 
 def records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """The whole lines of a .jsonl file of a run folder; [] without one. What is no record of ours is passed over."""
@@ -21,7 +25,13 @@ def records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
             found.append(json_of(line))
         except ValueError:  # the last line, being written
             continue
-    return [record for record in found if isinstance(record, dict) and isinstance(record.get("step", 0), int)]
+    return [record for record in found if isinstance(record, dict) and _is_ours(record)]
+
+
+def _is_ours(record: dict[str, Any]) -> bool:
+    """Whether what is counted and shown of it are numbers; null is one that was not finite, or not measured."""
+    counted = isinstance(record.get("step", 0), int) and record.get("step", 0) >= 0
+    return counted and all(isinstance(record.get(key), float | int | None) for key in SHOWN)
 
 
 def steady(folder: Path) -> list[dict[str, Any]]:

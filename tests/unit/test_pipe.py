@@ -1,5 +1,6 @@
 """How commands end: nobody reads on, Ctrl-C, a path that the system refuses."""
 
+import json
 import os
 import subprocess
 import sys
@@ -98,6 +99,36 @@ def test_a_state_on_a_full_disk_names_the_file_and_keeps_the_old_one(tmp_path):
         replace_text(tmp_path / "state", "newer content")
     assert in_words(caught.value) == f"{tmp_path}/state: File too large"
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("state", "old")]
+
+
+WRONG = {
+    **{"step": -1, "loss": "a", "tokens_per_s": [], "tokens_per_s_per_device": "", "mfu": {}, "memory_gb": "b"},
+    **{"step_time_s": "c", "data_time_s": "d", "eta_s": "e", "grad_norm": [1], "lr": "f", "heldout_loss": "g"},
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_line_with_a_number_that_is_none_is_passed_over(tmp_path, capsys, key):
+    lines = [{"step": 2, "loss": 3.5, "eta_s": None}, {"step": 3, "loss": 3.25, key: WRONG[key]}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert launch(["status", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[3:6] == ["2/?", "-", "3.5000"]
+    assert launch(["logs", str(tmp_path)]) == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:]] == [["step", "2/2"]]
+
+
+@pytest.mark.parametrize("text", ["{}", '{"verdict": 3}', '{"cause": []}', "\udcff", "[" * 100_000])
+def test_files_of_a_run_that_say_nothing(tmp_path, capsys, text):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "loss": 3.5}\n')
+    for name in ("verdict.json", "budget.json", "verdicts.jsonl", "local.json"):
+        (tmp_path / "control").mkdir(exist_ok=True)
+        (tmp_path / "control" / name).write_text(text, errors="surrogateescape")
+    (tmp_path / "launch").mkdir()
+    for name in ("job.json", "jobs.txt", "config.yaml"):
+        (tmp_path / "launch" / name).write_text(text, errors="surrogateescape")
+    for word in ("status", "logs", "cancel"):
+        assert launch([word, str(tmp_path)]) == 0
+    assert "3.5000" in capsys.readouterr().out
 
 
 def test_lines_of_a_log_that_are_no_records_are_passed_over(tmp_path, capsys):
