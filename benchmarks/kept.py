@@ -22,10 +22,21 @@ ROWS = "a file that --json of this program wrote"
 PLAN = "a plan such as benchmarks/recipe.yaml"
 
 
+class Named(dict[str, Any]):
+    """A plan, or a row, of a file. Ends the program with 2 where a key is asked for that it lacks."""
+
+    def __init__(self, path: Path, what: str, found: dict[str, Any]) -> None:
+        super().__init__(found)
+        self._path, self._what = path, what
+
+    def __missing__(self, key: str) -> NoReturn:
+        _refuse(self._path, f"lacks {key!r}", self._what)
+
+
 def plan_of(path: Path) -> dict[str, Any]:
     """The plan in a YAML file. Ends the program with 2 if there is none."""
     found = _read(path, lambda text: yaml.safe_load(shallow(text)), PLAN)
-    return found if isinstance(found, dict) else _refuse(path, "is no mapping", PLAN)
+    return Named(path, PLAN, found) if isinstance(found, dict) else _refuse(path, "is no mapping", PLAN)
 
 
 def rows_of(path: Path, *, new: bool = False) -> list[dict[str, Any]]:
@@ -34,7 +45,7 @@ def rows_of(path: Path, *, new: bool = False) -> list[dict[str, Any]]:
         return []
     found = _read(path, json_of, ROWS)
     whole = isinstance(found, list) and all(isinstance(row, dict) for row in found)
-    return found if whole else _refuse(path, "is no list of rows", ROWS)
+    return [Named(path, ROWS, row) for row in found] if whole else _refuse(path, "is no list of rows", ROWS)
 
 
 def pair(word: str) -> tuple[str, Any]:

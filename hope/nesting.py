@@ -1,6 +1,7 @@
 """JSON from a file that anyone may have written: nested no deeper than can be read on every Python."""
 
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,11 @@ def json_of(text: str | bytes, decode: Callable[[Any], Any] = json.loads) -> Any
     if deep:
         raise ValueError(f"nested more than {DEEPEST} levels deep, which is the most that is read")
     return value
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a finite number that a float holds too, as those of our logs are."""
+    return isinstance(value, int | float) and -sys.float_info.max <= value <= sys.float_info.max
 
 
 def _deeper_than(levels: int, value: Any) -> bool:

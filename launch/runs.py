@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from hope.nesting import json_of
+from hope.nesting import is_number, json_of
 
 SHOWN = ("tokens", "loss", "heldout_loss", "grad_norm", "lr", "tokens_per_s", "tokens_per_s_per_device", "mfu",
          "memory_gb", "step_time_s", "data_time_s", "eta_s")  # fmt: skip
@@ -31,7 +31,7 @@ def records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 def _is_ours(record: dict[str, Any]) -> bool:
     """Whether what is counted and shown of it are numbers; null is one that was not finite, or not measured."""
     counted = isinstance(record.get("step", 0), int) and record.get("step", 0) >= 0
-    return counted and all(isinstance(record.get(key), float | int | None) for key in SHOWN)
+    return counted and all(record.get(key) is None or is_number(record[key]) for key in SHOWN)
 
 
 def steady(folder: Path) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from hope.evaluate.errors import EvaluationError
 from hope.evaluate.tasks import read_task
 from hope.generate.errors import GenerationError
 from hope.generate.prompts import read_prompts
-from hope.nesting import DEEPEST, json_of
+from hope.nesting import DEEPEST, is_number, json_of
 from hope.train.plot.curves import NoCurve, records_of
 from launch.runs import records
 from launch.scaling import read as read_rows
@@ -113,3 +113,8 @@ def test_nothing_reads_json_past_it():
     own = [path for path in own_files() if str(path.relative_to(ROOT)) not in allowed]
     calls = lambda path: {ast.unparse(n.func) for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)}
     assert [str(path) for path in own if reads & calls(path)] == []
+
+
+def test_numbers_that_a_float_holds():
+    assert all(map(is_number, (0, -3, 1.5, 10**300)))
+    assert not any(map(is_number, (10**400, -(10**400), float("nan"), float("inf"), "1", None, [])))

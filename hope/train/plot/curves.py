@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hope.nesting import json_of
+from hope.nesting import is_number, json_of
 
 Point = tuple[float, float]
 
@@ -82,7 +82,6 @@ def records_of(path: Path) -> list[dict[str, Any]]:
 
 def points(records: Sequence[dict[str, Any]], x: str, key: str) -> list[Point]:
     """(x, value of the key) where both are finite numbers: null in the file is a loss that was not."""
-    is_number = lambda value: isinstance(value, int | float) and math.isfinite(value)
     return [(r[x], r[key]) for r in records if is_number(r.get(x)) and is_number(r.get(key))]
 
 
