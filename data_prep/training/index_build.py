@@ -1,5 +1,6 @@
 """Reads the data section of a run and builds the indices of its sources before the job."""
 
+import io
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ def read_config(path: str, overrides: Sequence[str], *, blended: bool = False) -
 
 def _yaml(path: str) -> Any:
     """The container in a file. Raises what OmegaConf.load does, and yaml.YAMLError for one that is nested too deep."""
-    return OmegaConf.create(shallow(Path(path).read_text(encoding="utf-8")))
+    return OmegaConf.load(io.StringIO(shallow(Path(path).read_text(encoding="utf-8"))))
 
 
 def _override(whole: Any, override: str) -> None:

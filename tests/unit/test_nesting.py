@@ -83,6 +83,13 @@ def test_every_reader_names_the_file(tmp_path, what):
     assert "nested more than" in str(caught.value)
 
 
+@pytest.mark.parametrize("text", ["3", "a", "[1, 2]", "null", "", "a: ["])
+def test_what_is_no_configuration_of_data(tmp_path, text):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(DataError, match=r"run\.yaml"):
+        read_config(str(tmp_path / "run.yaml"), [])
+
+
 def test_a_prompt_that_is_no_object(tmp_path):
     (tmp_path / "prompts").write_text('{"prompt": "a"}\n' + nested(100_000))
     with pytest.raises(GenerationError, match="line 2 is not a JSON object"):
