@@ -16,17 +16,22 @@ import json
 import os
 import shutil
 import statistics
+import sys
 import threading
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
 import torch.distributed as dist
 
+from hope.arguments import count, finite, whole
 from hope.batch import Batch
 from hope.config import CmsConfig, ModelConfig
 from hope.memory.config import MemoryConfig
 from hope.optim.config import OptimConfig
+from hope.pipe import piped
 from parallel.checkpoint.checkpointer import Checkpointer, SavedCheckpoint
 from parallel.compute.pipeline import mean_loss
 from parallel.compute.replica import Replica, build_replica
@@ -103,18 +108,18 @@ def one_round(
     }
 
 
-def main() -> None:
+def main() -> int:
     """Print a line per round and the medians, as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="toy")
     parser.add_argument("--folder", default="runs/checkpoint-benchmark")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--tensor", type=int, default=1)
-    parser.add_argument("--pipeline", type=int, default=1)
+    parser.add_argument("--rounds", type=whole(), default=3)
+    parser.add_argument("--steps", type=whole(), default=5)
+    parser.add_argument("--tensor", type=count, default=1)
+    parser.add_argument("--pipeline", type=count, default=1)
     parser.add_argument("--load", action="store_true", help="load what another call left with --keep")
     parser.add_argument("--keep", action="store_true")
-    parser.add_argument("--every-s", type=float, default=600.0, help="seconds between checkpoints")
+    parser.add_argument("--every-s", type=finite, default=600.0, help="seconds between checkpoints")
     args = parser.parse_args()
     layout, folder, rows = (
         ParallelConfig(tensor=args.tensor, pipeline=args.pipeline),
@@ -138,7 +143,7 @@ def main() -> None:
             seconds = {"verified_s": verified, "loaded_s": time.perf_counter() - began - verified}
             say(json.dumps({**seconds, "gb": found.manifest.bytes / 1e9, "loss": loss(replica, batch, rows)}))
             say("\n".join(notes))
-            return
+            return 0
         if ranks.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
         groups.barrier()
@@ -158,7 +163,8 @@ def main() -> None:
             say(json.dumps({"loss": loss(replica, batch, rows)}))
         elif ranks.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(piped(main))

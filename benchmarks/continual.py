@@ -24,6 +24,8 @@ from kept import plan_of, rows_of
 from recipe import Cell, Plan, Row, Runs, best, same_rates
 from tables import markdown, spread
 
+from hope.pipe import piped
+
 SHOWN = ("forgetting", "backward_transfer", "forward_transfer", "retained")
 Source = tuple[str, str, str]
 
@@ -107,4 +109,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

@@ -9,16 +9,22 @@ alike; printed are medians over the rounds, with the range.
 
 import argparse
 import statistics
+import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from hope.arguments import count, whole
 from hope.config import CmsConfig, ModelConfig
 from hope.memory.config import MemoryConfig
 from hope.model import Model, next_token_loss
 from hope.optim.config import OptimConfig
 from hope.optim.dmgd import Dmgd
 from hope.optim.levels import parameter_groups
+from hope.pipe import piped
 
 KINDS = {"matrix": ("hope", "matrix"), "mlp": ("hope", "mlp"), "transformer": ("transformer", "matrix")}
 
@@ -64,19 +70,19 @@ def row(name: str, speeds: list[float]) -> str:
     return f"| {name} | {statistics.median(speeds):,.0f} | {min(speeds):,.0f} - {max(speeds):,.0f} |"
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", action="store_true")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--chunk", type=int, default=64)
+    parser.add_argument("--threads", type=count, default=2)
+    parser.add_argument("--rounds", type=whole(), default=30)
+    parser.add_argument("--chunk", type=whole(), default=64)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if not args.lengths:
         speeds = measure({kind: Trainer(kind, 256, args.chunk) for kind in KINDS}, args.rounds)
         print("| model | tokens/s, median | range |\n|---|---|---|")
         print("\n".join(row(name, values) for name, values in speeds.items()))
-        return
+        return 0
     print("| tokens | matrix ms/token | mlp ms/token | matrix vs 1k | mlp vs 1k |\n|---|---|---|---|---|")
     first: dict[str, float] = {}
     for length in (1024, 2048, 4096, 8192, 16384):
@@ -86,7 +92,8 @@ def main() -> None:
         first = first or cost
         growth = " | ".join(f"{cost[k] * length / (first[k] * 1024):.2f}x" for k in cost)
         print(f"| {length} | {cost['matrix']:.4f} | {cost['mlp']:.4f} | {growth} |", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(piped(main))

@@ -3,9 +3,14 @@
 Thin lines: training loss of each logged step; dots: held-out loss. Reads metrics.jsonl of every folder.
 """
 
-import json
+import argparse
 import sys
 from pathlib import Path
+
+from kept import keep_text
+
+from hope.pipe import piped
+from hope.train.plot.curves import NoCurve, points, records_of
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 420, 60, 190, 20, 45
 COLOURS = ["#1f6feb", "#d1242f", "#1a7f37", "#8250df", "#bf8700", "#57606a", "#bf3989", "#0a3069"]
@@ -13,14 +18,16 @@ COLOURS = ["#1f6feb", "#d1242f", "#1a7f37", "#8250df", "#bf8700", "#57606a", "#b
 
 def series(folder: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
     """(training, held-out) points (step, nats) of one run."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    train = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
-    return train, [(r["step"], r["heldout_loss"]) for r in records if r.get("heldout_loss") is not None]
+    records = records_of(folder)
+    return points(records, "step", "loss"), points(records, "step", "heldout_loss")
 
 
 def draw(runs: dict[str, Path]) -> str:
+    """The picture. Raises NoCurve for a folder that is no run's, or if no run has a loss yet."""
     curves = {label: series(folder) for label, folder in runs.items()}
-    last = max(step for train, held in curves.values() for step, _ in train + held)
+    if not any(train or held for train, held in curves.values()):
+        raise NoCurve(f"no loss in {', '.join(map(str, runs.values()))} yet")
+    last = max(1, *(int(step) for train, held in curves.values() for step, _ in train + held))
     values = [loss for train, held in curves.values() for _, loss in train + held]
     low, high = min(values) // 0.5 * 0.5, (max(values) // 0.5 + 1) * 0.5
     x = lambda step: LEFT + (WIDTH - LEFT - RIGHT) * step / last
@@ -39,15 +46,28 @@ def draw(runs: dict[str, Path]) -> str:
     parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">optimizer step</text>')
     for index, (label, (train, held)) in enumerate(curves.items()):
         colour = COLOURS[index % len(COLOURS)]
-        points = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in train)
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1" opacity="0.6"/>')
+        path = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in train)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1" opacity="0.6"/>')
         parts += [f'<circle cx="{x(s):.1f}" cy="{y(v):.1f}" r="3" fill="{colour}"/>' for s, v in held]
         final = f"{label}  {held[-1][1]:.3f}" if held else label
         parts.append(f'<text x="{WIDTH - RIGHT + 10}" y="{TOP + 20 + 20 * index}" fill="{colour}">{final}</text>')
     return "\n".join([*parts, "</svg>", ""])
 
 
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="SVG file")
+    parser.add_argument("runs", nargs="+", metavar="LABEL=RUN_FOLDER")
+    args = parser.parse_args(argv)
+    named = (word.partition("=") for word in args.runs)
+    try:
+        picture = draw({label: Path(folder) for label, _, folder in named})
+    except NoCurve as error:
+        print(error, file=sys.stderr)
+        return 2
+    keep_text(args.out, picture)
+    return 0
+
+
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
-        raise SystemExit(__doc__)
-    Path(sys.argv[1]).write_text(draw({a.split("=", 1)[0]: Path(a.split("=", 1)[1]) for a in sys.argv[2:]}))
+    sys.exit(piped(main))

@@ -15,6 +15,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hope.arguments import count, whole
+from hope.pipe import piped
+
 ROOT = Path(__file__).parents[1]
 SOURCES = ("a", 3), ("b", 1)
 
@@ -48,25 +53,25 @@ def run(config: str, overrides: list[str], processes: int, steps: int) -> list[d
     return [record for record in map(json.loads, lines) if record["step"] > 0]
 
 
-def main() -> None:
+def main() -> int:
     """Print one line per case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/quickstart.yaml")
     parser.add_argument("--data", nargs=2, default=["data/quickstart/train", "data/quickstart/heldout"])
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--processes", "--gpus", type=int, default=1)
+    parser.add_argument("--steps", type=whole(), default=20)
+    parser.add_argument("--processes", "--gpus", type=count, default=1)
     parser.add_argument("overrides", nargs="*", help="section.key=value for every case")
     args = parser.parse_intermixed_args()
-    sys.path.insert(0, str(ROOT))
     print(f"{'case':<14}{'step ms':>10}{'wait ms':>10}{'share':>9}{'worst step':>12}{'first step':>12}")
     for name, overrides in cases(*map(str, (Path(path).absolute() for path in args.data))).items():
         first, *rest = run(args.config, [*overrides, *args.overrides], args.processes, args.steps)
         shares = [record["data_time_s"] / record["step_time_s"] for record in rest]
-        whole = sum(record["data_time_s"] for record in rest) / sum(record["step_time_s"] for record in rest)
+        share = sum(record["data_time_s"] for record in rest) / sum(record["step_time_s"] for record in rest)
         step, wait = (1e3 * statistics.median(record[key] for record in rest) for key in ("step_time_s", "data_time_s"))
         begun = first["data_time_s"] / first["step_time_s"]
-        print(f"{name:<14}{step:>10.1f}{wait:>10.3f}{whole:>9.3%}{max(shares):>12.3%}{begun:>12.3%}", flush=True)
+        print(f"{name:<14}{step:>10.1f}{wait:>10.3f}{share:>9.3%}{max(shares):>12.3%}{begun:>12.3%}", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(piped(main))

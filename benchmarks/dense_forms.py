@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -29,13 +28,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from kept import keep
 from torch import Tensor
 
+from hope.arguments import result_file, whole
 from hope.dense import Compiled, Form, eager
 from hope.heads import ops
 from hope.layers import gated, rms_norm, rotated, rotation
 from hope.loss import LARGEST, block_alone
 from hope.mixers.self_modifying import memory_input, merge_heads
+from hope.pipe import piped
 
 Case = tuple[Callable[..., Any], list[Any]]
 KERNELS = {memory_input: ops.memory_input, merge_heads: ops.merge_heads}
@@ -179,15 +181,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
-    parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--width", type=int, default=1536)
-    parser.add_argument("--head", type=int, default=64)
-    parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--repeat", type=int, default=10)
+    parser.add_argument("--length", type=whole(), default=4096)
+    parser.add_argument("--batch", type=whole(), default=8)
+    parser.add_argument("--width", type=whole(), default=1536)
+    parser.add_argument("--head", type=whole(), default=64)
+    parser.add_argument("--vocabulary", type=whole(), default=32000)
+    parser.add_argument("--repeat", type=whole(), default=10)
     parser.add_argument("--only", help="parts by their first words, such as memory_input,merge_heads")
     parser.add_argument("--blocks", nargs="*", help="sizes of the kernels' programs; on a GPU those of a run")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=result_file)
     args = parser.parse_args(argv)
     blocks = args.blocks if args.blocks is not None else [""] if args.device == "cuda" else []
     compiled, rows = Compiled(args.backend), []
@@ -210,9 +212,9 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(edge_row(args))
     if args.json:
         gpu = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-        args.json.write_text(json.dumps([{**row, "gpu": gpu} for row in rows], indent=1) + "\n")
+        keep(args.json, [{**row, "gpu": gpu} for row in rows])
     return int(any(row["bad"] for row in rows))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

@@ -25,14 +25,15 @@ from typing import Any
 import probes
 import recipe
 import torch
-import yaml
 from family_picture import draw
-from kept import keep, keep_text, plan_of, rows_of
+from kept import keep, keep_text, pair, plan_of, rows_of
 from recipe import Cell, Plan, Row
 from throughput import SAME
 
+from hope.arguments import result_file
 from hope.block import Block
 from hope.config import ModelConfig
+from hope.pipe import piped
 
 ASKED = ("mqar", "parity", "s5")
 SETTING = [key for key in SAME if key not in ("model", "heads", "hope")]
@@ -137,12 +138,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--recipe", nargs=2, type=Path, action="append", required=True, metavar=("PLAN", "ROWS"))
     parser.add_argument("--optimizer", default="muon")
     parser.add_argument("--throughput", nargs="*", type=Path, default=[], metavar="ROWS")
-    parser.add_argument("--where", nargs="*", default=[], metavar="KEY=VALUE", help="of rows of --throughput")
+    parser.add_argument("--where", nargs="*", type=pair, default=[], metavar="KEY=VALUE", help="of its rows")
     parser.add_argument("--probes", nargs="*", type=Path, default=[], metavar="ROWS")
-    parser.add_argument("--json", type=Path, help="write the joined rows here")
-    parser.add_argument("--picture", type=Path, help="write an SVG here")
+    parser.add_argument("--json", type=result_file, help="write the joined rows here")
+    parser.add_argument("--picture", type=result_file, help="write an SVG here")
     args = parser.parse_args(argv)
-    args.where = {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in args.where)}
+    args.where = dict(args.where)
     if unknown := [key for key in args.where if key not in SAME]:
         parser.error(f"--where {unknown[0]}: rows have {', '.join(SAME)}")
     return args
@@ -166,4 +167,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

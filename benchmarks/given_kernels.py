@@ -12,7 +12,6 @@ Times are of forward and backward of the loop alone, bf16, against the plain for
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -23,12 +22,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from kept import keep_text
+from kept import keep
 from memory_stages import relative
 from torch import Tensor
 
+from hope.arguments import result_file, whole
 from hope.memory.given.ops import fused_memory
 from hope.memory.linear import linear_memory
+from hope.pipe import piped
 
 # (outputs, gradients), relative in norm, as in benchmarks/memory_kernels.py
 BOUNDS = {"bf16": (1e-2, 2e-2), "tf32": (4e-3, 4e-3)}
@@ -155,13 +156,13 @@ def _gpu(device: str) -> str:
 def write(path: Path | None, found: dict[str, list[dict[str, Any]]]) -> None:
     """As rows come: a later case may hang, or have no time."""
     if path is not None:
-        keep_text(path, json.dumps(found, indent=1) + "\n")
+        keep(path, found)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--json", type=result_file)
+    parser.add_argument("--steps", type=whole(), default=10)
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args(argv)
     found: dict[str, list[dict[str, Any]]] = {"check": [], "time": []}
@@ -181,4 +182,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

@@ -28,8 +28,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from kept import keep
 from layouts import ROOT
 
+from hope.arguments import count, finite, result_file, whole
+from hope.pipe import piped
 from hope.stored import folders
 from launch.runs import records
 from parallel.referee.verdict import LOSS_TOLERANCE, relative
@@ -216,21 +219,21 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", help="section.key=value of all runs, YAML files to merge")
-    parser.add_argument("--devices", type=int, default=4)
+    parser.add_argument("--devices", type=count, default=4)
     parser.add_argument("--first", nargs="+", default=[], metavar="KEY=VALUE", help="of the first layout")
-    parser.add_argument("--then-devices", type=int, default=2)
+    parser.add_argument("--then-devices", type=count, default=2)
     parser.add_argument("--then", nargs="+", default=["parallel.tensor=2"], metavar="KEY=VALUE", help="of the second")
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--save-at", type=int, default=4, help="steps between checkpoints")
-    parser.add_argument("--kill-at", type=int, default=6, help="no earlier than when this step is logged")
-    parser.add_argument("--rank", type=int, default=1, help="that is killed")
-    parser.add_argument("--grace", type=float, default=60.0, help="seconds that the others have to end by themselves")
+    parser.add_argument("--steps", type=whole(), default=16)
+    parser.add_argument("--save-at", type=whole(), default=4, help="steps between checkpoints")
+    parser.add_argument("--kill-at", type=whole(), default=6, help="no earlier than when this step is logged")
+    parser.add_argument("--rank", type=whole(0), default=1, help="that is killed")
+    parser.add_argument("--grace", type=finite, default=60.0, help="seconds that the others have to end by themselves")
     parser.add_argument("--together", action="store_true", help="the run that is left alone at the same time")
-    parser.add_argument("--tolerance", type=float, default=0.0, help="of a loss, relative; default: the referee's")
+    parser.add_argument("--tolerance", type=finite, default=0.0, help="of a loss, relative; default: the referee's")
     parser.add_argument("--precision", choices=list(LOSS_TOLERANCE), default="bf16", help="train.precision of all runs")
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds for everything")
+    parser.add_argument("--limit", type=finite, default=600.0, help="seconds for everything")
     parser.add_argument("--folder", default="runs/kill-resume", help="of the runs; it is removed at the start")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=result_file)
     args = parser.parse_intermixed_args(argv)
     args.overrides.append(f"train.precision={args.precision}")
     args.tolerance = args.tolerance or LOSS_TOLERANCE[args.precision]
@@ -239,12 +242,11 @@ def main(argv: list[str] | None = None) -> int:
     except Failed as error:
         print(f"kill_resume: {error}", file=sys.stderr)
         return 2
-    text = json.dumps(found, indent=1)
-    print(text)
+    print(json.dumps(found, indent=1))
     if args.json:
-        args.json.write_text(text + "\n")
+        keep(args.json, found)
     return int(not found["equal"])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

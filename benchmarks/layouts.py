@@ -22,10 +22,15 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
+from kept import keep
 
 from configs.schema import Config, load, validate_without_data
+from hope.arguments import count, finite, result_file, whole
 from hope.batch import Batch
+from hope.pipe import piped
 from hope.train.numerics import set_numerics
 from hope.train.throughput import GIB
 from launch.estimate import worst_rank
@@ -196,9 +201,9 @@ def judged(row: dict) -> str:
     return f"{word} | {worst['gradient']:.1e} {worst['name']} | {loss:.1e} | {row['weights_error']:.1e}"
 
 
-def save(out: str, found: dict) -> None:
+def save(out: Path | None, found: dict) -> None:
     if out:
-        Path(out).write_text(json.dumps(found, indent=1) + "\n")
+        keep(out, found)
 
 
 def chosen_layouts(args: argparse.Namespace) -> dict[str, list[str]]:
@@ -214,14 +219,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--devices", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--devices", type=count, default=2)
+    parser.add_argument("--steps", type=whole(), default=5)
     parser.add_argument("--only", default=",".join(LAYOUTS), help=f"of {', '.join(LAYOUTS)}")
     parser.add_argument("--layout", action="append", default=[], metavar="NAME=OVERRIDES", help="{n}: of devices")
     parser.add_argument("--referee", action="store_true")
-    parser.add_argument("--jobs", type=int, default=1, help="verdicts at a time, which share the devices")
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds for one layout")
-    parser.add_argument("--out", default="")
+    parser.add_argument("--jobs", type=count, default=1, help="verdicts at a time, which share the devices")
+    parser.add_argument("--limit", type=finite, default=600.0, help="seconds for one layout")
+    parser.add_argument("--out", type=result_file)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args()
     if args.worker:
@@ -238,4 +243,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

@@ -28,9 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from cases import Case, child, report
+from kept import keep
 from memory_stages import Run, check_chunk, not_finite, relative
 from torch import Tensor
 
+from hope.arguments import count, result_file, whole
 from hope.dense import Compiled, set_form
 from hope.documents import ChunkLayout, Documents, plain_layout
 from hope.layers import unit
@@ -43,6 +45,7 @@ from hope.memory.scan import Given, Memories, Scanned, States, scan
 from hope.mixers import Trunk, self_modifying
 from hope.mixers.self_modifying import SelfModifyingTitans
 from hope.parameters import initialise
+from hope.pipe import piped
 
 # (outputs, gradients and stages) by kind, relative in norm. Triton cuts fp32 operands off to TF32 instead of rounding
 # them: 2e-3 was seen in gradients on an H100. bf16: 5e-3.
@@ -273,9 +276,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=["check", "time", "one"])
     parser.add_argument("rest", nargs="*", help="of one: check or time, and its keys as JSON")
-    parser.add_argument("--json", type=Path, help="where to write all numbers")
-    parser.add_argument("--limit", type=int, default=170, help="seconds per configuration")
-    parser.add_argument("--jobs", type=int, default=4, help="checks side by side; times are taken alone")
+    parser.add_argument("--json", type=result_file, help="where to write all numbers")
+    parser.add_argument("--limit", type=whole(), default=170, help="seconds per configuration")
+    parser.add_argument("--jobs", type=count, default=4, help="checks side by side; times are taken alone")
     args = parser.parse_args()
     if args.mode == "one":
         one(args.rest[0], json.loads(args.rest[1]) if len(args.rest) > 1 else {})
@@ -287,9 +290,9 @@ def main() -> int:
     for result in results:
         print(result["mode"], json.dumps(result["case"]), result["verdict"])
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
+        keep(args.json, results)
     return int(any(result["verdict"] != "ok" for result in results))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

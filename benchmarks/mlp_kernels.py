@@ -29,9 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from cases import Case, child, report
+from kept import keep
 from mlp_stages import Formulas
 from torch import Tensor
 
+from hope.arguments import result_file, whole
 from hope.documents import ChunkLayout, Documents, plain_layout
 from hope.layers import unit
 from hope.memory.config import MemoryConfig
@@ -45,6 +47,7 @@ from hope.memory.two_layer.stages import Kernels
 from hope.mixers import Trunk, self_modifying
 from hope.mixers.self_modifying import SelfModifyingTitans
 from hope.parameters import initialise
+from hope.pipe import piped
 
 BOXES = ("k", "v", "eta", "alpha", "main")
 # (outputs, gradients and stages) by kind, relative in norm, as in benchmarks/memory_kernels.py
@@ -329,8 +332,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", nargs="?", choices=["all", "check", "time", "one"], default="all")
     parser.add_argument("rest", nargs="*")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--limit", type=int, default=240, help="seconds per case")
+    parser.add_argument("--json", type=result_file)
+    parser.add_argument("--limit", type=whole(), default=240, help="seconds per case")
     args = parser.parse_args(argv)
     if args.mode == "one":
         report((check if args.rest[0] == "check" else measure)(json.loads(args.rest[1])))
@@ -340,11 +343,11 @@ def main(argv: list[str] | None = None) -> int:
         for case in cases if args.mode in ("all", mode) else []:
             rows.append(child(__file__, mode, args.limit, case))
             if args.json:
-                args.json.write_text(json.dumps(rows, indent=1) + "\n")
+                keep(args.json, rows)
     wrong = [row for row in rows if row["verdict"] != "ok"]
     print(f"{len(rows) - len(wrong)} of {len(rows)} cases ok", flush=True)
     return int(bool(wrong))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

@@ -27,6 +27,8 @@ from quality import KINDS, ROOT, run, summarise
 
 from configs.errors import ConfigError
 from configs.schema import load
+from hope.arguments import count, finite, whole
+from hope.pipe import piped
 
 OPTIMIZERS = {
     "adamw": ["optim.name=adamw"],
@@ -159,15 +161,15 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=["matrix", "transformer"], choices=list(KINDS))
     main_ones = ["adamw", "dmgd_linear", "dmgd_mlp", "muon", "m3"]
     parser.add_argument("--optimizers", nargs="+", default=main_ones, choices=list(OPTIMIZERS))
-    parser.add_argument("--steps", type=int, default=640)
-    parser.add_argument("--tune-steps", type=int, default=0, help="of the grid's runs; 0: as --steps")
-    parser.add_argument("--grid", nargs="+", type=float, default=[1.5e-3, 3e-3, 6e-3])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--steps", type=whole(), default=640)
+    parser.add_argument("--tune-steps", type=whole(0), default=0, help="of the grid's runs; 0: as --steps")
+    parser.add_argument("--grid", nargs="+", type=finite, default=[1.5e-3, 3e-3, 6e-3])
+    parser.add_argument("--seeds", nargs="+", type=whole(0), default=[1, 2, 3])
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="A.B=C", help="overrides for every run whose choices use the key"
     )
-    parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time on one device")
+    parser.add_argument("--gpus", type=count, default=1)
+    parser.add_argument("--jobs", type=count, default=1, help="runs at a time on one device")
     args = parser.parse_args()
     args.tokens = tokens_per_step(args)
     args.tune_steps = args.tune_steps or args.steps
@@ -189,4 +191,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

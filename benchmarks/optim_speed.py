@@ -22,10 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from hope.arguments import finite, whole
 from hope.optim.build import build_optimizer
 from hope.optim.clocks import ClockedOptimizer
 from hope.optim.config import DmgdConfig, MlpConfig, OptimConfig
 from hope.optim.segments import Piece, Segments
+from hope.pipe import piped
 
 SETTINGS = {
     "dmgd linear (AdamW)": OptimConfig(),
@@ -86,11 +88,11 @@ def bytes_per_parameter(optimizer: torch.optim.Optimizer, numbers: int) -> float
     return sum(t.numel() * t.element_size() for t in tensors) / numbers
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parameters", type=float, default=1e9)
-    parser.add_argument("--shape", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--parameters", type=finite, default=1e9)
+    parser.add_argument("--shape", type=whole(), default=2048)
+    parser.add_argument("--steps", type=whole(), default=20)
     parser.add_argument("--only", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -126,7 +128,8 @@ def main() -> None:
         del pair
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(piped(main))

@@ -27,6 +27,8 @@ from kept import plan_of, rows_of
 from recipe import ROOT, Plan, Row, Runs, flat
 from tables import markdown
 
+from hope.pipe import piped
+
 NEEDLE = "needle"
 
 
@@ -180,4 +182,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

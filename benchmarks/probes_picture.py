@@ -19,6 +19,7 @@ from probes import NEEDLE, best_rows
 from recipe import Row
 from recipe_picture import NAMES
 
+from hope.pipe import piped
 from hope.train.plot.picture import COLOURS, PALE, Axis, Dot, Line, Picture, Words
 
 WIDE, HIGH, GAP, TOP, BOTTOM, LEFT = 270, 210, 50, 34, 84, 40
@@ -105,4 +106,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

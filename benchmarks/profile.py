@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from configs.schema import load
+    from hope.arguments import whole
     from hope.batch import Batch
     from hope.train.numerics import set_numerics
     from hope.train.profiler import StepProfiler
@@ -40,8 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--warm", type=int, default=3, help="steps before")
-    parser.add_argument("--steps", type=int, default=2, help="recorded steps")
+    parser.add_argument("--warm", type=whole(0), default=3, help="steps before")
+    parser.add_argument("--steps", type=whole(), default=2, help="recorded steps")
     parser.add_argument("--out", type=Path, default=Path("profile"), help="folder of the trace")
     args = parser.parse_intermixed_args(argv)
     config = load(args.config, args.overrides, check=False)
@@ -71,4 +72,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from hope.pipe import piped
+
+    sys.exit(piped(main))

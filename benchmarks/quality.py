@@ -19,6 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hope.arguments import count
+from hope.pipe import piped
+
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = {
     "matrix": ["model.mixers.hope.memory=matrix"],
@@ -104,8 +109,8 @@ def main() -> int:
     parser.add_argument("--data", nargs=2, required=True, metavar=("TRAIN", "HELDOUT"))
     parser.add_argument("--out", default="runs/quality")
     parser.add_argument("--run", action="append", required=True)
-    parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time on one device")
+    parser.add_argument("--gpus", type=count, default=1)
+    parser.add_argument("--jobs", type=count, default=1, help="runs at a time on one device")
     args = parser.parse_args()
     Path(args.out).mkdir(parents=True, exist_ok=True)
     cells = [cell for text in args.run for cell in parse(text)]
@@ -120,4 +125,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

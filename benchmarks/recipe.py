@@ -36,7 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kept import keep, plan_of, rows_of
 
 from configs.schema import Config, load
+from hope.arguments import count, result_file
 from hope.matched import matched_hidden, parameters
+from hope.pipe import piped
 from parallel.exits import DO_NOT_RESTART
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -294,9 +296,9 @@ def parser_of(about: str | None, name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", type=Path, default=ROOT / f"benchmarks/{name}.yaml")
     parser.add_argument("--out", default=f"runs/{name}", help="folder of the runs")
-    parser.add_argument("--json", type=Path, help="rows that are there are kept")
-    parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time on one device")
+    parser.add_argument("--json", type=result_file, help="rows that are there are kept")
+    parser.add_argument("--gpus", type=count, default=1)
+    parser.add_argument("--jobs", type=count, default=1, help="runs at a time on one device")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="until what is not done is left alone")
     parser.add_argument("--table", type=Path, help="print the table of such a file, run nothing")
     return parser
@@ -325,4 +327,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kept import keep_text, plan_of, rows_of
 from recipe import ROOT, Cell, Plan, Row, grid
 
+from hope.pipe import piped
 from hope.train.plot.picture import COLOURS, PALE, Axis, Dot, Line, Picture, Words
 
 NAMES = {
@@ -104,4 +105,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

@@ -31,6 +31,8 @@ from layouts import torchrun
 
 from configs.errors import ConfigError
 from configs.schema import validate_without_data
+from hope.arguments import count, finite, result_file, whole
+from hope.pipe import piped
 from hope.sections import Problem
 from launch import scaling
 from launch.grid import Cell, Grid, all_cells, cell_config, cells, load, why_left_out
@@ -176,15 +178,15 @@ def run(args: argparse.Namespace, grid: Grid) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid", help="YAML file of launch/sweeps/ with `where: local`")
-    parser.add_argument("--devices", nargs="+", type=int, default=[], help="numbers of them; default: all that fit")
+    parser.add_argument("--devices", nargs="+", type=count, default=[], help="numbers of them; default: all that fit")
     parser.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="cells, best first")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="behind the grid's own overrides")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps")
-    parser.add_argument("--limit", type=float, default=90.0, help="seconds for one cell, and for the start")
-    parser.add_argument("--budget", type=float, default=3600.0, help="seconds after which no cell begins")
-    parser.add_argument("--json", type=Path, help="rows are added to this file; an equal measurement is replaced")
+    parser.add_argument("--steps", type=whole(), default=3, help="timed steps")
+    parser.add_argument("--limit", type=finite, default=90.0, help="seconds for one cell, and for the start")
+    parser.add_argument("--budget", type=finite, default=3600.0, help="seconds after which no cell begins")
+    parser.add_argument("--json", type=result_file, help="rows are added here; an equal measurement is replaced")
     parser.add_argument("--worker", nargs="+", default=[], help=argparse.SUPPRESS)
-    parser.add_argument("--until", type=float, default=0.0, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=finite, default=0.0, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     try:
         grid = load(args.grid)
@@ -202,4 +204,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

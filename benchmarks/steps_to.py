@@ -25,6 +25,10 @@ from curves import series
 from kept import plan_of, rows_of
 from recipe import ROOT, Cell, best
 
+from hope.arguments import finite
+from hope.pipe import piped
+from hope.train.plot.curves import NoCurve
+
 Curve = list[tuple[int, float]]
 
 
@@ -109,10 +113,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--model", required=True)
     parser.add_argument("--of", default="adamw", help="the optimizer that the others are compared with")
-    parser.add_argument("--target", type=float, help="nats; by default the worst last loss of --of")
+    parser.add_argument("--target", type=finite, help="nats; by default the worst last loss of --of")
     args = parser.parse_args(argv)
     plan = plan_of(args.plan)
-    found = curves(plan, rows_of(args.json), args.model, args.out)
+    try:
+        found = curves(plan, rows_of(args.json), args.model, args.out)
+    except NoCurve as error:
+        parser.error(str(error))
     if not found.get(args.of):
         parser.error(f"{args.out} has no runs of {args.of} with {args.model} at the best rates of a complete grid")
     target = max(curve[-1][1] for curve in found[args.of]) if args.target is None else args.target
@@ -121,4 +128,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

@@ -30,16 +30,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import yaml
 from contestants import GPT, MODELS, SIZES, USUAL, Choices, Contestant, build, model_config
-from kept import keep, rows_of
+from kept import keep, pair, rows_of
 from torch.autograd import DeviceType
 
+from hope.arguments import finite, result_file, whole
 from hope.batch import Batch
 from hope.config import ModelConfig
 from hope.dense import COMPILE
 from hope.model import Slice
 from hope.optim.config import OptimConfig
+from hope.pipe import piped
 from hope.train.config import TrainConfig
 from hope.train.numerics import set_numerics
 from hope.train.throughput import GIB, Devices, mfu
@@ -275,22 +276,21 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="340m")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(USUAL))
-    parser.add_argument("--seq", nargs="+", type=int, default=[4096], help="lengths; each divides --tokens")
-    parser.add_argument("--heads", type=int, default=0, help="of models with memories; 0: as the Transformer++")
-    parser.add_argument("--hope", nargs="+", default=[], metavar="KEY=VALUE", help="keys of model.mixers.hope")
-    parser.add_argument("--tokens", type=int, default=131072, help="per step, at every length")
+    parser.add_argument("--seq", nargs="+", type=whole(), default=[4096], help="lengths; each divides --tokens")
+    parser.add_argument("--heads", type=whole(0), default=0, help="of models with memories; 0: as the Transformer++")
+    parser.add_argument("--hope", nargs="+", type=pair, default=[], metavar="KEY=VALUE", help="of model.mixers.hope")
+    parser.add_argument("--tokens", type=whole(), default=131072, help="per step, at every length")
     parser.add_argument("--compile", choices=COMPILE, default="none", help="train.compile of this project's models")
     parser.add_argument("--graphs", action="store_true", help="train.cuda_graphs of this project's models")
     parser.add_argument("--recompute", choices=["none", "memory", "mlp", "block"], default="none")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
-    parser.add_argument("--micro-batch", nargs="+", type=int, default=[], help="of all models, the faster of these")
-    parser.add_argument("--cap", type=float, default=72.0, help="GiB that a model may reserve")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of every model")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of a turn")
-    parser.add_argument("--json", type=Path, help="rows are added to this file; an equal measurement is replaced")
+    parser.add_argument("--micro-batch", nargs="+", type=whole(), default=[], help="of all models, the faster of these")
+    parser.add_argument("--cap", type=finite, default=72.0, help="GiB that a model may reserve")
+    parser.add_argument("--rounds", type=whole(), default=3, help="turns of every model")
+    parser.add_argument("--steps", type=whole(), default=5, help="timed steps of a turn")
+    parser.add_argument("--json", type=result_file, help="rows are added here; an equal measurement is replaced")
     args = parser.parse_args(argv)
-    pairs = (word.partition("=") for word in args.hope)
-    args.choices = Choices(args.heads, tuple((key, yaml.safe_load(value)) for key, _, value in pairs))
+    args.choices = Choices(args.heads, tuple(args.hope))
     for seq in args.seq:
         if seq < 1 or args.tokens % seq:
             parser.error(f"--seq {seq} does not divide --tokens {args.tokens}")
@@ -326,4 +326,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

@@ -19,6 +19,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hope.arguments import count, finite, whole
+from hope.pipe import piped
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -72,17 +77,16 @@ def wait_until_quiet(most: float, patience: float) -> None:
             return
 
 
-def main() -> None:
+def main() -> int:
     """Print every run and the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True)
     parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--workers", nargs=2, type=int, default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--others", type=float, default=0.2, help="most cores of other programs (default 0.2)")
-    parser.add_argument("--patience", type=float, default=0, help="seconds to wait for others before each round")
+    parser.add_argument("--workers", nargs=2, type=count, default=[1, 2])
+    parser.add_argument("--rounds", type=whole(), default=3)
+    parser.add_argument("--others", type=finite, default=0.2, help="most cores of other programs (default 0.2)")
+    parser.add_argument("--patience", type=finite, default=0, help="seconds to wait for others before each round")
     args = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
     megabytes = sum(map(os.path.getsize, args.input)) / 1e6
     print(f"{megabytes:.1f} MB of input, {os.cpu_count()} cores")
     rounds: list[list[TimedRun]] = []
@@ -99,6 +103,7 @@ def main() -> None:
                     flush=True,
                 )
     report(rounds, args.workers, args.others, megabytes)
+    return 0
 
 
 def report(rounds: list[list[TimedRun]], workers: list[int], most: float, megabytes: float) -> None:
@@ -108,11 +113,11 @@ def report(rounds: list[list[TimedRun]], workers: list[int], most: float, megaby
     spare = [max((os.cpu_count() or 1) - count, 0) / 2 for count in workers]
     quiet = [pair for pair in rounds if all(run.others < most + free for run, free in zip(pair, spare, strict=True))]
     print(f"{len(quiet)} of {len(rounds)} rounds were quiet")
-    for number, count in enumerate(workers):
+    for number, several in enumerate(workers):
         if quiet:
             wall, cpu = (statistics.median(getattr(pair[number], name) for pair in quiet) for name in ("wall", "cpu"))
             print(
-                f"{count} workers, median: {wall:.1f} s, {megabytes / wall:.2f} MB/s,"
+                f"{several} workers, median: {wall:.1f} s, {megabytes / wall:.2f} MB/s,"
                 f" CPU {cpu:.1f} s, {megabytes / cpu:.2f} MB per CPU second"
             )
     if quiet:
@@ -123,4 +128,4 @@ def report(rounds: list[list[TimedRun]], workers: list[int], most: float, megaby
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(piped(main))

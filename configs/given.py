@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.source import one_line, plain, read_yaml
+from data_prep.yaml_text import shallow
 from hope.sections import Problem
 
 OVERRIDE = re.compile(r"[A-Za-z_]\w*(\[\d+\]|\.[\w-]+)*")
@@ -112,7 +113,7 @@ def _paths(key: str, value: Any) -> Iterator[str]:
 
 def _yaml_value(word: str) -> Any:
     """The value YAML reads in the word, interpolations left as they are; nothing is null."""
-    return plain(OmegaConf.create({"value": None} if not word else f"value: {word}"))["value"]
+    return plain(OmegaConf.create({"value": None} if not word else shallow(f"value: {word}")))["value"]
 
 
 def _suggest(override: str) -> str:

@@ -17,7 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from configs.source import plain
 from configs.synonyms import ELSEWHERE, SYNONYMS
 from configs.tree import leaves, named_sections, strip_optional
-from configs.usable import LARGEST, unusable
+from configs.usable import unusable
+from hope.arguments import LARGEST
 from hope.sections import Problem
 
 BAD = object()

@@ -15,6 +15,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data_prep.yaml_text import shallow
 from hope.sections import Problem
 
 MERGE_KEY = "<<"
@@ -35,7 +36,7 @@ def read_yaml(path: str, problems: list[Problem]) -> tuple[DictConfig, dict[str,
         problems.append(Problem("(file)", f"cannot read {path}: {reason}", _nearest_file(path)))
         return empty, {}
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml.compose(shallow(text), Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         problems.append(
             Problem("(file)", f"not valid YAML: {one_line(error)}", "check the indentation and quotes there")

@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 from typing import Any
 
-LARGEST = 2**63 - 1
-"""Of any whole number: what tensors and files are indexed with."""
-LARGEST_SIZE = 2**24
-"""Of what shapes are made of. Shapes of a few such sizes can still be counted, in no time, and be refused."""
+from hope.arguments import LARGEST, LARGEST_SIZE
+
 SIZES = re.compile(r"(model\.(?!cms\.periods)|parallel\.|optim\.(dmgd|muon|m3)\.).*|train\.(global|micro)_batch")
 
 
 def largest(path: str) -> int:
     """The largest whole number at a path of a run's configuration."""
     return LARGEST_SIZE if SIZES.fullmatch(path) else LARGEST
-
-
-def count(word: str) -> int:
-    """A number of devices, nodes or parts on a command line, for argparse."""
-    number = int(word)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1; 1 or more works")
-    if number > LARGEST_SIZE:
-        raise argparse.ArgumentTypeError(f"{number:,} is more than there are; at most {LARGEST_SIZE:,} works")
-    return number
-
-
-count.__name__ = "int"  # argparse says `invalid int value`
 
 
 def unusable(value: Any, most: int = LARGEST) -> tuple[str, str] | None:

@@ -11,6 +11,7 @@ from data_prep.quickstart import quickstart
 from data_prep.tokenizing import cli as tokenize_cli
 from data_prep.tokenizing import split_cli, tokenizer_cli
 from data_prep.training import cli as training_cli
+from hope.arguments import whole
 from hope.pipe import piped
 
 
@@ -20,7 +21,7 @@ def build_parser(*, training: bool = True) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     quick = commands.add_parser("quickstart", help="corpus, tokenizer and token files without network")
     quick.add_argument("--out", required=True, type=user_path, help="folder, for example data/quickstart")
-    quick.add_argument("--vocab", type=int, default=8192, help="tokenizer pieces (default 8192)")
+    quick.add_argument("--vocab", type=whole(), default=8192, help="tokenizer pieces (default 8192)")
     quick.set_defaults(run=lambda args: quickstart(args.out, args.vocab))
     corpus_cli.add_parser(commands)
     split_cli.add_parser(commands)

@@ -10,6 +10,7 @@ from typing import IO
 
 from data_prep.errors import PathError
 from data_prep.paths import naming, reason
+from hope.train.written import check_replaceable
 
 
 @contextmanager
@@ -21,6 +22,10 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     """
     path = Path(path)
     make_folder(path.parent)
+    try:
+        check_replaceable(path)
+    except OSError as error:
+        raise _unwritable(path, error) from None
     # The process id is in the name so that two runs on one folder never write into the same temporary file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

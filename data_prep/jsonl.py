@@ -1,11 +1,11 @@
 """Lines of JSON: one object with a string "text" per line, compressed or not."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.compressed import open_bytes
 from data_prep.errors import DataError
+from hope.nesting import json_of
 
 
 def read_texts(path: str | Path, key: str = "text") -> Iterator[str]:
@@ -27,7 +27,7 @@ def read_texts(path: str | Path, key: str = "text") -> Iterator[str]:
 
 
 def _text_of(line: bytes, key: str) -> str:
-    value = json.loads(line.rstrip(b"\r\n").decode("utf-8"))
+    value = json_of(line.rstrip(b"\r\n").decode("utf-8"))
     if not isinstance(value, dict):
         raise ValueError(f"expected an object, found {type(value).__name__}")
     text = value.get(key)

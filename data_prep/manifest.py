@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from data_prep.errors import DataError
 from data_prep.files import sha256_file, write_json
 from data_prep.indexed import Header, check_bin, read_header
 from data_prep.paths import naming
+from hope.nesting import json_of
 
 FORMAT = 3
 READABLE = (1, 2, 3)  # format 1 had the fields up to `format`, format 2 those up to `recipe`
@@ -73,7 +73,7 @@ def load_manifest(prefix: str | Path) -> TokenSetManifest:
     path = manifest_path(prefix)
     try:
         with naming(path, "no such file; tokenize again to make it"), open(path, "rb") as stream:
-            fields = json.load(stream)
+            fields = json_of(stream.read())
         if fields.get("format") not in READABLE:
             known = " and ".join(map(str, READABLE))
             raise DataError(f"{path}: format {fields.get('format')}, this version reads formats {known}")

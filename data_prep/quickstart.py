@@ -1,6 +1,5 @@
 """From nothing to token files: corpus, tokenizer, training and held-out sets; finished stages are kept."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from data_prep.jsonl import read_texts
 from data_prep.manifest import TokenSetManifest, is_verified, load_manifest
 from data_prep.tokenizing.tokenize import tokenize
 from data_prep.tokenizing.tokenizer import Tokenizer, train_tokenizer
+from hope.nesting import json_of
 
 Report = Callable[[str], None]
 
@@ -46,7 +46,7 @@ def make_tokenizer(text: Path, model: Path, vocab_size: int, report: Report = pr
     recipe = {"source_sha256": sha256_file(text), "vocab_size": vocab_size}
     record = model.with_suffix(".json")
     try:
-        done = json.loads(record.read_bytes())
+        done = json_of(record.read_bytes())
         if done == {**recipe, "sha256": sha256_file(model)}:
             report(f"tokenizer  {model}: {vocab_size} pieces (kept)")
             return Tokenizer.load(model)

@@ -16,9 +16,7 @@ def piped(main: Callable[[], int]) -> int:
     if sys.stdout is None:  # closed from the start, `>&-`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
-        code = main()
-        sys.stdout.flush()  # here, where it can be caught, and not at the interpreter's end
-        return code
+        return _flushed(main)
     except BrokenPipeError:
         close_output()
         return UNREAD
@@ -29,6 +27,17 @@ def piped(main: Callable[[], int]) -> int:
         print(f"error: {in_words(error)}", file=sys.stderr)
         close_output()
         return REFUSED
+
+
+def _flushed(main: Callable[[], int]) -> int:
+    """Empty standard output behind `main` too, where it can be caught, and not at the interpreter's end."""
+    try:
+        code = main()
+    except SystemExit:  # of argparse, behind --help
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+    return code
 
 
 def in_words(error: Exception) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from hope.config import ModelConfig
 from hope.model import Model
+from hope.nesting import json_of
 from hope.parameters import declaration_of
 from hope.stored import manifest
 from hope.stored.errors import CheckpointError, DamagedCheckpoint, UnfitWeights
@@ -107,7 +107,7 @@ def _from_checkpoint(path: Path, skipped: list[str], verify: bool) -> Pretrained
 
 def _from_export(path: Path) -> Pretrained:
     try:
-        described = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        described = json_of((path / CONFIG).read_text(encoding="utf-8"))
         if "model" not in described and "model_type" in described:
             raise UnfitWeights(f"{path} holds a {described['model_type']} of another program; {IMPORT}")
         record, step, tokenizer = described["model"], described.get("step", 0), described.get("tokenizer")

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from configs.errors import ConfigError
 from configs.schema import load, validate_without_data
-from configs.usable import count
+from hope.arguments import count, finite, result_file, whole
 from hope.pipe import piped
 from hope.sections import Problem
 from launch import collect, grid, local, preflight_cli, profile, speeds, status, submit, sweep
@@ -106,8 +106,8 @@ def _logs(acts: Commands) -> None:
 
     parser = _command(acts, "logs", "the end of a run's newest log", act)
     parser.add_argument("run")
-    parser.add_argument("--rank", type=int, default=0)
-    parser.add_argument("--lines", type=int, default=20)
+    parser.add_argument("--rank", type=whole(0), default=0)
+    parser.add_argument("--lines", type=whole(0), default=20)
     parser.add_argument("--follow", action="store_true")
 
 
@@ -172,7 +172,7 @@ def _compare(acts: Commands) -> None:
     parser = _command(acts, "compare", "estimated step times against measured ones, with the error of each", act)
     parser.add_argument("rows", type=Path, nargs="+", help="what `collect --json` or benchmarks/scale.py wrote")
     parser.add_argument(
-        "--bus-gb-s", type=float, default=profile.BUS_GB_S, help="all-reduce bus bandwidth of the host's GPUs"
+        "--bus-gb-s", type=finite, default=profile.BUS_GB_S, help="all-reduce bus bandwidth of the host's GPUs"
     )
 
 
@@ -205,7 +205,7 @@ def _collect(acts: Commands) -> None:
     parser.add_argument("grid", help="YAML file, see launch/sweeps/")
     parser.add_argument("--out", help="folder; default: the sweep's folder of runs")
     parser.add_argument(
-        "--json", type=Path, help="also add a row per cell to this file; one of the same cell is replaced"
+        "--json", type=result_file, help="also add a row per cell to this file; one of the same cell is replaced"
     )
     _limited(parser)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from configs.usable import count
+from hope.arguments import count
 
 
 def arguments(argv: Sequence[str] | None, about: str | None) -> argparse.Namespace:

@@ -17,6 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from hope.nesting import json_of
+
 PACKAGES = ("hope", "parallel", "data_prep", "configs", "launch")
 PROGRAM = "pretrain_hope.py"
 
@@ -65,7 +67,7 @@ class RunFolder:
     def job_ids(self) -> list[str]:
         """Every job that was submitted for this run, oldest first: `NUMBER`, or `NUMBER;CLUSTER`."""
         files = [path for path in (self.jobs, self.fresh / self.jobs.name) if path.exists()]
-        words = [word for path in files for word in path.read_text().split()]
+        words = [word for path in files for word in path.read_text(errors="replace").split()]
         return [word for word in words if re.fullmatch(r"\d+(;\S+)?", word)]
 
 
@@ -85,7 +87,7 @@ def write_json(path: Path, value: object) -> None:
 def read_json(path: Path, default: Any = None) -> Any:
     """The JSON value in `path`, `default` if there is no such file, or it is not whole or of another kind."""
     try:
-        found = json.loads(path.read_text())
+        found = json_of(path.read_text())
     except (OSError, ValueError):
         return default
     return found if default is None or isinstance(found, type(default)) else default

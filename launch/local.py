@@ -151,11 +151,13 @@ def refuse_held(run: RunFolder) -> None:
 
 def _announced_lives(facts: Mapping[str, Any]) -> bool | None:
     """Whether the process of these facts runs; None if that cannot be seen from here."""
+    if not isinstance(facts.get("pid"), int):  # no facts of a process
+        return False
     ours, theirs = kernel(), str(facts.get("kernel", ""))
     if ours and theirs == ours:
         return bool(started(facts.get("pid")) == facts.get("started"))
     started_anew = facts.get("host") == os.uname().nodename and ours.split(" ")[0] != theirs.split(" ")[0]
-    return False if not facts or started_anew else None
+    return False if started_anew else None
 
 
 def interrupt(run: RunFolder) -> str | None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
+
+from hope.nesting import is_number, json_of
+
+SHOWN = ("tokens", "loss", "heldout_loss", "grad_norm", "lr", "tokens_per_s", "tokens_per_s_per_device", "mfu",
+         "memory_gb", "step_time_s", "data_time_s", "eta_s")  # fmt: skip
+"""Keys of metrics.jsonl whose values are numbers."""
 
 
 def records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -17,10 +22,16 @@ def records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
         return []
     for line in lines:
         try:
-            found.append(json.loads(line))
+            found.append(json_of(line))
         except ValueError:  # the last line, being written
             continue
-    return [record for record in found if isinstance(record, dict) and isinstance(record.get("step", 0), int)]
+    return [record for record in found if isinstance(record, dict) and _is_ours(record)]
+
+
+def _is_ours(record: dict[str, Any]) -> bool:
+    """Whether what is counted and shown of it are numbers; null is one that was not finite, or not measured."""
+    counted = isinstance(record.get("step", 0), int) and record.get("step", 0) >= 0
+    return counted and all(record.get(key) is None or is_number(record[key]) for key in SHOWN)
 
 
 def steady(folder: Path) -> list[dict[str, Any]]:

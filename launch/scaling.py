@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError
+from hope.nesting import json_of
 from hope.sections import Problem
 from hope.train.written import replace_text
 from launch.grid import Cell, Grid, cell_config
@@ -95,7 +96,7 @@ def write(path: Path, rows: Sequence[Row]) -> None:
 def read(path: Path) -> list[Row]:
     """All rows of a file. Raises ConfigError: there are none, or one that is no row, by its number from 1."""
     try:
-        rows: list[Row] = json.loads(path.read_text())
+        rows: list[Row] = json_of(path.read_text())
     except (OSError, ValueError) as error:
         what = error.strerror if isinstance(error, OSError) else f"is no JSON: {error}"
         raise ConfigError(str(path), [Problem("(file)", str(what), WROTE)]) from error

@@ -58,7 +58,7 @@ def row(run: RunFolder) -> dict[str, str]:
         "eta": duration(last.get("eta_s")) if last.get("eta_s") is not None else "-",
         "starts": str(len(starts) + (read_json(run.budget, {}).get("open") is not None)),
         "saved": "-" if saved < 0 else str(saved),
-        "verdict": f"{verdict['verdict']}: {verdict['cause']}"
+        "verdict": f"{verdict.get('verdict')}: {verdict.get('cause')}"
         if verdict
         else "cancelled" * run.cancelled.exists() or "-",
     }

@@ -5,7 +5,6 @@ document out is that of its text: the same text never stands on both sides, not 
 """
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 from data_prep.corpora.corpus import FILES, Document, split, write_documents
 from data_prep.errors import DataError
 from data_prep.files import make_folder, sha256_file, write_json
+from hope.nesting import json_of
 
 HELDOUT_SHARE = 0.02
 SHORTEST_CHARACTERS = 20
@@ -95,7 +95,7 @@ def _write_part(folder: Path, part: CorpusSource, recipe: dict, share: float, se
 def _finished(folder: Path, recipe: dict) -> dict | None:
     """The record of a part made by this recipe whose files are intact; else None."""
     try:
-        record = json.loads((folder / "manifest.json").read_bytes())
+        record = json_of((folder / "manifest.json").read_bytes())
         if record["recipe"] != recipe:
             return None
         intact = all(sha256_file(folder / name) == record["files"][name]["sha256"] for name in FILES)
@@ -108,7 +108,7 @@ def _digests(folder: Path) -> Iterable[bytes]:
     for name in FILES:
         with open(folder / name, "rb") as stream:
             for line in stream:
-                yield hashlib.sha256(json.loads(line)["text"].encode()).digest()
+                yield hashlib.sha256(json_of(line)["text"].encode()).digest()
 
 
 def _total(record: dict, field: str) -> int:

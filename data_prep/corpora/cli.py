@@ -13,6 +13,7 @@ from data_prep.corpora.library_corpus import LIBRARY, library_sources
 from data_prep.corpora.tiers import TIERS, chosen_sources
 from data_prep.errors import DataError
 from data_prep.paths import user_path
+from hope.arguments import finite
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -29,7 +30,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     corpus.add_argument("--sources", default="", help="only these sources, comma-separated, instead of a tier")
     corpus.add_argument("--add", default="", help="sources beside those of the tier, for example anarchism")
     corpus.add_argument("--debs", type=user_path, help="folder that keeps downloaded packages (default OUT/debs)")
-    corpus.add_argument("--heldout", type=float, default=HELDOUT_SHARE, help="share held out (default 0.02)")
+    corpus.add_argument("--heldout", type=finite, default=HELDOUT_SHARE, help="share held out (default 0.02)")
     corpus.add_argument("--list", action="store_true", help="show the sources and end")
     corpus.set_defaults(run=_corpus)
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from data_prep.errors import DataError
 from data_prep.files import atomic_write, make_folder, sha256_file, write_json
 from data_prep.tokenizing.tokenizer import replace_lone_surrogates
+from hope.nesting import json_of
 
 MIN_CHARACTERS = 200
 MIN_COMMENT_LINES = 3
@@ -183,7 +184,7 @@ def finished_corpus(out: str | Path) -> dict | None:
     """The manifest of a corpus this Python has written completely, with intact files; else None."""
     out = Path(out)
     try:
-        manifest = json.loads((out / "manifest.json").read_bytes())
+        manifest = json_of((out / "manifest.json").read_bytes())
         intact = manifest["python"] == platform.python_version() and all(
             sha256_file(out / name) == manifest["files"][name]["sha256"] for name in FILES
         )

@@ -10,6 +10,7 @@ from data_prep.inspection.verify import adopt, problems
 from data_prep.manifest import load_manifest
 from data_prep.paths import token_prefix, user_path
 from data_prep.tokenizing.tokenizer import Tokenizer
+from hope.arguments import LARGEST, whole
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -29,16 +30,16 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     look.add_argument("overrides", nargs="*", help="with a YAML file, the run's section.key=value")
     which = look.add_mutually_exclusive_group(required=True)
-    which.add_argument("--document", type=int, help="number from 0")
-    which.add_argument("--window", type=int, help="number from 0 in file order, as held-out text is read")
+    which.add_argument("--document", type=whole(0, LARGEST), help="number from 0")
+    which.add_argument("--window", type=whole(0, LARGEST), help="number from 0 in file order, as held-out text is read")
     which.add_argument(
         "--sample",
-        type=int,
+        type=whole(0, LARGEST),
         help="number from 0 of a training sample, counted over all epochs; step s of a run reads"
         " (s - 1) * train.global_batch and the following ones",
     )
-    look.add_argument("--seq-len", type=int, default=256, help="train.seq_len of a prefix (default 256)")
-    look.add_argument("--seed", type=int, default=1234, help="data.seed of a prefix (default 1234)")
+    look.add_argument("--seq-len", type=whole(), default=256, help="train.seq_len of a prefix (default 256)")
+    look.add_argument("--seed", type=whole(0, LARGEST), default=1234, help="data.seed of a prefix (default 1234)")
     look.add_argument("--documents", choices=DOCUMENTS, default="carry", help="data.documents of a prefix")
     look.add_argument("--tokenizer", default="", type=user_path, help="model (default: tokenizer.model beside the set)")
     look.set_defaults(run=_inspect)

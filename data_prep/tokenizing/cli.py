@@ -15,6 +15,7 @@ from data_prep.tokenizing.tokenize import Settings, tokenize_files
 from data_prep.tokenizing.tokenizer import Tokenizer, available_threads, refuse_lossy
 from data_prep.tokenizing.units import FORMATS
 from data_prep.tokenizing.work import WorkFolder, recipe_of
+from hope.arguments import count, finite
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -26,7 +27,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     tokens.add_argument("--lossy", action="store_true", help="take a tokenizer that gives some texts back changed")
     tokens.add_argument("--out", required=True, type=output_prefix, help="prefix, for example data/mine/train")
-    tokens.add_argument("--workers", type=int, default=available_threads(), help="processes (default: all cores)")
+    tokens.add_argument("--workers", type=count, default=available_threads(), help="processes (default: all cores)")
     tokens.add_argument(
         "--format", choices=FORMATS, default="auto", help="auto goes by the name; lines: one text document per line"
     )
@@ -38,17 +39,17 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="bad records: stop at the first (default), skip them, or mend what can be mended",
     )
     tokens.add_argument("--max-bad", default="", help="fail above this many bad records, 20 or 0.5%% (default: none)")
-    tokens.add_argument("--max-document-mb", type=float, default=16.0, help="longest document (default 16 MiB)")
+    tokens.add_argument("--max-document-mb", type=finite, default=16.0, help="longest document (default 16 MiB)")
     tokens.add_argument("--hook", default="", help="module:function(doc) -> doc or None, see data_prep/hooks.py")
     tokens.add_argument("--dedup", choices=["off", "exact"], default="off", help="keep the first of equal texts")
     tokens.add_argument("--licence", default="", help="of text whose corpus does not state one")
-    tokens.add_argument("--unit-mb", type=float, default=4.0, help="input per unit of work (default 4 MB)")
+    tokens.add_argument("--unit-mb", type=finite, default=4.0, help="input per unit of work (default 4 MB)")
     tokens.set_defaults(run=_tokenize)
 
 
 def _tokenize(args: argparse.Namespace) -> None:
-    if args.workers < 1 or args.unit_mb <= 0:
-        raise DataError(f"--workers {args.workers}, --unit-mb {args.unit_mb}: need at least 1 and more than 0")
+    if args.unit_mb <= 0:
+        raise DataError(f"--unit-mb {args.unit_mb}: need more than 0")
     tokenizer = Tokenizer.load(args.tokenizer)
     if not args.lossy:
         refuse_lossy(tokenizer)

@@ -1,12 +1,12 @@
 """Hugging Face's tokenizer.json, by the library `tokenizers` (the extra `hf`)."""
 
-import json
 import re
 from typing import Any
 
 import numpy as np
 
 from data_prep.errors import DataError
+from hope.nesting import json_of
 
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|end|>", "<|im_end|>", "<|eot_id|>")
 """What ends a document, by the name of a special token: the first of these that the file has."""
@@ -27,7 +27,7 @@ class JsonModel:
         except ImportError:
             raise DataError(f"{name}: a tokenizer.json needs `pip install tokenizers` (the extra hf)") from None
         try:
-            described = json.loads(model)
+            described = json_of(model)
             self._model = tokenizers.Tokenizer.from_str(model.decode("utf-8"))
         except Exception as error:  # the library raises the base class
             raise DataError(f"{name}: not a tokenizer.json ({error})") from None

@@ -1,12 +1,12 @@
 """Whether any record of a file can give text, and if none can, what would."""
 
 import itertools
-import json
 from collections import Counter
 from typing import Any
 
 from data_prep.tokenizing.raw_records import records_of
 from data_prep.tokenizing.units import InputUnit
+from hope.nesting import json_of
 
 SAMPLE = 50
 _SHOWN = 10
@@ -55,8 +55,8 @@ def _parsed(record: bytes | dict) -> object:
     if isinstance(record, dict):
         return record
     try:
-        return json.loads(record)
-    except (ValueError, RecursionError):
+        return json_of(record)
+    except ValueError:
         return None
 
 

@@ -13,6 +13,7 @@ from data_prep.tokenizing.raw_records import line_number, records_of
 from data_prep.tokenizing.sniff import nul_bytes
 from data_prep.tokenizing.tokenizer import replace_lone_surrogates
 from data_prep.tokenizing.units import InputUnit
+from hope.nesting import json_of
 
 BAD_KINDS = (
     "bad_json", "bad_utf8", "nul_bytes", "repeated_key", "missing_field", "surrogate", "empty", "too_long"
@@ -146,8 +147,8 @@ class RecordReader:
             return {self.rules.text_key: text}
         try:
             self._repeated = ""
-            value = self._decoder.decode(text)
-        except (ValueError, RecursionError) as error:
+            value = json_of(text, self._decoder.decode)
+        except ValueError as error:
             self._bad(offset, "bad_json", str(error))
             raise _Skipped from None
         if not isinstance(value, dict):

@@ -6,7 +6,6 @@ worker which outlives its killed parent can only ever write the bytes that the n
 """
 
 import hashlib
-import json
 import os
 import signal
 import threading
@@ -24,6 +23,7 @@ from data_prep.indexed import dtype_for
 from data_prep.tokenizing.records import RecordReader, Rules, Text
 from data_prep.tokenizing.tokenizer import Tokenizer
 from data_prep.tokenizing.units import InputUnit
+from hope.nesting import json_of
 
 BATCH_CHARACTERS = 1 << 20
 DOCUMENT = np.dtype([("tokens", "<i8"), ("bytes", "<i8")])
@@ -79,7 +79,7 @@ class Worker:
 def finished_part(base: str) -> dict[str, Any] | None:
     """The record of a part that was written completely; else None."""
     try:
-        return json.loads(Path(f"{base}.json").read_bytes())
+        return json_of(Path(f"{base}.json").read_bytes())
     except (FileNotFoundError, ValueError):
         return None
 

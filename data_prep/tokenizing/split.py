@@ -17,6 +17,7 @@ from data_prep.tokenizing.inputs import refuse_twice
 from data_prep.tokenizing.records import LONGEST_DOCUMENT, RecordReader, Rules, Text
 from data_prep.tokenizing.units import InputUnit, plan
 from data_prep.tokenizing.work import source_records, stamps
+from hope.nesting import json_of
 
 SIDES = ("train.jsonl", "heldout.jsonl")
 _HASHES = 1 << 64
@@ -118,7 +119,7 @@ def _manifest(sides: list[_Side], files: list[dict[str, Any]], share: float, rul
     """In the form that a source of a corpus has, so that `tokenize` takes the licence from it."""
     return {
         "licence": "; ".join(dict.fromkeys(file["licence"] for file in files if file["licence"])),
-        "recipe": {"heldout_share": share, "sources": files, "rules": json.loads(rules.identity())},
+        "recipe": {"heldout_share": share, "sources": files, "rules": json_of(rules.identity())},
         "files": {name: side.record() for name, side in zip(SIDES, sides, strict=True)},
     }
 
@@ -127,7 +128,7 @@ def _check_place(out: Path, sources: Sequence[str]) -> None:
     """Refuse to write over an input, or over a file that no earlier split has written."""
     inputs = {os.path.realpath(source) for source in sources}
     try:
-        ours = set(json.loads((out / "manifest.json").read_bytes())["files"])
+        ours = set(json_of((out / "manifest.json").read_bytes())["files"])
     except (OSError, ValueError, KeyError, TypeError):
         ours = set()
     for name in SIDES:

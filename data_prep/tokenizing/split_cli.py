@@ -7,6 +7,7 @@ from data_prep.tokenizing.inputs import INPUT_HELP, input_files
 from data_prep.tokenizing.records import Rules
 from data_prep.tokenizing.split import SIDES, split_files
 from data_prep.tokenizing.units import FORMATS
+from hope.arguments import finite
 
 SHARE = 0.01
 
@@ -16,7 +17,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser("split", help="your own text to OUT/train.jsonl and OUT/heldout.jsonl")
     parser.add_argument("--input", required=True, nargs="+", type=user_path, help=INPUT_HELP)
     parser.add_argument("--out", required=True, type=user_path, help="folder, for example data/mine")
-    parser.add_argument("--heldout", type=float, default=SHARE, help="share of the documents held out (default 0.01)")
+    parser.add_argument("--heldout", type=finite, default=SHARE, help="share of the documents held out (default 0.01)")
     parser.add_argument("--format", choices=FORMATS, default="auto", help="as for `tokenize`")
     parser.add_argument("--text-key", default="text", help="field with the text (default text), or a.b inside a")
     parser.add_argument("--on-bad", choices=["stop", "skip", "replace"], default="stop", help="as for `tokenize`")

@@ -14,6 +14,7 @@ from data_prep.tokenizing.inputs import INPUT_HELP, input_files
 from data_prep.tokenizing.records import RecordReader, Rules
 from data_prep.tokenizing.tokenizer import PROBES, Tokenizer, train_tokenizer
 from data_prep.tokenizing.units import FORMATS, plan
+from hope.arguments import finite, whole
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -23,14 +24,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     train = actions.add_parser("train", help="sentencepiece with byte fallback and exact round trip")
     train.add_argument("--input", required=True, nargs="+", type=user_path, help=INPUT_HELP)
     train.add_argument("--out", required=True, type=user_path, help="model file")
-    train.add_argument("--vocab", type=int, default=8192, help="pieces (default 8192; up to 65499 takes 2 bytes each)")
+    train.add_argument("--vocab", type=whole(), default=8192, help="pieces (default 8192; to 65499: 2 bytes each)")
     train.add_argument(
         "--type",
         choices=["bpe", "unigram"],
         default="bpe",
         help="bpe (default) trains about 19 times as fast, unigram encodes about 3 times as fast",
     )
-    train.add_argument("--sample-mb", type=float, help="train on an even selection: this many MB of the files' bytes")
+    train.add_argument("--sample-mb", type=finite, help="train on an even selection: this many MB of the files' bytes")
     train.add_argument("--format", choices=FORMATS, default="auto", help="as for `tokenize`")
     train.add_argument("--text-key", default="text", help="field with the text (default text), or a.b inside a")
     train.add_argument("--on-bad", choices=["stop", "skip", "replace"], default="stop", help="as for `tokenize`")

@@ -16,6 +16,7 @@ from data_prep.errors import DataError
 from data_prep.files import make_folder, sha256_file
 from data_prep.tokenizing.records import Rules
 from data_prep.tokenizing.units import InputUnit
+from hope.nesting import json_of
 
 PART_FORMAT = 2  # raise when parts are written in another way
 Stamp = tuple[int, int]
@@ -108,7 +109,7 @@ def source_records(sources: Sequence[str], licence: str) -> list[dict[str, Any]]
 
 def _stated_licence(source: Path) -> str:
     try:
-        corpus = json.loads((source.parent / "manifest.json").read_bytes())
+        corpus = json_of((source.parent / "manifest.json").read_bytes())
         return str(corpus["licence"]) if source.name in corpus["files"] else ""
     except (OSError, ValueError, KeyError, TypeError):
         return ""

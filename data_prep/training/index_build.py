@@ -1,7 +1,9 @@
 """Reads the data section of a run and builds the indices of its sources before the job."""
 
+import io
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,6 +15,7 @@ from data_prep.errors import DataError
 from data_prep.training.index_key import IndexKey
 from data_prep.training.index_store import TokenStore, open_store
 from data_prep.training.reading import HeldoutSet, TrainingSet
+from data_prep.yaml_text import shallow
 
 
 def read_config(path: str, overrides: Sequence[str], *, blended: bool = False) -> tuple[DataConfig, int]:
@@ -24,10 +27,10 @@ def read_config(path: str, overrides: Sequence[str], *, blended: bool = False) -
     Raises DataError naming the file if it asks for another order, or it cannot be read or does not fit.
     """
     try:
-        whole: Any = OmegaConf.load(path)
+        whole: Any = _yaml(path)
         for word in overrides:
             if word.endswith((".yaml", ".yml")) and "=" not in word:
-                whole = OmegaConf.merge(whole, OmegaConf.load(word))
+                whole = OmegaConf.merge(whole, _yaml(word))
             else:
                 _override(whole, word)
         data = OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.select(whole, "data") or {})
@@ -43,11 +46,17 @@ def read_config(path: str, overrides: Sequence[str], *, blended: bool = False) -
     return section, seq_len
 
 
+def _yaml(path: str) -> Any:
+    """The container in a file. Raises what OmegaConf.load does, and yaml.YAMLError for one that is nested too deep."""
+    return OmegaConf.load(io.StringIO(shallow(Path(path).read_text(encoding="utf-8"))))
+
+
 def _override(whole: Any, override: str) -> None:
     key, equals, word = override.partition("=")
     if not equals:
         raise ValueError(f"`{override}` is not of the form section.key=value")
-    value: Any = OmegaConf.to_container(OmegaConf.create(f"value: {word}" if word else {"value": ""}), resolve=False)
+    read = OmegaConf.create(shallow(f"value: {word}") if word else {"value": ""})
+    value: Any = OmegaConf.to_container(read, resolve=False)
     OmegaConf.update(whole, key, value["value"], force_add=True)
 
 

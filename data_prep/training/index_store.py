@@ -1,6 +1,5 @@
 """One face for the places that tokens come from: .bin/.idx pairs and folders of raw files."""
 
-import json
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ from data_prep.indexed import memmap_tokens
 from data_prep.manifest import open_checked
 from data_prep.paths import naming, token_prefix
 from data_prep.training.raw import RawFolder, is_raw_folder
+from hope.nesting import json_of
 
 
 class TokenStore(Protocol):
@@ -89,7 +89,7 @@ class MegatronStore:
 
 def _content(path: Path) -> object:
     try:
-        return json.loads(path.read_bytes())
+        return json_of(path.read_bytes())
     except (OSError, ValueError):
         return None
 

@@ -5,7 +5,6 @@ of tokens in all files together, which is then checked. Both numbers may stand i
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.errors import DataError
+from hope.nesting import json_of
 
 DTYPE = np.dtype("<u2")
 DESCRIPTION = "raw.json"
@@ -116,7 +116,7 @@ class RawFolder:
 def _description(folder: Path) -> dict[str, int]:
     path = folder / DESCRIPTION
     try:
-        found = json.loads(path.read_bytes())
+        found = json_of(path.read_bytes())
     except FileNotFoundError:
         return {}
     except ValueError as error:

@@ -7,7 +7,6 @@ megatron-core's GPTDataset for exactly one epoch, or, with one document per row,
 read in file order need none.
 """
 
-import json
 import os
 import shutil
 import socket
@@ -26,6 +25,7 @@ from data_prep.files import sha256_file, write_json
 from data_prep.training.index_key import BUILD_INDEX, IndexKey
 from data_prep.training.index_rows import DocumentRows, StreamWindows, Windows
 from data_prep.training.index_store import MegatronStore, TokenStore
+from hope.nesting import json_of
 
 STAMP = "checked.json"
 WRITTEN = "written.json"
@@ -137,7 +137,7 @@ def _publish(store: TokenStore, key: IndexKey, final: Path) -> str:
 def _damaged(folder: Path) -> str:
     """What of an index is not as it was written, or "". One without a record is as old as its version of this file."""
     try:
-        recorded = json.loads((folder / WRITTEN).read_bytes())
+        recorded = json_of((folder / WRITTEN).read_bytes())
         wrong = [name for name, digest in recorded.items() if sha256_file(folder / name) != digest]
     except FileNotFoundError:
         return ""

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from hope.arguments import whole
 from hope.config import ModelConfig
 from hope.optim.config import DmgdConfig, OptimConfig
 from hope.optim.group_config import GroupConfig
@@ -63,7 +64,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--adapt", metavar="LEVELS", help=what)
     add("--adapt-rate", type=float, metavar="R", help=f"their learning rate (default {RATE:g})")
     what = f"tokens of a window, the step that levels' periods count (default: the window of training, or {EVERY})"
-    add("--adapt-every", type=int, metavar="N", help=what)
+    add("--adapt-every", type=whole(), metavar="N", help=what)
 
 
 def problems(args: argparse.Namespace) -> Iterator[str]:
@@ -73,8 +74,6 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
             yield f"--{name.replace('_', '-')} says how levels learn, and none do; give --adapt {ALL}, or leave it out"
     if args.adapt_rate is not None and not 0 <= args.adapt_rate < math.inf:
         yield f"--adapt-rate {args.adapt_rate} is no rate; give 0 or more, such as {RATE:g}"
-    if args.adapt_every is not None and args.adapt_every < 1:
-        yield f"--adapt-every {args.adapt_every} reads nothing; give 1 or more tokens, such as {EVERY}"
 
 
 def settings_of(args: argparse.Namespace, model: ModelConfig, seq_len: int | None) -> Settings | None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from hope.adapt import settings
+from hope.arguments import result_file, whole
 from hope.evaluate.errors import EvaluationError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -38,12 +39,12 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     ):
         add(option, metavar=metavar, action="extend", nargs="+", default=[], help=what)
     add("--delimiter", metavar="NAME=TEXT", action="append", default=[], help="what joins the parts of a task's items")
-    add("--json", type=Path, metavar="OUT", help="results, also partial ones: the same command goes on from there")
-    add("--window", type=int, metavar="T", help="tokens of a window (default: those of training)")
-    add("--stride", type=int, metavar="S", help="new tokens of each window, the others are context (default: T)")
+    add("--json", type=result_file, metavar="OUT", help="results, also partial ones: the same command goes on there")
+    add("--window", type=whole(), metavar="T", help="tokens of a window (default: those of training)")
+    add("--stride", type=whole(), metavar="S", help="new tokens of each window, the others are context (default: T)")
     add("--carry", action="store_true", help="one pass over every text, the state carried from its first token on")
-    add("--limit", type=int, metavar="N", help="at most N windows of a text and N items of a task")
-    add("--batch-tokens", type=int, metavar="N", help="tokens of a batch (default: 4096, on a GPU 16384)")
+    add("--limit", type=whole(), metavar="N", help="at most N windows of a text and N items of a task")
+    add("--batch-tokens", type=whole(), metavar="N", help="tokens of a batch (default: 4096, on a GPU 16384)")
     settings.add_options(parser)
     add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.model, if it is not found by itself")
     add("--dtype", choices=DTYPES, default="float32", help="of the weights (default float32)")
@@ -99,14 +100,8 @@ def check(args: argparse.Namespace, processes: int = 1) -> None:
 
 
 def _problems(args: argparse.Namespace) -> Iterator[str]:
-    for name in ("window", "stride", "limit", "batch_tokens"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            yield f"--{name.replace('_', '-')} {value} is less than 1"
     if args.carry and args.stride is not None:
         yield "--carry has no windows; leave out --stride"
-    if args.json is not None and not args.json.parent.is_dir():
-        yield f"--json {args.json}: there is no folder {args.json.parent}"
 
 
 def _order_problems(args: argparse.Namespace, processes: int) -> Iterator[str]:

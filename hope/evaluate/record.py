@@ -10,6 +10,7 @@ from typing import Any
 
 from hope.evaluate.errors import EvaluationError
 from hope.evaluate.rows import Values
+from hope.nesting import json_of
 from hope.train.written import replace_text
 
 FORMAT = 2  # 1 had no sums of repeated bigrams
@@ -103,7 +104,7 @@ _CURE = "give another --json file, or remove this one"
 
 def _read(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json_of(path.read_text(encoding="utf-8"))
         sources: dict[str, Any] = found["sources"]
         known = found["format"] == FORMAT and all("identity" in entry for entry in sources.values())
     except OSError as error:

@@ -12,7 +12,6 @@ the context ends with white space, is empty, or the continuation begins with whi
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import numpy as np
 from hope.evaluate.errors import EvaluationError
 from hope.evaluate.measures import Measure, mean, ratio
 from hope.evaluate.rows import Row, Values
+from hope.nesting import json_of
 
 Kind = Literal["completion", "choice", "schema"]
 Encode = Callable[[str], Sequence[int]]
@@ -87,7 +87,7 @@ _EXAMPLE = '{"query": "Two and two are", "choices": ["four", "five"], "gold": 0}
 def read_item(line: bytes, given: str | None = None) -> tuple[Kind, Item]:
     """One line, `given` being the delimiter where it has none. Raises ValueError, which does not name the line."""
     try:
-        values: Any = json.loads(line)
+        values: Any = json_of(line)
     except ValueError as error:
         raise ValueError(f"not JSON ({error})") from None
     if not isinstance(values, dict):

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from hope.adapt import settings
+from hope.arguments import LARGEST, result_file, whole
 from hope.generate.errors import GenerationError
 from hope.generate.loop import CHUNK
 from hope.generate.sampling import Sampling
@@ -25,21 +26,23 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help="what the text begins with")
     source.add_argument("--batch", type=Path, metavar="FILE", help="a prompt a line, or JSON lines; output: JSON lines")
-    parser.add_argument("--tokens", type=int, default=100, metavar="N", help="at most this many (default 100)")
+    parser.add_argument("--tokens", type=whole(), default=100, metavar="N", help="at most this many (default 100)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy; default 1")
-    parser.add_argument("--top-k", type=int, metavar="K", help="only the K most probable tokens (default: all)")
+    parser.add_argument("--top-k", type=whole(), metavar="K", help="only the K most probable tokens (default: all)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="only the fewest that have share P")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0): the same seed, the same text")
+    parser.add_argument(
+        "--seed", type=whole(0, LARGEST), default=0, help="of the draws (default 0): the same seed, the same text"
+    )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated")
     parser.add_argument("--ignore-eos", action="store_true", help="go on after the end of a document")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.model, if it is not found by itself")
     parser.add_argument("--state-in", type=Path, metavar="FILE", help="go on from what --state-out wrote")
-    parser.add_argument("--state-out", type=Path, metavar="FILE", help="write what the sequence remembers")
+    parser.add_argument("--state-out", type=result_file, metavar="FILE", help="write what the sequence remembers")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are stored)")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
     parser.add_argument(
         "--prefill-chunk",
-        type=int,
+        type=whole(),
         default=CHUNK,
         metavar="N",
         help=f"tokens of the prompt at a time (default {CHUNK})",
@@ -56,11 +59,7 @@ def check(args: argparse.Namespace, processes: int) -> None:
 
 
 def _problems(args: argparse.Namespace, processes: int) -> Iterator[str]:
-    if args.tokens < 1:
-        yield f"--tokens {args.tokens} gives no text; give 1 or more"
     yield from sampling_of(args).problems()
-    if args.prefill_chunk < 1:
-        yield f"--prefill-chunk {args.prefill_chunk} reads nothing; give 1 or more tokens, such as {CHUNK}"
     if "" in args.stop:
         yield '--stop "" would stop at once; give at least one character'
     if args.prompt == "" and args.state_in is None:
@@ -72,10 +71,6 @@ def _problems(args: argparse.Namespace, processes: int) -> Iterator[str]:
             yield f"{option} is the memory of one sequence, --batch has several; give --prompt"
         if processes > 1:
             yield f"{option} holds a state that is not cut over processes, and {processes} were started; start one"
-    if args.state_out is not None and not args.state_out.parent.is_dir():
-        yield f"--state-out {args.state_out}: there is no folder {args.state_out.parent}"
-    if args.state_out is not None and args.state_out.is_dir():
-        yield f"--state-out {args.state_out} is a folder; give a file, such as {args.state_out}/session"
     if args.device is not None and processes > 1:
         yield f"--device goes with one process; each of {processes} takes the device of its rank"
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from hope.generate.errors import GenerationError
+from hope.nesting import json_of
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -56,7 +56,7 @@ def _prompt(line: str, place: str, as_json: bool) -> str:
 
 def _object(line: str) -> dict[str, object] | None:
     try:
-        value = json.loads(line)
+        value = json_of(line)
     except ValueError:
         return None
     return value if isinstance(value, dict) else None

@@ -22,6 +22,7 @@ from hope.block import Block
 from hope.generate.errors import GenerationError
 from hope.generate.loop import Memory
 from hope.model import Model, States
+from hope.nesting import json_of
 from hope.stored.errors import UnfitWeights
 from hope.stored.safetensors import as_safetensors, read_with_metadata
 from hope.train.written import replace_text
@@ -94,7 +95,7 @@ def read_session(path: Path, model: Model, identity: str, device: torch.device) 
     if metadata.get("dtype") != dtype:
         raise GenerationError(f"{path} was written with --dtype {metadata.get('dtype')}, this model is {dtype}")
     try:
-        content = json.loads(metadata["session"])
+        content = json_of(metadata["session"])
         state = None if content["state"] is None else _states(content["state"], model, tensors, device)
         memory = Memory(state, content["unread"], content["place"])
         return Session(memory, content["tail"], content["held"], _learned(tensors, metadata))
@@ -132,7 +133,7 @@ def learner_of(session: Session, path: Path | None, model: Model, settings: Sett
 def _learned(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Learned | None:
     if metadata["format"] != LEARNED:
         return None
-    record = json.loads(metadata["adapt"])
+    record = json_of(metadata["adapt"])
     settings_in(record)  # what is no record is found here
     found = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(_PREFIX)}
     return Learned(found, record)

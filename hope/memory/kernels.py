@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from hope.devices import has_triton
+from hope.documents import Documents
 from hope.memory.config import MemoryConfig
 from hope.memory.fused_scan import fused_scan
 from hope.memory.given.ops import fused_memory
@@ -57,7 +58,7 @@ def scan_for(config: MemoryConfig, device: torch.device, dtype: torch.dtype, hea
 
 class LinearChoice(NamedTuple):
     """A form of the linear family's loop with `linear_memory`'s signature, its name, and the reason for it if it is not
-    the fast one. Documents always take `linear_memory`."""
+    the fast one."""
 
     memory: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     name: str
@@ -65,6 +66,10 @@ class LinearChoice(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})" if self.reason else self.name
+
+    def within(self, documents: Documents | None) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+        """The loop that forgets everything at borders of `documents`: always `linear_memory`, this form knows none."""
+        return self.memory if documents is None else partial(linear_memory, segment=documents.segment_BT)
 
 
 def linear_for(config: LinearConfig, device: torch.device, dtype: torch.dtype, head_dim: int) -> LinearChoice:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from hope.arguments import count
 from hope.config import import_modules
 from hope.mixers import MIXERS, Trunk
 from hope.pipe import piped
@@ -61,9 +62,9 @@ def table(rows: Sequence[Row]) -> str:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser("python -m hope.mixers", description=__doc__.partition("\n\n")[2])
     made.formatter_class = argparse.RawDescriptionHelpFormatter
-    made.add_argument("--width", type=int, default=1024, metavar="D", help="of the model (default 1024)")
-    made.add_argument("--heads", type=int, default=16, metavar="H", help="default 16")
-    made.add_argument("--seq", type=int, default=4096, metavar="T", help="tokens (default 4096)")
+    made.add_argument("--width", type=count, default=1024, metavar="D", help="of the model (default 1024)")
+    made.add_argument("--heads", type=count, default=16, metavar="H", help="default 16")
+    made.add_argument("--seq", type=count, default=4096, metavar="T", help="tokens (default 4096)")
     made.add_argument("--import", nargs="+", default=[], metavar="MODULE", dest="modules", help="of your own")
     return made
 

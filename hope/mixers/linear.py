@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,7 +23,6 @@ from hope.documents import Documents
 from hope.flops import Flops
 from hope.layers import CausalConv, Linear, RMSNorm, gated, rotated, rotation
 from hope.memory.kernels import linear_for
-from hope.memory.linear import linear_memory
 from hope.memory.linear_config import LinearConfig
 from hope.mixers.base import Mixer, Report, State, Trunk, mixer
 from hope.mixers.vectors import heads_of, joined, keys_of, normed_and_joined, short_convolutions
@@ -102,8 +100,7 @@ class LinearMemory(Mixer):
         q, k, v, history = self._vectors(x_TBD, before, documents)
         log_decay, write = self._gates(x_TBD, q)
         values = F.pad(v, (0, 1), value=1.0) if self.rule.normaliser else v
-        choice = linear_for(self.config, x_TBD.device, x_TBD.dtype, self.head_dim)
-        memory = choice.memory if documents is None else partial(linear_memory, segment=documents.segment_BT)
+        memory = linear_for(self.config, x_TBD.device, x_TBD.dtype, self.head_dim).within(documents)
         y, weight = memory(q, k, values, log_decay, write, before.weight, erase=self.rule.erase, chunk=self.chunk)
         if self.watched:
             self.collected = summary(weight, log_decay, write)

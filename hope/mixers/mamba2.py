@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -26,7 +25,6 @@ from hope.documents import Documents
 from hope.flops import Flops
 from hope.layers import CausalConv, Linear
 from hope.memory.kernels import LinearChoice, shared_keys_for
-from hope.memory.linear import linear_memory
 from hope.mixers.base import Mixer, Report, State, Trunk, mixer
 from hope.mixers.linear import LinearState, log_uniform, step_bias, steps, summary
 from hope.mixers.vectors import heads_of, joined, short_convolutions
@@ -118,9 +116,7 @@ class Mamba2(Mixer):
         logit = F.linear(x_TBD, self.step_weight)
         step = self.form(steps)(logit, self.step_bias.to(v.dtype)).permute(1, 2, 0)
         log_decay = -(self.decay_rate.to(v.dtype).exp()[:, None] * step).unsqueeze(-1)
-        memory = self._choice(x_TBD.device, x_TBD.dtype).memory
-        if documents is not None:
-            memory = partial(linear_memory, segment=documents.segment_BT)
+        memory = self._choice(x_TBD.device, x_TBD.dtype).within(documents)
         y, weight = memory(q, k, v, log_decay, step, before.weight, erase=False, chunk=self.chunk)
         if self.watched:
             self.collected = summary(weight, log_decay, step)

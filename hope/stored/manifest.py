@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hope.nesting import json_of
 from hope.stored.errors import CheckpointError, DamagedCheckpoint
 
 FORMAT = 1
@@ -104,7 +105,7 @@ def read(folder: Path) -> Manifest:
             )
         raise DamagedCheckpoint(f"{NAME} is missing")
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        body = json_of(path.read_text(encoding="utf-8"))
         claimed = body.pop("sha256")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise DamagedCheckpoint(f"{NAME} is not a manifest: {error!r}") from error

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from hope.nesting import json_of
 from hope.stored.errors import UnfitWeights
 
 DTYPES = {
@@ -72,7 +73,7 @@ def as_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
 
 def _header(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(text)
+        header = json_of(text)
     except ValueError:
         header = None
     if not isinstance(header, dict):

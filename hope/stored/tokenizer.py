@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from hope.nesting import json_of
 
 TOKENIZER, HF_TOKENIZER = "tokenizer.model", "tokenizer.json"
 """Names of a sentencepiece model, and of a tokenizer of Hugging Face."""
@@ -50,7 +51,7 @@ def recorded_tokenizers(data: Mapping[str, Any]) -> Iterator[Recorded]:
     """Of every token set of this section that says it."""
     for prefix in _prefixes(data):
         try:
-            known = json.loads(Path(f"{prefix}.manifest.json").read_text(encoding="utf-8"))
+            known = json_of(Path(f"{prefix}.manifest.json").read_text(encoding="utf-8"))
             yield Recorded(prefix, str(known["sha256_tokenizer"]), str(known.get("tokenizer", "")), known.get("eos_id"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue

@@ -2,12 +2,13 @@
 
 import contextlib
 import errno
-import json
 import os
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from hope.nesting import json_of
 
 WAITING = 100_000  # lines; about 50 MB of metrics
 
@@ -77,8 +78,17 @@ class LineFile:
                 os.close(handle)
 
 
+def check_replaceable(path: Path) -> None:
+    """Raises OSError, naming `path`, if it is there and no file: a folder, or a device, which a file would replace."""
+    if path.is_dir():
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is no file but a device or a pipe, which a file would replace", str(path))
+
+
 def replace_text(path: Path, text: str | bytes) -> None:
     """Let `path` hold `text`, durably: whoever reads it sees the old content or the new. Raises OSError, naming it."""
+    check_replaceable(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -124,7 +134,7 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        entry = json.loads(line)
+        entry = json_of(line)
     except ValueError:
         return None
     return entry if isinstance(entry, dict) else None

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.usable import count
+from hope.arguments import count
 from hope.pipe import in_words, piped
 from hope.pretrained import load
 from hope.stored import folders, manifest

@@ -25,7 +25,7 @@ import torch
 
 from configs.errors import ConfigError
 from configs.schema import Config, load, validate_without_data
-from configs.usable import count
+from hope.arguments import count, finite, whole
 from hope.batch import Batch
 from parallel.compute.replica import build_replica
 from parallel.referee.evidence import Evidence, Task, from_layout
@@ -44,9 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="section.key=value, or YAML files")
     parser.add_argument("--data", type=count, default=1, help="data-parallel degree, without a launcher")
     parser.add_argument("--steps", type=count, default=4)
-    parser.add_argument("--tolerance", type=float, default=None)
+    parser.add_argument("--tolerance", type=finite, default=None)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    parser.add_argument("--rows", type=int, default=12, help="parameters to show, worst first")
+    parser.add_argument("--rows", type=whole(0), default=12, help="parameters to show, worst first")
     args = parser.parse_intermixed_args(argv)
     try:
         launch = launcher.from_environment(os.environ)

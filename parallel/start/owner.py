@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from hope.nesting import json_of
 from parallel.start import groups, holders, launcher
 from parallel.start.errors import LaunchError, NotNow
 
@@ -119,7 +120,7 @@ def hold_for_all(
 def read(path: Path) -> dict[str, Any]:
     """Who holds it, as it was written; empty if nobody does or it is not ours to read. Raises OSError."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json_of(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -40,7 +40,7 @@ def test_tokenize_says_what_it_did_and_keeps_what_is_done(tiny, tmp_path, capsys
     assert (tmp_path / "all.bin").stat().st_mtime_ns == before
     assert main([*command, "--dedup", "exact"]) == 0
     assert "(kept)" not in capsys.readouterr().out
-    assert main([*command, "--dedup", "exact", "--workers", "0"]) == 2
+    assert main([*command, "--dedup", "exact", "--unit-mb", "0"]) == 2
 
 
 def test_bad_records_are_counted_on_the_console(tiny, tmp_path, capsys):

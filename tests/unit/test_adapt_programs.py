@@ -224,7 +224,6 @@ ORDERLESS = {
     "bfloat16": (("--dtype", "bfloat16"), "rounding of --dtype bfloat16; float32 works"),
     "rate": (("--adapt-rate", "-1"), "--adapt-rate -1.0 is no rate; give 0 or more, such as 0.0001"),
     "nan": (("--adapt-rate", "nan"), "--adapt-rate nan is no rate"),
-    "every": (("--adapt-every", "0"), "--adapt-every 0 reads nothing; give 1 or more tokens"),
     "level": (("--adapt", "level2"), "--adapt level2: 'level2' is none of level0, level1; levels means all"),
 }
 

@@ -393,18 +393,13 @@ def test_the_command_refuses_without_a_traceback(place, capsys):
     assert run(place, *out) == 0
     for words, said in (
         (("--tasks", 5), "--tasks 5: there are 4 classes; --tasks 4 is the most"),
-        (("--tasks", 0), "--tasks 0 is less than 1"),
-        (("--epochs", -1), "--epochs -1 is negative"),
         (("--rate", 0), "--rate 0.0 is not a positive number"),
         (("--seeds", 1, 1), "--seeds has 1 twice"),
-        (("--window", 1), "--window 1 is less than 2"),
         (("--learn", "*"), "leave --learn out"),
         (("--learn", "nothing"), "nothing matches no parameter"),
         (("--data", place / "none.json"), "none.json: cannot be read"),
-        (("--json", place / "no/out.json"), "there is no folder"),
         ((*out, "--rate", 0.5), "out.json was made with rate 0.0001, now 0.5"),
         ((*out, "--tested", 1), "out.json was made with tested None, now 1"),
-        (("--json", place), f"{place}: cannot be read (Is a directory); give another --json file"),
         (("--rate", 1e39), "the loss is nan after step 1; a lower --rate than 1e+39"),
     ):
         capsys.readouterr()

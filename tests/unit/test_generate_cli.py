@@ -161,25 +161,21 @@ def test_a_session_goes_on_as_if_it_had_not_been_interrupted(made, capsys, tmp_p
 
 
 REFUSED = {
-    "tokens": (["--prompt", "a", "--tokens", "0"], "--tokens 0 gives no text"),
     "top-p 0": (["--prompt", "a", "--top-p", "0"], "--top-p 0.0 is not a share"),
     "top-p 2": (["--prompt", "a", "--top-p", "1.5"], "--top-p 1.5 is not a share"),
     "top-p nan": (["--prompt", "a", "--top-p", "nan"], "--top-p nan is not a share"),
-    "top-k": (["--prompt", "a", "--top-k", "0"], "--top-k 0 leaves no token"),
     "temperature": (["--prompt", "a", "--temperature", "-1"], "--temperature -1.0 is no temperature"),
     "empty": (["--prompt", ""], '--prompt "" is empty'),
     "stop": (["--prompt", "a", "--stop", ""], '--stop "" would stop at once'),
-    "chunk": (["--prompt", "a", "--prefill-chunk", "0"], "--prefill-chunk 0 reads nothing"),
     "device": (["--prompt", "a", "--device", "nope"], "--device nope is not there"),
     "no batch": (["--batch", "nowhere"], "--batch nowhere cannot be read: No such file"),
     "both": (["--batch", "nowhere", "--prompt", "a"], "not allowed with argument"),
     "state": (["--prompt", "a", "--state-in", "nowhere"], "nowhere cannot be read: No such file"),
     "state of several": (["--batch", "x", "--state-out", "y"], "--state-out is the memory of one sequence"),
     "state-out": (["--prompt", "a", "--state-out", "no/folder/s"], "there is no folder no/folder"),
-    "state-out folder": (["--prompt", "a", "--state-out", "/"], "--state-out / is a folder"),
     "half a character": (["--prompt", "\udcff"], "--prompt is not UTF-8 text"),
     "tokenizer": (["--prompt", "a", "--tokenizer", "nowhere"], "nowhere: no such file"),
-    "two": (["--prompt", "a", "--tokens", "0", "--top-k", "0"], "this cannot work:\n  --tokens 0"),
+    "two": (["--prompt", "a", "--stop", "", "--top-p", "0"], "this cannot work:\n  --top-p 0.0 is not"),
 }
 
 

@@ -58,6 +58,29 @@ def test_a_plan_that_cannot_be_read_is_named(program, tmp_path, capsys):
         assert what in said
 
 
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_rows_and_plans_that_lack_something_are_named(program, tmp_path, capsys, name):
+    (tmp_path / "rows.json").write_text('[{"a": 1}]')
+    (tmp_path / "plan.yaml").write_text("a: 1\n")
+    plan = BENCHMARKS / f"{name if name in ('continual', 'probes') else 'recipe'}.yaml"
+    for places in ({"PLAN": plan}, {"PLAN": tmp_path / "plan.yaml"}):
+        places |= {"ROWS": tmp_path / "rows.json", "OUT": tmp_path / "out.svg"}
+        with pytest.raises(SystemExit) as caught:
+            program(name).main([str(places.get(word, word)) for word in PROGRAMS[name]])
+        assert caught.value.code == 2
+        assert " lacks '" in capsys.readouterr().err or name == "steps_to"
+
+
+def test_a_device_is_no_file_of_rows(program, tmp_path, capsys):
+    (tmp_path / "full").symlink_to("/dev/full")
+    words = ["--json", str(tmp_path / "full"), "--data", "a", "b"]
+    for name in ("recipe", "probes", "continual", "throughput"):
+        with pytest.raises(SystemExit) as caught:
+            program(name).main(words)
+        assert caught.value.code == 2
+        assert f"argument --json: {tmp_path}/full: is no file but a device" in capsys.readouterr().err
+
+
 def test_rows_on_a_full_disk_leave_the_old_ones(program, tmp_path, capsys):
     kept, rows = program("kept"), tmp_path / "rows.json"
     kept.keep(rows, [{"a": 1}])

@@ -3,12 +3,8 @@
 import pytest
 from tiny import config_file
 
-import pretrain_hope
 from configs.errors import ConfigError
 from configs.schema import load
-from launch.__main__ import main as launch
-from parallel.checkpoint.__main__ import main as checkpoint
-from parallel.referee.parity import main as parity
 
 
 def refused(tmp_path, *words: str) -> dict[str, tuple[str, str]]:
@@ -61,26 +57,6 @@ def test_large_numbers_that_mean_something(tmp_path):
     )  # fmt: skip
     assert config.run.seed == 2**63 - 1
     assert config.model.periods[1] == 10**9
-
-
-@pytest.mark.parametrize(
-    ("main", "words"),
-    [
-        (launch, ["estimate", "configs/hope_340m.yaml", "--profile", "h100", "--nodes"]),
-        (launch, ["local", "configs/hope_340m.yaml", "--dry-run", "--processes"]),
-        (pretrain_hope.main, ["configs/hope_340m.yaml", "--dry-run", "--devices"]),
-        (parity, ["configs/hope_340m.yaml", "--data"]),
-        (checkpoint, ["reshard-plan", "runs/some", "--tensor"]),
-    ],
-)
-def test_more_devices_than_there_are(capsys, main, words):
-    with pytest.raises(SystemExit) as caught:
-        main([*words, "100000000000000000000"])
-    assert caught.value.code == 2
-    assert "100,000,000,000,000,000,000 is more than there are; at most 16,777,216 works" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main([*words, "0"])
-    assert "0 is less than 1; 1 or more works" in capsys.readouterr().err
 
 
 def test_text_that_no_path_can_hold(tmp_path):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hope.evaluate.errors import EvaluationError
+from hope.nesting import json_of
 
 HEADER = ["text", "category"]
 
@@ -105,9 +106,11 @@ def _text(path: Path) -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(_text(path))
+        found = json_of(_text(path))
     except json.JSONDecodeError as error:
         raise EvaluationError(f"{path}:{error.lineno}: not JSON, column {error.colno}: {error.msg}") from None
+    except ValueError as error:
+        raise EvaluationError(f"{path}: {error}") from None
     if not isinstance(found, dict):
         raise EvaluationError(f'{path}: expected an object with "train" and "test", found {type(found).__name__}')
     return found

@@ -18,6 +18,7 @@ from typing import Any
 from data_prep.errors import DataError
 from data_prep.files import atomic_write
 from data_prep.texts import tokenizer_for
+from hope.arguments import result_file, whole
 from hope.devices import device_of
 from hope.evaluate.errors import EvaluationError
 from hope.evaluate.harness.answers import Answers
@@ -98,12 +99,12 @@ def _parser() -> argparse.ArgumentParser:
     add("model", metavar="MODEL", help="folder of a run, of a checkpoint or of exported weights")
     add("--tasks", required=True, metavar="NAME,NAME", help="as the harness calls them")
     add("--include", metavar="FOLDER", help="task files of one's own, instead of the harness's")
-    add("--limit", type=int, metavar="N", help="documents of a task at most")
-    add("--json", type=Path, metavar="OUT", help="what the harness reports")
+    add("--limit", type=whole(), metavar="N", help="documents of a task at most")
+    add("--json", type=result_file, metavar="OUT", help="what the harness reports")
     add("--samples", action="store_true", help="report every document too")
-    add("--window", type=int, metavar="T", help="tokens of a window (default: those of training)")
+    add("--window", type=whole(), metavar="T", help="tokens of a window (default: those of training)")
     add("--carry", action="store_true", help="no windows: the state is carried over a whole text")
-    add("--batch-tokens", type=int, default=4096, metavar="N", help="tokens of a batch (default 4096)")
+    add("--batch-tokens", type=whole(), default=4096, metavar="N", help="tokens of a batch (default 4096)")
     add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.model, if it is not found by itself")
     add("--dtype", choices=DTYPES, default="float32", help="of the weights (default float32)")
     add("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")

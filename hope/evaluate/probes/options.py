@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hope.arguments import result_file, whole
 from hope.evaluate.errors import EvaluationError
 from hope.evaluate.options import DTYPES
 from hope.evaluate.probes.needles import NEEDLES
 from hope.evaluate.probes.protocols import PROTOCOLS
 
 ZERO_SHOT = ("needle", "facts")
-MOST = 2**31 - 1
-"""Of steps, sizes and seeds."""
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
@@ -28,46 +27,36 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     add("name", choices=(*PROTOCOLS, *ZERO_SHOT), help="the probe")
     add("model", metavar="CONFIG|MODEL", help="a configuration to train; for needle and facts a trained model")
     add("overrides", nargs="*", help="section.key=value, or YAML files, as for pretrain_hope.py")
-    add("--json", type=Path, metavar="OUT", help="results, also partial ones: the same command goes on from there")
+    add("--json", type=result_file, metavar="OUT", help="results, also partial ones: the same command goes on there")
     add("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
     trained = parser.add_argument_group("probes that train; defaults are the published set-up")
-    trained.add_argument("--layers", type=int, metavar="N", help="of the model")
-    trained.add_argument("--steps", type=int, metavar="N", help="optimizer steps of each run")
-    trained.add_argument("--batch", type=int, metavar="N", help="sequences of a step")
+    trained.add_argument("--layers", type=whole(), metavar="N", help="of the model")
+    trained.add_argument("--steps", type=whole(), metavar="N", help="optimizer steps of each run")
+    trained.add_argument("--batch", type=whole(), metavar="N", help="sequences of a step")
     trained.add_argument("--rates", type=float, nargs="+", metavar="RATE", help="AdamW's, one run each")
-    trained.add_argument("--seeds", type=int, nargs="+", default=[1], metavar="SEED", help="default 1")
-    trained.add_argument("--train-sizes", type=int, metavar="N", help="train on the first N sizes only")
-    trained.add_argument("--test-sizes", type=int, metavar="N", help="test on the first N sizes only")
+    trained.add_argument("--seeds", type=whole(0), nargs="+", default=[1], metavar="SEED", help="default 1")
+    trained.add_argument("--train-sizes", type=whole(), metavar="N", help="train on the first N sizes only")
+    trained.add_argument("--test-sizes", type=whole(), metavar="N", help="test on the first N sizes only")
     both = parser.add_argument_group("all")
-    both.add_argument("--tested", type=int, metavar="N", help="test examples of a size (needle and facts: 500)")
+    both.add_argument("--tested", type=whole(), metavar="N", help="test examples of a size (needle and facts: 500)")
     shot = parser.add_argument_group("needle and facts")
     shot.add_argument("--haystack", type=Path, metavar="FILE", help="UTF-8 text, required")
     shot.add_argument("--kinds", nargs="+", choices=NEEDLES, default=NEEDLES, help="needles (default: all)")
-    shot.add_argument("--lengths", type=int, nargs="+", metavar="T", help="tokens (default: 1024 2048 4096)")
+    shot.add_argument("--lengths", type=whole(), nargs="+", metavar="T", help="tokens (default: 1024 2048 4096)")
     shot.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.model, if it is not found by itself")
     shot.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default float32)")
-    shot.add_argument("--batch-tokens", type=int, default=4096, metavar="N", help="tokens of a batch (default 4096)")
+    shot.add_argument("--batch-tokens", type=whole(), default=4096, metavar="N", help="of a batch (default 4096)")
     return parser
 
 
 def check(args: argparse.Namespace) -> None:
     """Raises EvaluationError for options that cannot work."""
-    for name in ("layers", "steps", "batch", "train_sizes", "test_sizes", "tested", "batch_tokens"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise EvaluationError(f"--{name.replace('_', '-')} {value} is less than 1")
-        if value is not None and value > MOST:
-            raise EvaluationError(f"--{name.replace('_', '-')} {value:,} is more than can be counted; at most {MOST:,}")
     if wrong := [rate for rate in args.rates or () if not 0 < rate < math.inf]:
         raise EvaluationError(f"--rates {wrong[0]} is not a positive number; 1e-3 works")
-    if wrong_seeds := [seed for seed in args.seeds if not 0 <= seed <= MOST]:
-        raise EvaluationError(f"--seeds {wrong_seeds[0]} is not in 0 to {MOST:,}; 1 works")
     if args.name in ZERO_SHOT and args.haystack is None:
         raise EvaluationError(f"{args.name} hides sentences in a text; --haystack FILE names it")
     if args.name in ZERO_SHOT and args.overrides:
         raise EvaluationError(f"{args.name} takes a trained model, which {args.overrides[0]} cannot change")
-    if args.json is not None and not args.json.parent.is_dir():
-        raise EvaluationError(f"--json {args.json}: there is no folder {args.json.parent}")
 
 
 def best_of(runs: Sequence[tuple[float, Mapping[str, Any]]]) -> float:

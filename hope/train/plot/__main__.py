@@ -18,6 +18,7 @@ from pathlib import Path
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from data_prep.files import atomic_write
+from hope.arguments import finite, whole
 from hope.pipe import in_words, piped
 from hope.train.plot.chart import chart
 from hope.train.plot.curves import NoCurve, Run, read_run, smoothed
@@ -34,16 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, metrics.jsonl, or NAME=FOLDER")
     parser.add_argument("--out", default="curves", help="FILE.svg, FILE.png, or a name for both (default: curves)")
-    parser.add_argument("--smooth", type=int, metavar="N", help="mean over about N logged steps (default: a fiftieth)")
+    parser.add_argument("--smooth", type=whole(), metavar="N", help="mean over about N lines (default: a fiftieth)")
     parser.add_argument("--x", choices=("step", "tokens"), default="step")
     parser.add_argument("--log-x", action="store_true", help="logarithmic horizontal axis")
-    parser.add_argument("--from", dest="first", type=float, default=0, metavar="X", help="leave out what is before")
+    parser.add_argument("--from", dest="first", type=finite, default=0, metavar="X", help="leave out what is before")
     parser.add_argument("--key", action="append", help="held-out key (default heldout_loss); may be given again")
     parser.add_argument("--title", default="", help="above the picture")
     parser.add_argument("--matrix", action="store_true", help="losses by phase and source, and what is kept")
     args = parser.parse_args(argv)
-    if args.smooth is not None and args.smooth < 1:
-        parser.error(f"--smooth {args.smooth} is less than 1; 1 draws what was logged")
     if args.matrix and len(args.runs) > 1:
         parser.error(f"--matrix draws one run, not {len(args.runs)}")
     try:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from hope.nesting import is_number, json_of
 
 Point = tuple[float, float]
 
@@ -46,8 +47,8 @@ def read_run(path: Path, name: str = "", x: str = "step", only: Sequence[str] = 
         NoCurve: there is no such file, or no loss in it.
     """
     file, records = _file(path), records_of(path)
-    losses = _points(records, x, "loss")
-    heldout = {key: points for key in only if (points := _points(records, x, key))}
+    losses = points(records, x, "loss")
+    heldout = {key: line for key in only if (line := points(records, x, key))}
     if not losses and not heldout:
         keys = sorted({key for record in records for key in record if key.startswith("heldout_loss")})
         known = f"; it has {', '.join(keys)}" if keys else ""
@@ -72,16 +73,15 @@ def records_of(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            records.append(json_of(line))
+        except ValueError as error:
             if number < len(lines):
-                raise NoCurve(f"{file}: line {number} is no JSON") from None
+                raise NoCurve(f"{file}: line {number} is no JSON ({error})") from None
     return [record for record in records if isinstance(record, dict)]
 
 
-def _points(records: Sequence[dict[str, Any]], x: str, key: str) -> list[Point]:
-    """Where both are finite numbers: null in the file is a loss that was not."""
-    is_number = lambda value: isinstance(value, int | float) and math.isfinite(value)
+def points(records: Sequence[dict[str, Any]], x: str, key: str) -> list[Point]:
+    """(x, value of the key) where both are finite numbers: null in the file is a loss that was not."""
     return [(r[x], r[key]) for r in records if is_number(r.get(x)) and is_number(r.get(key))]
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hope.nesting import json_of
 from hope.stored.manifest import write_durably
 from hope.stored.tokenizer import HF_TOKENIZER, TOKENIZER
 
@@ -54,7 +55,7 @@ def write_files(out: Path, eos_id: int | None, seq_len: int | None) -> list[str]
 
 
 def _piece(path: Path, number: int) -> str | None:
-    known = json.loads(path.read_text(encoding="utf-8"))
+    known = json_of(path.read_text(encoding="utf-8"))
     added = {entry["id"]: str(entry["content"]) for entry in known.get("added_tokens", ())}
     return added.get(number)
 

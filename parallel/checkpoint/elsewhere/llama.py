@@ -7,7 +7,6 @@ weights.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hope.config import ModelConfig
+from hope.nesting import json_of
 from hope.stored.errors import NothingStored, UnfitWeights
 from hope.stored.find import CONFIG, HF_INDEX, WEIGHTS
 from hope.stored.safetensors import read_safetensors
@@ -56,7 +56,7 @@ def read_llama(path: Path) -> Llama:
     """
     if not (path / CONFIG).is_file():
         raise NothingStored(f"{path / CONFIG} is missing; give a folder that Hugging Face's save_pretrained made")
-    config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    config = json_of((path / CONFIG).read_text(encoding="utf-8"))
     if reasons := list(_reasons(config)):
         raise UnfitWeights(f"{path}: " + "; ".join(reasons))
     section = _section(config)
@@ -125,7 +125,7 @@ def _section(config: Mapping[str, Any]) -> dict[str, Any]:
 def _tensors(path: Path) -> dict[str, Tensor]:
     names = [WEIGHTS]
     if (path / HF_INDEX).is_file():
-        index = json.loads((path / HF_INDEX).read_text(encoding="utf-8"))
+        index = json_of((path / HF_INDEX).read_text(encoding="utf-8"))
         names = sorted(set(index["weight_map"].values()))
     if missing := [name for name in names if not (path / name).is_file()]:
         raise NothingStored(f"{path} lacks {', '.join(missing)}; only safetensors are read, no .bin, which is code")
