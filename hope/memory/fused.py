@@ -149,6 +149,19 @@ def _decay(end, start):
     return tl.exp(tl.minimum(end[:, None] - start[None, :], 0.0))
 
 
+@triton.jit
+def _unit(z, TYPE: tl.constexpr):
+    """Rows of unit length, and what they were divided by, inverse."""
+    inverse = 1.0 / tl.sqrt(tl.sum(z * z, 1) + _EPS)
+    return (z * inverse[:, None]).to(TYPE), inverse
+
+
+@triton.jit
+def _unfinished(last_p, n, place: tl.constexpr, BLOCKS: tl.constexpr):
+    """Whether block n is at `place` in the chunk whose writes are not kept."""
+    return (tl.load(last_p) == n // BLOCKS) & (n % BLOCKS == place)
+
+
 @triton.jit(do_not_specialize=["blocks", "heads"])
 def _sequential(
     x_p, ak_p, av_p, ge_p, ga_p, bk_p, bv_p, ee_p, ea_p, s0_p, valid_p, resets_p, last_p,
@@ -180,18 +193,15 @@ def _sequential(
             tl.debug_barrier()  # other threads stored it
             r = _dot(x, tl.load(starts), PRECISION)
             if PARTIAL:
-                unfinished = tl.load(last_p + batch) == n // BLOCKS
-                if unfinished & (n % BLOCKS == 0):  # set aside: the state after an unfinished chunk
+                if _unfinished(last_p + batch, n, 0, BLOCKS):  # set aside: the state after an unfinished chunk
                     tl.store(end_p + bh * K * K + square, S)
         le = tl.sum(r * tl.load(ee_p + hz * K + rK)[None, :], 1) + tl.load(ge_p + row + rC)
         la = tl.sum(r * tl.load(ea_p + hz * K + rK)[None, :], 1) + tl.load(ga_p + row + rC)
         rb = r.to(TYPE)
         z = _add_dot(rb, tl.load(bv_p + hz * K * K + square), av.to(tl.float32), PRECISION)
-        rv = 1.0 / tl.sqrt(tl.sum(z * z, 1) + _EPS)
-        v = (z * rv[:, None]).to(TYPE)
+        v, rv = _unit(z, TYPE)
         z = _add_dot(rb, tl.load(bk_p + hz * K * K + square), ak.to(tl.float32), PRECISION)
-        rk = 1.0 / tl.sqrt(tl.sum(z * z, 1) + _EPS)
-        k = (z * rk[:, None]).to(TYPE)
+        k, rk = _unit(z, TYPE)
         tl.store(k_p + at, k)
         eta = eta_max / (1.0 + tl.exp(-le))
         ell = tl.minimum(la, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(la)))
@@ -230,7 +240,7 @@ def _sequential(
             gain, keep = tl.where(live, gain, 0.0), tl.where(live, keep, 1.0)
         S = _add_dot(kt, (gain[:, None] * u).to(TYPE), keep * S, PRECISION)
         if PARTIAL and BLOCKS > 1:
-            if unfinished & (n % BLOCKS == BLOCKS - 1):
+            if _unfinished(last_p + batch, n, BLOCKS - 1, BLOCKS):
                 S = tl.load(end_p + bh * K * K + square)
     tl.store(end_p + bh * K * K + square, S)
 
@@ -305,6 +315,51 @@ def _outputs_backward(
         tl.store(h_p + at, h.to(TYPE))
 
 
+@triton.jit
+def _passed(dS, keep, last_p, n, aside_p, BLOCKS: tl.constexpr, PARTIAL: tl.constexpr):
+    """dS after block n, what of it reaches what is written there, and its decay. The state after an unfinished chunk is
+    the one before it: nothing is reached, and if blocks are between them, dS is set aside until its start."""
+    if not PARTIAL:
+        return dS, dS, keep
+    if BLOCKS == 1:
+        live = tl.load(last_p) != n
+        return dS, tl.where(live, dS, 0.0), tl.where(live, keep, 1.0)
+    if _unfinished(last_p, n, BLOCKS - 1, BLOCKS):
+        tl.store(aside_p, dS)
+        dS = tl.zeros(dS.shape, tl.float32)
+    return dS, dS, keep
+
+
+@triton.jit
+def _pairs(G, u, k, before, g, rows, PRECISION: tl.constexpr):
+    """Y, and what pairs of k say to log alpha, by rows and by columns."""
+    lower = tl.where(rows[:, None] > rows[None, :], -_decay(before, g), 0.0)
+    Y = _dot(G, tl.trans(u), PRECISION) * lower
+    W = Y * _dot(k, tl.trans(k), PRECISION)
+    by_row, by_column = tl.sum(W, 1), tl.sum(W, 0)
+    upper = tl.exp(tl.minimum(before[None, :] - g[:, None], 0.0))
+    Y += _dot(u, tl.trans(G), PRECISION) * tl.where(rows[:, None] < rows[None, :], -upper, 0.0)
+    return Y, by_row, by_column
+
+
+@triton.jit
+def _at_start(
+    dS, x_p, k_p, v_p, G_p, dr_p, last_p, aside_p, n, there, tile, turned,
+    SIZE: tl.constexpr, BLOCKS: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr, PARTIAL: tl.constexpr,
+):  # fmt: skip
+    """dS + dP of a chunk whose tiles begin `there`, SIZE numbers a block, from what its blocks have stored. An
+    unfinished one gets what was set aside too."""
+    for _ in range(BLOCKS):
+        d = tl.load(k_p + there + turned).to(tl.float32) - tl.load(v_p + there + turned).to(tl.float32)
+        dS = _add_dot(d.to(TYPE), tl.load(G_p + there + tile), dS, PRECISION)
+        dS = _add_dot(tl.load(x_p + there + turned), tl.load(dr_p + there + tile), dS, PRECISION)
+        there += SIZE
+    if PARTIAL:
+        if _unfinished(last_p, n, 0, BLOCKS):
+            dS += tl.load(aside_p)
+    return dS
+
+
 @triton.jit(do_not_specialize=["blocks", "heads"])
 def _sequential_backward(
     x_p, k_p, v_p, u_p, h_p, kp_p, states_p, rk_p, rv_p, eta_p, ell_p, bk_p, bv_p, ee_p, ea_p,
@@ -334,15 +389,7 @@ def _sequential_backward(
         ell, eta = tl.load(ell_p + row + rC), tl.load(eta_p + row + rC)
         g, total = tl.cumsum(ell, 0), tl.sum(ell, 0)
         before, keep = g - ell, tl.exp(total)
-        if PARTIAL and BLOCKS > 1:  # the state after the chunk is the one before it: what it gets is set aside
-            unfinished = tl.load(last_p + batch) == n // BLOCKS
-            if unfinished & (n % BLOCKS == BLOCKS - 1):
-                tl.store(ds0_p + bh * K * K + square, dS)
-                dS = tl.zeros([K, K], tl.float32)
-        seen = dS
-        if PARTIAL and BLOCKS == 1:  # the same
-            live = tl.load(last_p + batch) != n
-            seen, keep = tl.where(live, dS, 0.0), tl.where(live, keep, 1.0)
+        dS, seen, keep = _passed(dS, keep, last_p + batch, n, ds0_p + bh * K * K + square, BLOCKS, PARTIAL)
         through = keep * tl.sum(tl.sum(seen * tl.load(states_p + state).to(tl.float32), 1), 0)
         half = seen.to(TYPE)
         u = tl.load(u_p + at)
@@ -350,12 +397,7 @@ def _sequential_backward(
         written = tl.sum(dE * u.to(tl.float32), 1)
         G = (eta[:, None] * dE).to(TYPE)
         k = tl.load(k_p + at)
-        lower = tl.where(rz[:, None] > rz[None, :], -_decay(before, g), 0.0)
-        Y = _dot(G, tl.trans(u), PRECISION) * lower
-        W = Y * _dot(k, tl.trans(k), PRECISION)
-        by_row, by_column = tl.sum(W, 1), tl.sum(W, 0)
-        upper = tl.exp(tl.minimum(before[None, :] - g[:, None], 0.0))
-        Y += _dot(u, tl.trans(G), PRECISION) * tl.where(rz[:, None] < rz[None, :], -upper, 0.0)
+        Y, by_row, by_column = _pairs(G, u, k, before, g, rz, PRECISION)
         kf = k.to(tl.float32)
         dk = _dot((-tl.exp(total - g)[:, None] * u.to(tl.float32)).to(TYPE), tl.trans(half), PRECISION)
         kept = tl.sum(kf * dk, 1)
@@ -392,14 +434,8 @@ def _sequential_backward(
             tl.store(G_p + at, G)
             tl.debug_barrier()  # other threads read G, dr and what is set aside
             if n % BLOCKS == 0:
-                for place in range(BLOCKS):
-                    there = (row + place * C) * K
-                    d = tl.load(k_p + there + turned).to(tl.float32) - tl.load(v_p + there + turned).to(tl.float32)
-                    dS = _add_dot(d.to(TYPE), tl.load(G_p + there + tile), dS, PRECISION)
-                    dS = _add_dot(tl.load(x_p + there + turned), tl.load(dr_p + there + tile), dS, PRECISION)
-                if PARTIAL:
-                    if unfinished:
-                        dS += tl.load(ds0_p + bh * K * K + square)
+                dS = _at_start(dS, x_p, k_p, v_p, G_p, dr_p, last_p + batch, ds0_p + bh * K * K + square, n, row * K,
+                               tile, turned, C * K, BLOCKS, TYPE, PRECISION, PARTIAL)  # fmt: skip
         if RESETS:  # no gradient reaches the document before
             dS = tl.where(tl.load(resets_p + batch * blocks + n) != 0, 0.0, dS)
         if TRACE:
