@@ -1,12 +1,14 @@
 """The kernels of the memory loop on a GPU: whether they are right, stage by stage, and how long a layer takes.
 
     python benchmarks/memory_kernels.py check --json check.json     every width, type and length, with documents too
+    python benchmarks/memory_kernels.py check --chunk 128           only those of chunks of 128, which no run takes yet
     python benchmarks/memory_kernels.py time --json time.json       fused against plain, d 1536, 8 x 4096
     python benchmarks/memory_kernels.py one check '{"K": 64}'       one of them in this process: for compute-sanitizer
 
 `check` compares with float64: each kernel's tensors with formulas on what the kernels stored, then outputs, end state
 and all gradients with the plain loop, then two runs with each other. Every configuration has a process and a time limit
-of its own, since a wrong kernel may hang or crash. Keys of `one`: K, kind (bf16, tf32, tf32x3, ieee), L, B, H,
+of its own, since a wrong kernel may hang or crash. The benchmark calls the kernels themselves: chunks that
+`hope.memory.kernels` does not open are checked too. Keys of `one`: K, kind (bf16, tf32, tf32x3, ieee), chunk, L, B, H,
 documents, static (learned or projected), alpha (logit of the retention), same (how alike tokens are), stages (0: end
 to end only), device, compile (1: dense parts of the timed layer as `train.compile=dense` has them).
 """
@@ -39,7 +41,7 @@ from hope.layers import unit
 from hope.memory import fused_scan as fused_form
 from hope.memory.config import MemoryConfig
 from hope.memory.delta import DeltaState
-from hope.memory.kernels import CHUNK, ScanChoice
+from hope.memory.kernels import ScanChoice
 from hope.memory.matrix import MatrixBank
 from hope.memory.scan import Given, Memories, Scanned, States, scan
 from hope.mixers import Trunk, self_modifying
@@ -50,17 +52,19 @@ from hope.pipe import piped
 # (outputs, gradients and stages) by kind, relative in norm. Triton cuts fp32 operands off to TF32 instead of rounding
 # them: 2e-3 was seen in gradients on an H100. bf16: 5e-3.
 BOUNDS = {"bf16": (1e-2, 2e-2), "tf32": (4e-3, 4e-3), "tf32x3": (1e-4, 1e-4), "ieee": (1e-5, 3e-5)}
-DEFAULTS: Case = {"K": 64, "kind": "bf16", "L": 1024, "B": 2, "H": 3, "documents": 0, "alpha": 4.0, "same": 0.0,
-                  "static": "learned", "stages": 1, "device": "cuda"}  # fmt: skip
+DEFAULTS: Case = {"K": 64, "kind": "bf16", "chunk": 64, "L": 1024, "B": 2, "H": 3, "documents": 0, "alpha": 4.0,
+                  "same": 0.0, "static": "learned", "stages": 1, "device": "cuda"}  # fmt: skip
 CHECKS: list[Case] = (
     [
-        {"K": K, "kind": kind, "L": L, "documents": documents}
+        {"K": K, "kind": kind, "chunk": chunk, "L": L, "documents": documents}
+        for chunk in (64, 128)
         for K, kind in ((64, "bf16"), (128, "bf16"), (64, "tf32"))
         for L in (1024, 4096)
         for documents in (0, 1)
     ]
     + [{"K": K, "static": "projected", "documents": 1} for K in (64, 128)]
-    + [{"K": 64, "alpha": 1.0, "same": 0.7}, {"K": 128, "alpha": 1.0, "same": 0.7}, {"K": 64, "kind": "tf32x3"}]
+    + [{"K": K, "chunk": chunk, "alpha": 1.0, "same": 0.7} for chunk in (64, 128) for K in (64, 128)]
+    + [{"K": 64, "chunk": chunk, "kind": "tf32x3"} for chunk in (64, 128)]
 )
 TIMES: list[Case] = [
     {"K": 64, "B": 8, "L": 4096},
@@ -69,6 +73,8 @@ TIMES: list[Case] = [
     {"K": 64, "B": 8, "L": 4096, "documents": 1},
     {"K": 64, "B": 8, "L": 4096, "compile": 1},
     {"K": 64, "B": 8, "L": 4096, "static": "projected"},
+    {"K": 64, "B": 8, "L": 4096, "chunk": 128},
+    {"K": 128, "B": 8, "L": 4096, "chunk": 128},
 ]
 
 
@@ -92,11 +98,15 @@ def layout_of(case: Case) -> tuple[int, ChunkLayout]:
     """(tokens, their chunks): whole ones, or documents of 100 tokens on average, the last of them longer, that end
     inside a chunk."""
     if not case["documents"]:
-        return case["L"], plain_layout(case["B"], case["L"], CHUNK, torch.device(case["device"]))
+        return case["L"], plain_layout(case["B"], case["L"], case["chunk"], torch.device(case["device"]))
     length = case["L"] - 37
     starts = torch.rand(length, case["B"], generator=torch.Generator().manual_seed(5)) < 0.01
     starts[length // 2 :] = False  # so that the end state has something in it
-    return length, Documents(starts.to(case["device"])).layout(CHUNK)
+    return length, Documents(starts.to(case["device"])).layout(case["chunk"])
+
+
+def config_of(case: Case) -> MemoryConfig:
+    return MemoryConfig(static=case["static"], projection_chunk=case["chunk"], main_chunk=case["chunk"])
 
 
 def bound(leaves: dict[str, Tensor], layout: ChunkLayout, config: MemoryConfig) -> tuple[Memories, Given, States]:
@@ -115,7 +125,7 @@ def end_to_end(case: Case, loop: Callable[..., Scanned], dtype: torch.dtype) -> 
     """y, the end state and the gradient of every leaf."""
     length, layout = layout_of(case)
     leaves = {name: t.to(dtype).requires_grad_() for name, t in tensors(case, length).items()}
-    config = MemoryConfig(static=case["static"])
+    config = config_of(case)
     found = loop(config, *(parts := bound(leaves, layout, config))[:2], layout, parts[2])
     y, end = layout.collect(found.y), found.states.main[0].weight
     weights = lambda t, seed: torch.randn(t.shape, generator=torch.Generator().manual_seed(seed)).to(t)
@@ -129,7 +139,7 @@ def stages(case: Case, operands: torch.dtype, precision: str) -> Run:
     """One pass through the kernels themselves, forward and backward."""
     from hope.memory import fused
 
-    config, (length, layout) = MemoryConfig(static=case["static"]), layout_of(case)
+    config, (length, layout) = config_of(case), layout_of(case)
     leaves = {name: t.float() for name, t in tensors(case, length).items()}
     memories, given, state = bound(leaves, layout, config)
     x, q = (t.to(operands).contiguous() for t in (given.x, given.q))
@@ -142,12 +152,13 @@ def stages(case: Case, operands: torch.dtype, precision: str) -> Run:
         fused_form.unfinished_chunks(layout, case["B"], x.device),
     ]
     start = state.main[0].weight.mT.contiguous()
-    made = fused.forward(*table.values(), start, *marks, CHUNK, config.eta_bound, precision)
+    chunk, block = case["chunk"], min(case["chunk"], fused_form.BLOCK)
+    made = fused.forward(*table.values(), start, *marks, chunk, block, config.eta_bound, precision)
     draw = lambda like, seed: torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(like)
     df, dend = draw(made["f"], 3), draw(made["end"], 4)
     rest = [table[name] for name in ("b_k", "b_v", "e_eta", "e_alpha")]
-    adjoint = fused.backward(df, dend, x, q, *rest, *marks[1:], made, config.eta_bound, precision, trace=True)
-    return Run(table, made, adjoint, df, dend, *marks, CHUNK, config.eta_bound)
+    adjoint = fused.backward(df, dend, x, q, *rest, *marks[1:], made, chunk, config.eta_bound, precision, trace=True)
+    return Run(table, made, adjoint, df, dend, *marks, chunk, block, config.eta_bound)
 
 
 def check(case: Case) -> Case:
@@ -168,7 +179,7 @@ def check(case: Case) -> Case:
     if case["stages"]:
         run = stages(case, operands, precision)
         bad.extend(f"not finite: {name}" for name in not_finite(run))
-        chunks = run.made["states"].shape[2]
+        chunks = run.df.shape[2] // run.chunk
         for n in sorted({0, 1, chunks // 2, chunks - 1}):
             check_chunk(run, n, say)
         del run
@@ -216,7 +227,7 @@ def timed(step: Callable[[], list[torch.cuda.Event]], repeat: int) -> list[float
 def layer(case: Case, loop: Callable[..., Scanned] | None, repeat: int) -> Case:
     """ms forward and backward of one whole mixer in bf16, and GiB beyond its weights; loop None: the plain one."""
     width, device = case["width"], torch.device(case["device"])
-    mixer = SelfModifyingTitans(Trunk(width, width // case["K"], 1), MemoryConfig(static=case["static"]))
+    mixer = SelfModifyingTitans(Trunk(width, width // case["K"], 1), config_of(case))
     initialise(mixer, 0)
     mixer = mixer.to(device, torch.bfloat16)
     choice = ScanChoice(scan, "") if loop is None else ScanChoice(loop, "", operands=torch.bfloat16)
@@ -276,6 +287,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=["check", "time", "one"])
     parser.add_argument("rest", nargs="*", help="of one: check or time, and its keys as JSON")
+    parser.add_argument("--chunk", type=whole(), help="only cases of this chunk")
     parser.add_argument("--json", type=result_file, help="where to write all numbers")
     parser.add_argument("--limit", type=whole(), default=170, help="seconds per configuration")
     parser.add_argument("--jobs", type=count, default=4, help="checks side by side; times are taken alone")
@@ -284,6 +296,9 @@ def main() -> int:
         one(args.rest[0], json.loads(args.rest[1]) if len(args.rest) > 1 else {})
         return 0
     cases, jobs = (CHECKS, args.jobs) if args.mode == "check" else (TIMES, 1)
+    cases = [case for case in cases if args.chunk in (None, case.get("chunk", DEFAULTS["chunk"]))]
+    if not cases:
+        parser.error(f"no case has chunks of {args.chunk}")
     with ThreadPoolExecutor(jobs) as pool:
         results = list(pool.map(partial(child, __file__, args.mode, args.limit), cases))
     print("\nSUMMARY")

@@ -1,6 +1,7 @@
 """Every stage of the memory's kernels against float64, from what the kernels themselves stored: which one is wrong.
 
-Used by benchmarks/memory_kernels.py. Names are those of hope/memory/fused.py. All tensors are [B, H, ...] of one chunk.
+Used by benchmarks/memory_kernels.py. Names are those of hope/memory/fused.py. All tensors are [B, H, ...] of one chunk,
+or of one of its blocks.
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ class Run(NamedTuple):
     resets: Tensor | None
     last: Tensor | None
     chunk: int
+    block: int
     eta_max: float
+
+    @property
+    def blocks(self) -> int:
+        """Of a chunk."""
+        return self.chunk // self.block
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -72,8 +79,9 @@ def step(given: dict[str, Tensor], S: Tensor, valid: Tensor, live: Tensor, eta_m
 
 
 def check_chunk(run: Run, n: int, say: Say) -> None:
-    """Say the error of every tensor of chunk n, a line per stage."""
-    chunks = run.made["states"].shape[2]
+    """Say the error of every tensor of chunk n, a line per stage. Of a chunk in blocks, all but what lies between
+    kernels is compared with the formulas of the whole chunk."""
+    chunks, first, following_first = run.df.shape[2] // run.chunk, n * run.blocks, (n + 1) * run.blocks
     part = slice(n * run.chunk, (n + 1) * run.chunk)
     cut = lambda table, *names: [table[name][:, :, part].double() for name in names]
     batch = run.df.shape[0]
@@ -82,7 +90,7 @@ def check_chunk(run: Run, n: int, say: Say) -> None:
     everywhere = torch.ones(batch, 1, 1, 1, dtype=torch.bool, device=run.df.device)
     live = everywhere if run.last is None else marks(run.last != n)
     reset = lambda i: ~everywhere if run.resets is None else marks(run.resets[:, i])
-    S = run.made["states"][:, :, n].double()
+    S = run.made["states"][:, :, first].double()
     inputs = {name: t[:, :, part] if name in PER_TOKEN else t for name, t in run.given.items()}
     inputs = {name: t.double().detach().clone().requires_grad_() for name, t in inputs.items()}
     S_in = S.clone().requires_grad_()
@@ -98,27 +106,32 @@ def check_chunk(run: Run, n: int, say: Say) -> None:
     A = decay(g, g, 0) * (q @ k.mT)
     end = g[..., -1:].unsqueeze(-1).exp() * S - k.mT @ (p * u)
     following = torch.where(live, end, S)
-    after = run.made["end"] if n + 1 == chunks else run.made["states"][:, :, n + 1]
+    after = run.made["end"] if n + 1 == chunks else run.made["states"][:, :, following_first]
     if n + 1 < chunks:
         following = following.masked_fill(reset(n + 1), 0.0)
-    say(f"chunk {n} forward: system", inverse=relative(X, own["X"]), u=relative(u, X @ own["E"]),
+    inside = X.unflatten(2, (run.blocks, run.block))  # blocks on the diagonal are the inverses of those on it
+    diagonal = own["X"].unflatten(2, (run.blocks, -1)).unflatten(-1, (run.blocks, -1)).diagonal(dim1=2, dim2=4)
+    expected_u = X @ own["E"] if run.blocks == 1 else own["u"]
+    say(f"chunk {n} forward: system", inverse=relative(inside, diagonal.movedim(-1, 2)), u=relative(u, expected_u),
         S=relative(after, following), f=relative(run.made["f"][:, :, part], eg * (q @ S) - A @ u))  # fmt: skip
-    check_outputs_backward(run, n, part, say, q, k, v, u, X, S, df, ell)
-    outer = run.dend if n + 1 == chunks else run.adjoint["trace"][:, :, n + 1]
+    for place, tiles in enumerate(zip(*(t.split(run.block, 2) for t in (q, k, v, u, X, df, ell)), strict=True)):
+        check_outputs_backward(run, first + place, say, *tiles)
+    outer = run.dend if n + 1 == chunks else run.adjoint["trace"][:, :, following_first]
     wanted = [inputs[name] for name in ("a_k", "a_v", "g_eta", "g_alpha")] + [found["r"], S_in]
     loss = (found["f"] * df).sum() + (found["end"] * outer.double()).sum()
     gradients = torch.autograd.grad(loss, wanted)
     names = ("dzk", "dzv", "dle", "dla", "dr")
     errors = {m: relative(t, e) for m, t, e in zip(names, cut(run.adjoint, *names), gradients[:5], strict=True)}
     dS = gradients[5].masked_fill(reset(n), 0.0)
-    say(f"chunk {n} backward: sequential", **errors, dS=relative(run.adjoint["trace"][:, :, n], dS))
+    say(f"chunk {n} backward: sequential", **errors, dS=relative(run.adjoint["trace"][:, :, first], dS))
 
 
 def check_outputs_backward(
-    run: Run, n: int, part: slice, say: Say,
-    q: Tensor, k: Tensor, v: Tensor, u: Tensor, X: Tensor, S: Tensor, df: Tensor, ell: Tensor,
+    run: Run, n: int, say: Say,
+    q: Tensor, k: Tensor, v: Tensor, u: Tensor, X: Tensor, df: Tensor, ell: Tensor,
 ) -> None:  # fmt: skip
-    """The stage that is parallel over chunks, from the chunk's tensors in float64."""
+    """The stage that is parallel over blocks, from the tensors of block n in float64."""
+    part, S = slice(n * run.block, (n + 1) * run.block), run.made["states"][:, :, n].double()
     g = ell.cumsum(-1)
     eg, p, before = g.exp().unsqueeze(-1), (g[..., -1:] - g).exp().unsqueeze(-1), (g - ell).exp().unsqueeze(-1)
     lower = decay(g, g, 0)
@@ -130,11 +143,11 @@ def check_outputs_backward(
         "dko": dA.mT @ q,
         "deo": X.mT @ (-A.mT @ df),
         "kp": -X.mT @ (p * k),
-        "h": before * k + k - v,
+        "h": before * k + k - v if run.blocks == 1 else before * k,
         "o": (q * through).sum(-1) + W.sum(-1) - W.sum(-2),
     }
     errors = {name: relative(run.adjoint[name][:, :, part], e) for name, e in expected.items()}
-    say(f"chunk {n} backward: outputs", **errors, dso=relative(run.adjoint["dso"][:, :, n], (eg * q).mT @ df))
+    say(f"block {n} backward: outputs", **errors, dso=relative(run.adjoint["dso"][:, :, n], (eg * q).mT @ df))
 
 
 def not_finite(run: Run) -> Iterator[str]:

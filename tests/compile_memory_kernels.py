@@ -1,7 +1,8 @@
 """`python tests/compile_memory_kernels.py 64,bf16 128,bf16,documents ...`: compile the memory's kernels ahead of time.
 
-For a GPU of compute capability 9.0, with triton's own ptxas: no GPU is needed. A word is a head width, a type, and
-`documents` for the form with padding, resets and unfinished chunks, or `given` for the kernels of the linear family.
+For a GPU of compute capability 9.0, with triton's own ptxas: no GPU is needed. A word is a head width, a type,
+`documents` for the form with padding, resets and unfinished chunks, or `given` for the kernels of the linear family,
+and a chunk that is not 64, such as 128.
 One line per kernel: its name, the word, registers, bytes spilled, bytes of shared memory, matrix products, and products
 whose left operand is transposed in registers.
 """
@@ -24,8 +25,8 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from hope.memory import fused
+from hope.memory.fused_scan import BLOCK
 from hope.memory.given import fused as given
-from hope.memory.kernels import CHUNK
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {"bf16": tl.bfloat16, "fp32": tl.float32}
@@ -38,8 +39,10 @@ GIVEN = (given._prepare, given._sequential, fused._outputs, fused._outputs_backw
 PASSED = {"ttg.convert_layout", "ttg.local_alloc", "ttg.local_load", "arith.truncf"}
 
 
-def source(kernel: triton.JITFunction, width: int, kind: str, form: str) -> ASTSource:
-    constants = {"K": width, "C": CHUNK, "LOG_C": CHUNK.bit_length() - 1, "TYPE": TYPES[kind], "PRECISION": "tf32"}
+def source(kernel: triton.JITFunction, width: int, kind: str, form: str, blocks: int = 1) -> ASTSource:
+    """blocks: of a chunk."""
+    constants = {"K": width, "C": BLOCK, "LOG_C": BLOCK.bit_length() - 1, "TYPE": TYPES[kind], "PRECISION": "tf32"}
+    constants |= {"BLOCKS": blocks}
     constants |= dict.fromkeys(("VALID", "RESETS", "PARTIAL"), form == "documents") | {"TRACE": False}
     constants |= {"GIVEN": form == "given", "ERASE": True, "V": given.COLUMNS}
     signature, attributes = {}, {}
@@ -89,10 +92,13 @@ def assembled(ptx: str) -> tuple[int, int]:
 
 def compiled(kernel: triton.JITFunction, word: str) -> str:
     width, kind, *others = word.split(",")
+    blocks = int(others.pop()) // BLOCK if others and others[-1].isdigit() else 1
     options = fused._OPTIONS | (given.wide(int(width)) if kernel is given._writes_backward else {})
+    if kernel is fused._sequential:
+        options = fused.forward_options(int(width), blocks)
     if kernel is fused._sequential_backward:
-        options = fused.backward_options(int(width), torch.bfloat16 if kind == "bf16" else torch.float32)
-    found = triton.compile(source(kernel, int(width), kind, "".join(others)), target=HOPPER, options=options)
+        options = fused.backward_options(int(width), torch.bfloat16 if kind == "bf16" else torch.float32, blocks)
+    found = triton.compile(source(kernel, int(width), kind, "".join(others), blocks), target=HOPPER, options=options)
     facts = *assembled(found.asm["ptx"]), found.metadata.shared
     return " ".join(map(str, (kernel.__name__, word, *facts, *transposed_on_the_left(found.asm["ttgir"]))))
 

@@ -9,7 +9,7 @@ M_box,0 + I and c the contribution factor,
 go into the loop, f_t = R_t q_t comes out of it, and y = q M_main,0^T + f B_main^T. Of the static paths S_k is learned,
 s_k projected, the other one zero.
 
-Shapes: B sequences, H heads, L tokens (a multiple of the chunk), N chunks, K head width, C tokens of a chunk.
+Shapes: B sequences, H heads, L tokens (a multiple of the chunk), N chunks, K head width, C tokens of a block.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ SAVED = ("k", "v", "u", "inverse", "rk", "rv", "eta", "ell", "states")
 """What the backward needs of the forward, by name in `hope.memory.fused`."""
 OUTPUTS = ("f", "end", "eta", "ell", "k", "v", "u", "inverse", "rk", "rv", "states")
 """What the loop returns: the first two have gradients."""
+BLOCK = 64
+"""Tokens that the kernels take at a time. A longer chunk is walked in such blocks, see `hope.memory.fused`."""
 # Written out, since what torch infers from annotations differs between its versions.
 _ELEVEN = "(" + ", ".join(["Tensor"] * 11) + ")"
 _LOOP = (
@@ -40,7 +42,7 @@ _LOOP = (
 )
 _LOOP_BACKWARD = (
     "(Tensor df, Tensor dend, Tensor x, Tensor q, Tensor b_k, Tensor b_v, Tensor e_eta, Tensor e_alpha, "
-    f"Tensor? resets, Tensor? last, Tensor[] saved, float eta_max, str precision) -> {_ELEVEN}"
+    f"Tensor? resets, Tensor? last, Tensor[] saved, int chunk, float eta_max, str precision) -> {_ELEVEN}"
 )
 
 
@@ -186,12 +188,13 @@ def memory_loop(
         state: S = R^T [B, H, K, K] fp32 before the first token.
         valid: [B, L] fp32, 0 at padding. resets: [B, N] int32, 1 where a chunk begins a document.
         last: [B] int32, the chunk whose writes are not kept, or -1.
+        chunk: tokens whose keys, values and gates are made from one state, a multiple of `BLOCK` or less than it.
         precision: of products of fp32 operands: ieee, tf32 or tf32x3.
     Returns: f [B, H, L, K]; S at the end, fp32; eta and log alpha [B, H, L] fp32, without gradients; and what the
         backward needs, also without.
     """
     dense = _gapless(x, q, a_k, a_v, g_eta, g_alpha, b_k.to(x.dtype), b_v.to(x.dtype), e_eta, e_alpha, state)
-    found = _kernels().forward(*dense, valid, resets, last, chunk, eta_max, precision)
+    found = _kernels().forward(*dense, valid, resets, last, chunk, min(chunk, BLOCK), eta_max, precision)
     return tuple(found[name] for name in OUTPUTS)
 
 
@@ -200,21 +203,23 @@ def _(x, q, a_k, a_v, g_eta, g_alpha, b_k, b_v, e_eta, e_alpha, state, valid, re
     batch, heads, length, width = x.shape
     tile = lambda: x.new_empty(x.shape)
     row = lambda: x.new_empty(batch, heads, length, dtype=torch.float32)
-    inverse = x.new_empty(batch, heads, length, chunk)
-    states = x.new_empty(batch, heads, length // chunk, width, width)
+    block = min(chunk, BLOCK)
+    inverse = x.new_empty(batch, heads, length, block)
+    states = x.new_empty(batch, heads, length // block, width, width)
     return tile(), state.new_empty(state.shape), row(), row(), tile(), tile(), tile(), inverse, row(), row(), states
 
 
 @torch.library.custom_op("hope::memory_loop_backward", mutates_args=(), schema=_LOOP_BACKWARD)
 def memory_loop_backward(
     df: Tensor, dend: Tensor, x: Tensor, q: Tensor, b_k: Tensor, b_v: Tensor, e_eta: Tensor, e_alpha: Tensor,
-    resets: Tensor | None, last: Tensor | None, saved: list[Tensor], eta_max: float, precision: str,
+    resets: Tensor | None, last: Tensor | None, saved: list[Tensor], chunk: int, eta_max: float, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, q, a_k, a_v, g_eta, g_alpha, b_k, b_v, e_eta, e_alpha and the state, each as its tensor."""
     kept = dict(zip(SAVED, saved, strict=True))
     dense = _gapless(df, dend, x, q, b_k.to(x.dtype), b_v.to(x.dtype), e_eta, e_alpha)
-    found = _kernels().backward(*dense, resets, last, kept, eta_max, precision)
-    states, dr, dle, dla = kept["states"], found["dr"], found["dle"], found["dla"]
+    found = _kernels().backward(*dense, resets, last, kept, chunk, eta_max, precision)
+    dr, dle, dla = found["dr"], found["dle"], found["dla"]
+    states = kept["states"][:, :, :: chunk // min(chunk, BLOCK)]  # at the chunks' starts
     chunks = lambda t: t.unflatten(2, (states.shape[2], -1))
     dx = (chunks(dr) @ states.mT).flatten(2, 3)
     r = (chunks(x) @ states).flatten(2, 3)
@@ -227,7 +232,7 @@ def memory_loop_backward(
 
 
 @memory_loop_backward.register_fake
-def _(df, dend, x, q, b_k, b_v, e_eta, e_alpha, resets, last, saved, eta_max, precision):  # type: ignore[no-untyped-def]
+def _(df, dend, x, q, b_k, b_v, e_eta, e_alpha, resets, last, saved, chunk, eta_max, precision):  # type: ignore[no-untyped-def]
     row = lambda: x.new_empty(x.shape[:3], dtype=torch.float32)
     like = lambda t: t.new_empty(t.shape)
     return (
@@ -246,7 +251,8 @@ def _(df, dend, x, q, b_k, b_v, e_eta, e_alpha, resets, last, saved, eta_max, pr
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, q, _, _, _, _, b_k, b_v, e_eta, e_alpha, _, _, resets, last, _, ctx.eta_max, ctx.precision = inputs
+    x, q, _, _, _, _, b_k, b_v, e_eta, e_alpha, _, _, resets, last, *rest = inputs
+    ctx.chunk, ctx.eta_max, ctx.precision = rest
     found = dict(zip(OUTPUTS, output, strict=True))
     ctx.save_for_backward(x, q, b_k, b_v, e_eta, e_alpha, resets, last, *(found[name] for name in SAVED))
     ctx.mark_non_differentiable(*output[2:])
@@ -258,8 +264,9 @@ def _adjoint(ctx: Any, df: Tensor | None, dend: Tensor | None, *_: None) -> tupl
     df = torch.zeros_like(x) if df is None else df.contiguous()
     if dend is None:
         dend = x.new_zeros(*x.shape[:2], x.shape[3], x.shape[3], dtype=torch.float32)
+    choices = ctx.chunk, ctx.eta_max, ctx.precision
     gradients = memory_loop_backward(
-        df, dend.contiguous(), x, q, b_k, b_v, e_eta, e_alpha, resets, last, saved, ctx.eta_max, ctx.precision
+        df, dend.contiguous(), x, q, b_k, b_v, e_eta, e_alpha, resets, last, saved, *choices
     )
     return *gradients, None, None, None, None, None, None
 

@@ -17,7 +17,7 @@ from interpreted import GPU, calls
 from hope.documents import Documents
 from hope.memory.config import MemoryConfig
 from hope.memory.fused_scan import fused_scan, memory_loop
-from hope.memory.kernels import ScanChoice
+from hope.memory.kernels import CHUNKS, ScanChoice
 from hope.memory.scan import GATE_SCALE
 from hope.mixers import Trunk, self_modifying
 from hope.mixers.self_modifying import SelfModifyingTitans
@@ -145,17 +145,18 @@ def test_two_runs_are_bit_equal(monkeypatch):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def operands(requires_grad: bool = True):
-    """What the custom op takes, small: one row, one head, two chunks of 16."""
+def operands(requires_grad: bool = True, chunk: int = 16):
+    """What the custom op takes, small: one row, one head, two chunks."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator).requires_grad_(requires_grad)
-    tiles, logits = [draw(1, 1, 32, 16) for _ in range(4)], [draw(1, 1, 32) for _ in range(2)]
+    length = 2 * chunk
+    tiles, logits = [draw(1, 1, length, 16) for _ in range(4)], [draw(1, 1, length) for _ in range(2)]
     weights, vectors = [draw(1, 16, 16) for _ in range(2)], [draw(1, 16) for _ in range(2)]
     marks = [
-        torch.ones(1, 32),
+        torch.ones(1, length),
         *(torch.tensor(v, dtype=torch.int32) for v in ([[0, 1]], [1])),
     ]
-    return *tiles, *logits, *weights, *vectors, draw(1, 1, 16, 16), *marks, 16, 0.25, "ieee"
+    return *tiles, *logits, *weights, *vectors, draw(1, 1, 16, 16), *marks, chunk, 0.25, "ieee"
 
 
 @interpreted
@@ -185,9 +186,10 @@ def test_torch_compile_sees_one_node(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="no CUDA device")
 @pytest.mark.parametrize("documents", [0, 1])
-def test_every_stage_on_a_gpu(documents):
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_every_stage_on_a_gpu(chunk, documents):
     program = Path(__file__).parents[2] / "benchmarks" / "memory_kernels.py"
-    case = f'{{"K": 64, "L": 512, "documents": {documents}}}'
+    case = f'{{"K": 64, "chunk": {chunk}, "L": 512, "documents": {documents}}}'
     done = subprocess.run([sys.executable, program, "one", "check", case], capture_output=True, text=True, timeout=200)
     assert done.stdout.splitlines()[-1:] == ["RESULT ok"], done.stdout + done.stderr
 

@@ -115,6 +115,15 @@ def test_cuts_of_a_sequence_at_chunks_are_the_whole():
     torch.testing.assert_close(state, end, rtol=0, atol=1e-6)
 
 
+def test_a_longer_chunk_is_taken_in_blocks(monkeypatch):
+    """The result does not depend on the chunk, so that the kernels are the same."""
+    given = {n: t.float() for n, t in inputs(40, 32, True, True).items()}
+    settings = {"erase": True, "operands": torch.float32, "precision": "ieee"}
+    monkeypatch.setattr("hope.memory.given.ops.BLOCK", CHUNK)
+    one, other = (fused_memory(**given, chunk=chunk, **settings) for chunk in (CHUNK, 2 * CHUNK))
+    assert all(map(torch.equal, one, other))
+
+
 @pytest.mark.parametrize("erase", [False, True])
 def test_the_op_is_one_node_and_its_fake_has_its_shapes(erase):
     given = {name: t.float() for name, t in inputs(32, 32, True, True).items()}

@@ -73,10 +73,12 @@ def interpreter(monkeypatch):
 
 @pytest.mark.skipif(GPU, reason="kernels are compiled for the GPU, not interpreted")
 @pytest.mark.filterwarnings("ignore:divide by zero", "ignore:overflow")
-def test_a_fused_run_is_predicted_with_what_its_kernels_keep(monkeypatch, interpreter):
+@pytest.mark.parametrize("chunk", [64, slow(128)])
+def test_a_fused_run_is_predicted_with_what_its_kernels_keep(chunk, monkeypatch, interpreter):
     """A GPU has the kernels, the machine that predicts may not. With TF32, as fp32 heads take them."""
-    cms = CmsConfig(periods=[1], hidden=16)
-    settings = named("hope", memory=MemoryConfig(), vocab_size=64, width=128, layers=2, heads=2, cms=cms)
+    monkeypatch.setattr("hope.memory.kernels.CHUNKS", (64, 128))
+    cms, memory = CmsConfig(periods=[1], hidden=16), MemoryConfig(projection_chunk=chunk, main_chunk=chunk)
+    settings = named("hope", memory=memory, vocab_size=64, width=128, layers=2, heads=2, cms=cms)
     predict = lambda: part_activations(settings, Slice(0, 2), StepShape(128, 2, False))
     plain = predict()  # fp32 products without TF32: the kernels refuse them
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")

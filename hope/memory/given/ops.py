@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hope.memory.fused_scan import BLOCK
+
 SAVED = ("u", "inverse", "states")
 """What the backward needs of the forward, by name in `hope.memory.given.fused`."""
 OUTPUTS = ("y", "end", *SAVED)
@@ -41,8 +43,9 @@ def fused_memory(
     precision: str = "tf32",
 ) -> tuple[Tensor, Tensor]:
     """`linear_memory` of one decay per head and without documents: products of `operands`, y in that dtype, an fp32
-    state. `hope.memory.kernels` says what fits."""
-    length = q.shape[2]
+    state. `hope.memory.kernels` says what fits. The result does not depend on the chunk: longer ones are taken as
+    blocks of 64 tokens."""
+    length, chunk = q.shape[2], min(chunk, BLOCK)
     short = -length % chunk
     padded = lambda t: F.pad(t, (0, 0, 0, short)) if short else t  # tokens that neither write nor forget
     like = k[..., 0].float()
