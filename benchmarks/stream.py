@@ -26,6 +26,7 @@ from recipe import Cell, Plan, Row, Runs, best, same_rates
 from tables import markdown, spread
 
 from configs.schema import load
+from hope.pipe import piped
 
 ALL = "all"
 
@@ -95,4 +96,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

@@ -1,7 +1,7 @@
 """ZeRO-1: DeepSpeed owns the partitions and gathers gradients in fp32, our optimizer updates them.
 
-One reduction over the data-parallel ranks and one all-gather (per parameter group) of this rank's part of the model
-per step.
+Per step one reduction over the data-parallel ranks, under bf16 one per parameter group, and one all-gather per group of
+this rank's part of the model.
 """
 
 from __future__ import annotations

@@ -64,16 +64,16 @@ def test_more_tensor_ranks_move_more_and_one_moves_nothing(tmp_path):
 
 
 def test_gradients_and_weights_of_data_parallel_ranks(tmp_path):
-    """fp32 gradients are all-reduced in every step; bf16 weights are gathered when they moved, every third step those
-    of the slow level. Kept on their ranks, its gradients travel as rarely."""
+    """fp32 gradients are reduce-scattered in every step; bf16 weights are gathered when they moved, every third step
+    those of the slow level. Kept on their ranks, its gradients travel as rarely."""
     config = load(config_file(tmp_path), ["train.precision=bf16"])
     slow = 2 * (3 * 16 * config.model.hidden_per_level() + 16)
     fast = estimate.parameters(config) - slow
     found = collectives(config, 4)
     assert found.tensor == 0
-    assert found.data == pytest.approx(3 / 4 * ((8 + 2) * fast + (8 + 2 / 3) * slow) / 100e9)
+    assert found.data == pytest.approx(3 / 4 * ((4 + 2) * fast + (4 + 2 / 3) * slow) / 100e9)
     config.optim.accumulate = "local"
-    assert collectives(config, 4).data == pytest.approx(3 / 4 * (10 * fast + 10 / 3 * slow) / 100e9)
+    assert collectives(config, 4).data == pytest.approx(3 / 4 * (6 * fast + 6 / 3 * slow) / 100e9)
 
 
 def test_ranks_on_other_nodes_have_the_network(tmp_path):

@@ -170,7 +170,8 @@ def test_reported_losses_are_not_divided_by_the_number_of_micro_batches() -> Non
 
 def collectives_of_a_step(precision: str) -> list[list[str]]:
     seen: list[str] = []
-    for name in ("all_reduce", "all_gather_into_tensor", "all_gather", "reduce", "broadcast", "barrier"):
+    moving = ("all_reduce", "all_gather_into_tensor", "all_gather", "reduce", "reduce_scatter_tensor")
+    for name in (*moving, "broadcast", "barrier"):
         setattr(dist, name, counted(getattr(dist, name), name, seen))  # DeepSpeed keeps what it finds at start
     with start(ParallelConfig(), timeout_s=30) as ranks:
         run = ToyRun(ranks, precision)
@@ -192,9 +193,12 @@ def counted(call: Callable, name: str, seen: list[str]) -> Callable:
     return wrapper
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_reduces_once_and_gathers_once_per_group(precision: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "reduction"), [("fp32", ["all_reduce"]), ("bf16", ["reduce_scatter_tensor"] * 4)]
+)
+def test_a_step_reduces_once_and_gathers_once_per_group(precision: str, reduction: list[str]) -> None:
+    """fp32: once for all groups."""
     for reduce, norms_, step in run_ranks(collectives_of_a_step, 2, precision):
-        assert reduce == ["all_reduce"]
+        assert reduce == reduction
         assert norms_ == ["all_reduce"]
         assert step == ["all_gather_into_tensor"] * 4

@@ -41,12 +41,18 @@ def test_a_size_that_a_mixer_cannot_have_is_said_in_its_line(capsys):
     assert "not at this size" not in lines["linear kda"]
 
 
-@pytest.mark.parametrize(
-    "words", [["--width", "15", "--heads", "2"], ["--seq", "0"], ["--seq", "9" * 20], ["--import", "nowhere_at_all"]]
-)
+@pytest.mark.parametrize("words", [["--width", "15", "--heads", "2"], ["--import", "nowhere_at_all"]])
 def test_what_cannot_work_ends_with_2(capsys, words):
     assert program.main(words) == 2
     assert words[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("length", ["0", "9" * 20])
+def test_a_length_that_no_sequence_has_is_refused(capsys, length):
+    with pytest.raises(SystemExit) as ended:
+        program.main(["--seq", length])
+    assert ended.value.code == 2
+    assert "--seq" in capsys.readouterr().err
 
 
 def test_a_module_that_breaks_is_named(capsys, tmp_path, monkeypatch):
