@@ -304,14 +304,19 @@ def parser_of(about: str | None, name: str) -> argparse.ArgumentParser:
     return parser
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = parser_of(__doc__, "recipe")
+def with_data(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """What is given to a comparison whose cells have one training and one held-out set."""
     parser.add_argument("--data", nargs=2, metavar=("TRAIN", "HELDOUT"))
-    parser.add_argument("--tuned", nargs=2, type=Path, metavar=("PLAN", "ROWS"), help="rates are the best of these")
     args = parser.parse_args(argv)
     if not args.table and not (args.data and args.json):
         parser.error("--data and --json are needed, or --table")
     return args
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = parser_of(__doc__, "recipe")
+    parser.add_argument("--tuned", nargs=2, type=Path, metavar=("PLAN", "ROWS"), help="rates are the best of these")
+    return with_data(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,7 +12,6 @@ figure is a single pass with the state carried from the first token on.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -77,17 +76,8 @@ def table(plan: Plan, rows: list[Row]) -> str:
     return markdown(lines)
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = recipe.parser_of(__doc__, "stream")
-    parser.add_argument("--data", nargs=2, metavar=("TRAIN", "HELDOUT"))
-    args = parser.parse_args(argv)
-    if not args.table and not (args.data and args.json):
-        parser.error("--data and --json are needed, or --table")
-    return args
-
-
 def main(argv: list[str] | None = None) -> int:
-    args = arguments(argv)
+    args = recipe.with_data(recipe.parser_of(__doc__, "stream"), argv)
     plan: Plan = plan_of(args.plan)
     if args.table:
         print(table(plan, rows_of(args.table)))
