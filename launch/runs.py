@@ -29,8 +29,9 @@ def records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 
 def _is_ours(record: dict[str, Any]) -> bool:
-    """Whether what is counted and shown of it are numbers; null is one that was not finite, or not measured."""
-    counted = isinstance(record.get("step", 0), int) and record.get("step", 0) >= 0
+    """Whether what is counted and shown of it are numbers; null is one that was not finite, or not measured. A verdict
+    has step -1 where there was no checkpoint."""
+    counted = isinstance(record.get("step", 0), int) and record.get("step", 0) >= -1
     return counted and all(record.get(key) is None or is_number(record[key]) for key in SHOWN)
 
 

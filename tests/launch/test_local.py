@@ -204,3 +204,8 @@ def test_under_make_trains_torchrun_every_rank_saves(tmp_path, name, save_s):
     finally:
         process.kill()
     assert [path.read_text() for path in sorted(tmp_path.glob("saved.*"))] == [f"{name}\n"] * 2
+
+
+def test_a_verdict_without_a_checkpoint_is_a_record(tmp_path):
+    (tmp_path / "verdicts.jsonl").write_text('{"verdict": "requeue", "step": -1}\n{"verdict": "requeue", "step": -2}\n')
+    assert records(tmp_path, "verdicts.jsonl") == [{"verdict": "requeue", "step": -1}]
