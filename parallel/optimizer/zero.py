@@ -1,4 +1,4 @@
-"""ZeRO-1: DeepSpeed owns the partitions and gathers gradients in fp32, our optimizer updates them.
+"""ZeRO-1: DeepSpeed owns the partitions and adds up gradients in fp32, our optimizer updates them.
 
 Per step one reduction over the data-parallel ranks, under bf16 one per parameter group, and one all-gather per group of
 this rank's part of the model.
