@@ -102,7 +102,7 @@ def test_a_state_on_a_full_disk_names_the_file_and_keeps_the_old_one(tmp_path):
 
 
 WRONG = {
-    **{"step": -1, "loss": "a", "tokens_per_s": [], "tokens_per_s_per_device": "", "mfu": {}, "memory_gb": "b"},
+    **{"step": -2, "loss": "a", "tokens_per_s": [], "tokens_per_s_per_device": "", "mfu": {}, "memory_gb": "b"},
     **{"step_time_s": "c", "data_time_s": "d", "eta_s": "e", "grad_norm": [1], "lr": "f", "heldout_loss": 10**400},
 }
 
