@@ -116,18 +116,22 @@ def measure(args: argparse.Namespace, world: int, wanted: list[Cell]) -> Iterato
             yield left.pop(current), {"failed": why}
 
 
-def chosen(args: argparse.Namespace, grid: Grid, world: int) -> list[Cell]:
-    """Cells of so many devices, in the order in which they are worth their time."""
-    fitting = [cell for cell in cells(grid, world) if cell.devices == world]
+def chosen(args: argparse.Namespace, every: list[Cell], world: int) -> list[Cell]:
+    """Those of `every` cell that have so many devices, in the order in which they are worth their time."""
+    fitting = [cell for cell in every if cell.devices == world and not why_left_out(cell, world)]
     if not args.only:
         return fitting
     ranked = [cell for pattern in args.only for cell in fitting if re.fullmatch(pattern, cell.name)]
     return list(dict.fromkeys(ranked))
 
 
-def check(grid: Grid, wanted: list[Cell]) -> None:
-    """Raises ConfigError: some cells cannot run."""
-    problems = []
+def check(grid: Grid, wanted: list[Cell], patterns: list[str]) -> None:
+    """Raises ConfigError: some cells cannot run, or a pattern is of none."""
+    problems = [
+        Problem("--only", f"{pattern} is the name of no cell here", f"launch sweep {grid.file} --dry-run")
+        for pattern in patterns
+        if not any(re.fullmatch(pattern, cell.name) for cell in wanted)
+    ]
     for cell in wanted:
         try:
             validate_without_data(cell_config(grid, cell), cell.devices, grid.file)
@@ -150,11 +154,12 @@ def run(args: argparse.Namespace, grid: Grid) -> int:
     """Measure, print and write; 1 if a cell has no number."""
     limit = devices_of(grid)
     worlds = args.devices or [n for n in sorted(grid.nodes) if limit is None or n <= limit]
-    gone = [cell.name for cell in all_cells(grid) if cell.devices not in worlds or why_left_out(cell, limit)]
+    every = all_cells(grid)  # takes seconds
+    gone = [cell.name for cell in every if cell.devices not in worlds or why_left_out(cell, limit)]
     if gone:
         print(f"scale: left out, for {', '.join(map(str, worlds))} devices only: {len(gone)} cells of the grid")
-    by_world = {world: chosen(args, grid, world) for world in worlds}
-    check(grid, [cell for wanted in by_world.values() for cell in wanted])
+    by_world = {world: chosen(args, every, world) for world in worlds}
+    check(grid, [cell for wanted in by_world.values() for cell in wanted], args.only)
     print(
         "| cell | sequences | tokens/s | of one device, each | GiB | s per step |\n|---|---|---|---|---|---|",
         flush=True,

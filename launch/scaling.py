@@ -20,8 +20,9 @@ from launch.grid import Cell, Grid, cell_config
 from launch.placement import split_overrides
 
 Row = dict[str, Any]
-SAME = ("model", "overrides", "gpus", "gpu")
-"""Two rows that agree in these are of one measurement."""
+SAME = ("model", "parameters", "overrides", "gpus", "gpu")
+"""Two rows that agree in these and in `CHOICES` are of one measurement. The same overrides may mean another model when
+defaults have changed."""
 ALIKE = ("model", "parameters", "seq", "gpu")
 CHOICES = ("cuda_graphs", "compile", "recompute")
 """Of `train`: two rows that differ in one of these, or of which one does not say it, say nothing of each other."""
@@ -84,7 +85,7 @@ def with_efficiency(rows: Sequence[Row]) -> list[Row]:
 
 def write(path: Path, rows: Sequence[Row]) -> None:
     """Add rows to the list in a file; of one measurement the newest stays. Efficiencies are of what is there then."""
-    key = lambda row: json.dumps([row[name] for name in SAME])
+    key = lambda row: json.dumps([row[name] for name in SAME] + [row.get(name) for name in CHOICES])
     old = read(path) if path.exists() else []
     new = {key(row) for row in rows}
     kept = [row for row in old if key(row) not in new]

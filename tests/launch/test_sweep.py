@@ -79,14 +79,34 @@ def test_cells_that_need_more_devices_are_left_out_with_a_word(tmp_path, capsys)
     assert [line.split()[0] for line in said if "to do" in line] == ["n1_dp", "n2_dp", "n2_tp2"]
 
 
-@pytest.mark.parametrize("nodes", [1, 8])
-def test_the_cells_of_the_scale_out_grid_can_run(nodes, monkeypatch):
+def fewest(cells: list[grids.Cell]) -> list[grids.Cell]:
+    """Of every model and layout the cell with the fewest devices, which share its states."""
+    return list({cell.series: cell for cell in reversed(cells) if cell.scaling == cells[0].scaling}.values())
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
+def test_the_cells_of_the_committed_sweeps_can_run(path, monkeypatch):
+    """Of every model and layout the last: the batch that the most devices divide, fewer can, and a larger one is its
+    multiple."""
     monkeypatch.chdir(Path(sweep.__file__).parent.parent)
-    grid = grids.load("launch/sweeps/eight.yaml")
-    chosen = [cell for cell in grids.cells(grid) if cell.devices == nodes]
-    assert len(chosen) >= 5
-    for cell in chosen:
-        validate_without_data(grids.cell_config(grid, cell), nodes, cell.name)
+    grid = grids.load(str(path))
+    for cell in {cell.series: cell for cell in grids.cells(grid)}.values():
+        validate_without_data(grids.cell_config(grid, cell), cell.devices, cell.name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
+def test_every_cell_of_the_committed_sweeps_can_run_and_fits(path, monkeypatch):
+    """Into an H100, of which a prediction may take 92 %."""
+    monkeypatch.chdir(Path(sweep.__file__).parent.parent)
+    grid = grids.load(str(path))
+    cells, site = grids.cells(grid), profile.load("h100", [])
+    for cell in cells:
+        validate_without_data(grids.cell_config(grid, cell), cell.devices, cell.name)
+    for cell in fewest(cells):
+        config = grids.cell_config(grid, cell)
+        memory = estimate.worst_rank(config, config.parallel, cell.devices)
+        assert estimate.fits(memory, site), f"{cell.name}: {estimate.excess(memory, site)}"
 
 
 def test_cells_that_cannot_run_are_refused_together(tmp_path):
@@ -179,6 +199,19 @@ def test_rows_of_json_are_added_and_compared_with_one_gpu(tmp_path, capsys):
     assert "| dp | 2 | strong | 0.064 | 0.071 | -10.0% | one GPU |" in lines[2]
     assert "| pp2 | 2 | strong | 0.080 | 0.107 | -25.0% | one GPU |" in lines[3]
     assert lines[-1] == "2 steps, 1 of them more than 15% off"
+
+
+@pytest.mark.parametrize("more", [{"parameters": 2}, {"cuda_graphs": True}])
+def test_a_row_replaces_none_of_another_model_or_choice(tmp_path, more):
+    """Defaults change, so the same overrides may be something else; rows of before keep the one GPU they rest on."""
+    file = tmp_path / "scale.json"
+    row = {"model": "hope", "parameters": 1, "layout": "dp", "gpus": 1, "scaling": "weak", "seq": 16, "gpu": "Abacus",
+           "tokens_per_s": 100.0, "tokens_per_s_per_gpu": 100.0, "config": "c.yaml", "overrides": []}  # fmt: skip
+    scaling.write(file, [row, {**row, "gpus": 2, "tokens_per_s_per_gpu": 90.0}])
+    scaling.write(file, [{**row, **more, "tokens_per_s_per_gpu": 50.0}])
+    assert [(r["gpus"], r["efficiency"]) for r in scaling.read(file)] == [(1, 1), (2, 0.9), (1, 1)]
+    scaling.write(file, [{**row, "tokens_per_s_per_gpu": 60.0}])
+    assert [(r["gpus"], r["efficiency"]) for r in scaling.read(file)] == [(2, 1.5), (1, 1), (1, 1)]
 
 
 def test_an_estimate_may_rest_on_rows_of_ones_own(tmp_path):

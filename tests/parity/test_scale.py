@@ -67,3 +67,14 @@ def test_scale_measures_the_cells_of_a_grid(tmp_path, monkeypatch, capsys):
     assert {(r["cuda_graphs"], r["compile"], r["recompute"]) for r in rows} == {(False, "none", "none")}
     assert all(r["tokens_per_s"] == pytest.approx(r["global_batch"] * 16 / r["seconds"][1]) for r in rows)
     assert "left out" in capsys.readouterr().out
+
+
+def test_scale_refuses_a_pattern_of_no_cell(tmp_path, monkeypatch, capsys):
+    """Before anything is started: no row would say that it was meant."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    scale = importlib.import_module("scale")
+    facts = {"name": "grid", "config": config_file(tmp_path), "where": "local", "nodes": [1, 2]}
+    (tmp_path / "grid.yaml").write_text(json.dumps(facts))
+    monkeypatch.setattr(scale, "torchrun", lambda *_: pytest.fail("started"))
+    assert scale.main([str(tmp_path / "grid.yaml"), "--devices", "2", "--only", "n2_dp", "n1_dp"]) == 2
+    assert "n1_dp is the name of no cell" in capsys.readouterr().err
