@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import recipe
-from kept import plan_of, rows_of
+from kept import ROWS, plan_of, refuse, rows_of
 from recipe import Cell, Plan, Row, Runs, best, same_rates
 from tables import markdown, spread
 
@@ -84,6 +84,18 @@ def table(plan: Plan, rows: list[Row]) -> str:
     return "\n\n".join(markdown(part) for part in (lines, detail) if len(part) > 1)
 
 
+def rows_of_sources(path: Path, *, new: bool = False) -> list[Row]:
+    """The rows in a file. Ends the program with 2 if a matrix is not of the row's sources, or rows differ in these."""
+    rows = rows_of(path, new=new)
+    for number, row in enumerate(rows, 1):
+        names, matrix = row["sources"], row.get("matrix")
+        if names != rows[0]["sources"]:
+            refuse(path, f"row {number}: sources are {', '.join(names)}, those of row 1 are others", ROWS)
+        if matrix is not None and [*map(len, matrix)] != [len(names)] * (len(names) + 1):
+            refuse(path, f"row {number}: matrix is not {len(names) + 1} lists of {len(names)} losses", ROWS)
+    return rows
+
+
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = recipe.parser_of(__doc__, "continual")
     parser.add_argument("--source", nargs=3, action="append", default=[], metavar=("NAME", "TRAIN", "HELDOUT"))
@@ -93,7 +105,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     if len(args.source) < 2 or not args.json:
         parser.error("--source twice or more and --json are needed, or --table")
     given = [name for name, _, _ in args.source]
-    others = {tuple(row["sources"]) for row in rows_of(args.json, new=True)} - {tuple(given)}
+    others = {tuple(row["sources"]) for row in rows_of_sources(args.json, new=True)} - {tuple(given)}
     if others:
         parser.error(f"{args.json} has rows of {', '.join(others.pop())}, not of {', '.join(given)}: another --json")
     return args
@@ -103,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     plan: Plan = plan_of(args.plan)
     if args.table:
-        print(table(plan, rows_of(args.table)))
+        print(table(plan, rows_of_sources(args.table)))
         return 0
     return Phases(plan, args).told(partial(table, plan))
 

@@ -6,11 +6,13 @@ Thin lines: training loss of each logged step; dots: held-out loss. Reads metric
 import argparse
 import sys
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 from kept import keep_text
 
 from hope.pipe import piped
 from hope.train.plot.curves import NoCurve, points, records_of
+from hope.train.plot.picture import Axis, short
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 420, 60, 190, 20, 45
 COLOURS = ["#1f6feb", "#d1242f", "#1a7f37", "#8250df", "#bf8700", "#57606a", "#bf3989", "#0a3069"]
@@ -23,26 +25,26 @@ def series(folder: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float
 
 
 def draw(runs: dict[str, Path]) -> str:
-    """The picture. Raises NoCurve for a folder that is no run's, or if no run has a loss yet."""
+    """The picture. Raises NoCurve for a folder that is no run's, or if no run has a loss yet; ValueError: numbers that
+    no axis holds."""
     curves = {label: series(folder) for label, folder in runs.items()}
     if not any(train or held for train, held in curves.values()):
         raise NoCurve(f"no loss in {', '.join(map(str, runs.values()))} yet")
     last = max(1, *(int(step) for train, held in curves.values() for step, _ in train + held))
     values = [loss for train, held in curves.values() for _, loss in train + held]
     low, high = min(values) // 0.5 * 0.5, (max(values) // 0.5 + 1) * 0.5
-    x = lambda step: LEFT + (WIDTH - LEFT - RIGHT) * step / last
-    y = lambda loss: TOP + (HEIGHT - TOP - BOTTOM) * (high - loss) / (high - low)
+    across, up = Axis(0, last, LEFT, WIDTH - RIGHT), Axis(low, high, HEIGHT - BOTTOM, TOP)
+    x, y = across.at, up.at
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
         'font-family="sans-serif" font-size="12">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
     ]
-    for tick in range(int(high - low) + 1):
-        level = low + tick
+    for level in up.marks():
         parts.append(f'<path d="M{LEFT} {y(level):.0f}H{WIDTH - RIGHT}" stroke="#d0d7de"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y(level) + 4:.0f}" text-anchor="end">{level:g}</text>')
-    for step in range(0, last + 1, 100):
-        parts.append(f'<text x="{x(step):.0f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{step}</text>')
+    for step in across.marks():
+        parts.append(f'<text x="{x(step):.0f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{short(step)}</text>')
     parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">optimizer step</text>')
     for index, (label, (train, held)) in enumerate(curves.items()):
         colour = COLOURS[index % len(COLOURS)]
@@ -50,7 +52,9 @@ def draw(runs: dict[str, Path]) -> str:
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1" opacity="0.6"/>')
         parts += [f'<circle cx="{x(s):.1f}" cy="{y(v):.1f}" r="3" fill="{colour}"/>' for s, v in held]
         final = f"{label}  {held[-1][1]:.3f}" if held else label
-        parts.append(f'<text x="{WIDTH - RIGHT + 10}" y="{TOP + 20 + 20 * index}" fill="{colour}">{final}</text>')
+        parts.append(
+            f'<text x="{WIDTH - RIGHT + 10}" y="{TOP + 20 + 20 * index}" fill="{colour}">{escape(final)}</text>'
+        )
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -62,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     named = (word.partition("=") for word in args.runs)
     try:
         picture = draw({label: Path(folder) for label, _, folder in named})
-    except NoCurve as error:
+    except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     keep_text(args.out, picture)

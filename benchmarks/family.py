@@ -30,6 +30,7 @@ from kept import keep, keep_text, pair, plan_of, rows_of
 from recipe import Cell, Plan, Row
 from throughput import SAME
 
+from configs.errors import ConfigError
 from hope.arguments import result_file
 from hope.block import Block
 from hope.config import ModelConfig
@@ -151,18 +152,19 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    found = [row for plan, rows in args.recipe for row in losses(plan_of(plan), read([rows]), args.optimizer)]
     try:
+        found = [row for plan, rows in args.recipe for row in losses(plan_of(plan), read([rows]), args.optimizer)]
         speed = speeds(read(args.throughput), {row["model"] for row in found}, args.where)
         rows = joined(found, speed, read(args.probes))
-        print(table(rows))
-        if args.json:
-            keep(args.json, rows)
-        if args.picture:
-            keep_text(args.picture, draw(rows).svg())
-    except ValueError as error:
+        picture = draw(rows).svg() if args.picture else None
+    except (ValueError, ConfigError) as error:  # the latter of a plan's words
         print(error, file=sys.stderr)
         return 2
+    print(table(rows))
+    if args.json:
+        keep(args.json, rows)
+    if picture:
+        keep_text(args.picture, picture)
     return 0
 
 

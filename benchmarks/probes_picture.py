@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from kept import keep_text, rows_of
+from kept import keep_picture, rows_of
 from probes import NEEDLE, best_rows
 from recipe import Row
 from recipe_picture import NAMES
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--without", nargs="+", default=[], metavar="PROBE", help="probes to leave out")
     args = parser.parse_args(argv)
     rows = [row for row in rows_of(args.rows) if row["probe"] not in args.without]
-    keep_text(args.out, draw(panels(rows)).svg())
+    keep_picture(args.out, args.rows, lambda: draw(panels(rows)))
     return 0
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from kept import keep_text, plan_of, rows_of
+from kept import keep_picture, plan_of, rows_of
 from recipe import ROOT, Cell, Plan, Row, grid
 
 from hope.pipe import piped
@@ -66,7 +66,7 @@ def lines(plan: Plan, rows: list[Row], optimizer: str) -> dict[str, tuple[list[f
 def draw(found: dict[str, tuple[list[float], list[float]]]) -> Picture:
     """Raises ValueError: there is nothing."""
     if not found:
-        raise ValueError("no cell of this optimizer has a loss")
+        raise ValueError("no cell of the optimizer has a loss")
     means = {model: statistics.mean(seeds) for model, (_, seeds) in found.items()}
     low = min(min(cells) for cells, _ in found.values()) - 0.02
     high = min(max(max(cells) for cells, _ in found.values()), min(means.values()) + WIDEST) + 0.01
@@ -100,7 +100,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--optimizer", default="muon")
     args = parser.parse_args(argv)
     plan: Plan = plan_of(args.plan)
-    keep_text(args.out, draw(lines(plan, rows_of(args.rows), args.optimizer)).svg())
+    found = lines(plan, rows_of(args.rows), args.optimizer)
+    keep_picture(args.out, args.rows, lambda: draw(found))
     return 0
 
 

@@ -159,6 +159,8 @@ def run(args: argparse.Namespace, grid: Grid) -> int:
     if gone:
         print(f"scale: left out, for {', '.join(map(str, worlds))} devices only: {len(gone)} cells of the grid")
     by_world = {world: chosen(args, every, world) for world in worlds}
+    if args.json and args.json.exists():
+        scaling.read(args.json)  # before hours of measurements, which could not be added to what is no rows
     check(grid, [cell for wanted in by_world.values() for cell in wanted], args.only)
     print(
         "| cell | sequences | tokens/s | of one device, each | GiB | s per step |\n|---|---|---|---|---|---|",

@@ -312,6 +312,8 @@ def write(path: Path, rows: list[Row]) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     set_numerics(TrainConfig(steps=1, seq_len=1, global_batch=1, micro_batch=1, precision=args.precision))
+    if args.json:
+        rows_of(args.json, new=True)  # before hours of measurements, which could not be added to what is no rows
     rows: list[Row] = []
     with groups.start(ParallelConfig()) as ranks:
         gc.freeze()  # DeepSpeed collects garbage 14 times for every model, over all that was imported

@@ -47,6 +47,13 @@ def finite(word: str) -> float:
     return found
 
 
+def named(word: str) -> str:
+    """A word that names something, as a type: an empty one would be the current folder, which nobody asked for."""
+    if not word:
+        raise argparse.ArgumentTypeError("'' names nothing; give a name, or . for the current folder")
+    return word
+
+
 def result_file(word: str) -> Path:
     """A file that is to be written, whole, when there are results: what cannot be one is refused before they are."""
     path = Path(word)

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from configs.errors import ConfigError
 from configs.schema import load, validate_without_data
-from hope.arguments import count, finite, result_file, whole
+from hope.arguments import count, finite, named, result_file, whole
 from hope.pipe import piped
 from hope.sections import Problem
 from launch import collect, grid, local, preflight_cli, profile, speeds, status, submit, sweep
@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _command(acts: Commands, name: str, text: str, act: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
     parser = acts.add_parser(name, help=text, description=text)
+    parser.register("type", None, named)  # of all that state no type: runs, configurations, grids, profiles, folders
     parser.set_defaults(act=act)
     return parser
 

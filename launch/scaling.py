@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError
+from hope.fields import NUMBER, POSITIVE, TEXT, each, optional, record
 from hope.nesting import json_of
 from hope.sections import Problem
 from hope.train.written import replace_text
@@ -26,8 +27,20 @@ defaults have changed."""
 ALIKE = ("model", "parameters", "seq", "gpu")
 CHOICES = ("cuda_graphs", "compile", "recompute")
 """Of `train`: two rows that differ in one of these, or of which one does not say it, say nothing of each other."""
-NEEDED = ("model", "parameters", "layout", "gpus", "scaling", "seq", "tokens_per_s", "gpu", "config", "overrides")
-"""What every row has, of those who read it."""
+NEEDED = {
+    "model": TEXT,
+    "parameters": POSITIVE,
+    "layout": TEXT,
+    "gpus": POSITIVE,
+    "scaling": TEXT,
+    "seq": POSITIVE,
+    "tokens_per_s": POSITIVE,
+    "gpu": TEXT,
+    "config": TEXT,
+    "overrides": each(TEXT),
+}
+"""What every row has, of those who read it, and its kinds."""
+_SHAPE = record({**NEEDED, "peak_gib": optional(NUMBER)})
 WROTE = "a file that `collect --json` wrote"
 PLACE = ("run.dir=", "run.name=")
 """Overrides that say nothing of what was measured."""
@@ -78,8 +91,8 @@ def with_efficiency(rows: Sequence[Row]) -> list[Row]:
     found = []
     for row in rows:
         base = one_gpu(row, rows)
-        speed = row["tokens_per_s_per_gpu"]
-        found.append({**row, "efficiency": base and speed / base["tokens_per_s_per_gpu"]})
+        speed = row["tokens_per_s"] / row["gpus"]
+        found.append({**row, "efficiency": base and speed / base["tokens_per_s"]})
     return found
 
 
@@ -114,6 +127,8 @@ def _no_rows(rows: Any) -> Iterator[Problem]:
         lacking = [key for key in NEEDED if key not in row] if isinstance(row, dict) else NEEDED
         if lacking:
             yield Problem(f"row {number}", f"lacks {', '.join(lacking)}", WROTE)
+        elif wrong := next(_SHAPE("", row), None):
+            yield Problem(f"row {number}", str(wrong), WROTE)
 
 
 def device_of(run: Path) -> str:

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hope.memory.delta import decay_ratios
+from hope.memory.shapes import shapes_only
 
 LEAF = 4
 """Tokens up to which products with decaying channels are written out in full, [C, C, K]."""
@@ -194,6 +195,8 @@ def channel_products(x: Tensor, k: Tensor, total: Tensor) -> Tensor:
 def _scan(state: Tensor, whole: Tensor, values: Tensor, erased: Tensor | None, keys: Tensor) -> tuple[Tensor, Tensor]:
     """The state [B, H, N, V, K] at the start of every chunk, and after the last one. keys: k as far as it is left at
     the chunk's end."""
+    if shapes_only(state):
+        return state.unsqueeze(2).expand(-1, -1, keys.shape[2], -1, -1), state
     gained = values.mT @ keys
     kept = whole.expand(*gained.shape[:3], -1)
     moved = (

@@ -21,6 +21,7 @@ from hope.layers import unit
 from hope.memory.bank import Bank, ChunkReads, State, keep_rows, reset_rows
 from hope.memory.config import MemoryConfig
 from hope.memory.delta import Gates
+from hope.memory.shapes import shapes_only
 
 # read-outs start near 0 with unit-norm inputs; 8 lets a gate travel its range with weights of ordinary size
 GATE_SCALE = 8.0
@@ -91,12 +92,18 @@ def scan(config: MemoryConfig, memories: Memories, given: Given, layout: ChunkLa
     batch, dtype = sequences.x.shape[0], sequences.x.dtype
     initial = States(memories.projections.start(batch), memories.main.start(batch))
     now = initial if state is None else state
+    loop = _Loop(config, memories)
+    if shapes_only(sequences.x):
+        first = [t[:, :, : config.window] for t in sequences if t is not None]
+        features, after, used = loop.window(now, first, None)
+        features = features.new_empty(*features.shape[:2], layout.padded, features.shape[3])
+        return Scanned(memories.main.output(features), after, [used])
     # cut into windows by unbind: slices inside the loop would make the backward quadratic in the number of chunks
     windows = zip(*(_cut(t, config.window) for t in sequences if t is not None), strict=True)
     valid: Sequence[Tensor | None] = [None] * (layout.padded // config.window)
     if layout.valid is not None:
         valid = list(layout.valid.to(dtype).unsqueeze(1).unflatten(-1, (-1, config.window)).unbind(2))
-    loop, outputs, gates = _Loop(config, memories), [], []
+    outputs, gates = [], []
     for index, (tensors, real) in enumerate(zip(windows, valid, strict=True)):
         if layout.resets is not None:
             now = _both(now, lambda a, b, rows=layout.resets[:, index]: reset_rows(a, b, rows), initial)

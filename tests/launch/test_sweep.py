@@ -229,6 +229,10 @@ def test_an_estimate_may_rest_on_rows_of_ones_own(tmp_path):
     assert estimate.measured(attention, [speed]).mixer == "attention"  # of which the file says nothing
 
 
+SPEED = """[{"model": "hope", "parameters": 5, "layout": "dp", "gpus": 1, "scaling": "weak", "seq": 8, "gpu": "cpu",
+    "config": "a.yaml", "overrides": [], "tokens_per_s": %s}]"""
+
+
 @pytest.mark.parametrize(
     ("text", "where"),
     [
@@ -237,6 +241,9 @@ def test_an_estimate_may_rest_on_rows_of_ones_own(tmp_path):
         ("{}", "(file)   is no list of rows but a dict"),
         ("[3, null]", "row 2    lacks model, parameters, layout"),
         ('[{"model": "hope"}]', "row 1   lacks parameters, layout"),
+        (SPEED % 0, "row 1   tokens_per_s is 0, not a finite number above 0"),
+        (SPEED % "[1]", "row 1   tokens_per_s is [1], not a finite number above 0"),
+        (SPEED % '1, "overrides": [3]', "row 1   overrides.0 is 3, not a text"),
     ],
 )
 def test_rows_that_cannot_be_read_are_an_error_in_words(tmp_path, capsys, text, where):

@@ -127,3 +127,30 @@ def test_every_number_has_one_of_the_types():
     told = {"--adapt-rate", "--rate", "--rates", "--temperature", "--top-p", "--mfu", "--tokens", "--seconds", "--code"}
     paths = [*own_files(), *(ROOT / "benchmarks").glob("*.py")]
     assert set().union(*map(plain_types, paths)) == told
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["cancel", ""],
+        ["logs", ""],
+        ["resume", ""],
+        ["status", "runs", ""],
+        ["submit", "", "--profile", "h100"],
+        ["submit", CONFIG, "--profile="],
+        ["local", CONFIG, ""],
+        ["preflight", "--profile", "h100", "--parity", ""],
+        ["sweep", ""],
+        ["collect", "grid.yaml", "--out", ""],
+    ],
+    ids=" ".join,
+)
+def test_a_launch_of_nothing_is_not_of_the_current_folder(tmp_path, monkeypatch, capsys, words):
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "metrics.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        launch(words)
+    assert caught.value.code == 2
+    assert ": '' names nothing; give a name, or . for the current folder" in capsys.readouterr().err
+    assert not (tmp_path / "control").exists()

@@ -99,6 +99,14 @@ def test_files_that_are_not_there_yet_are_said_and_blank(family, tmp_path, capsy
     assert "there is nothing to draw" in capsys.readouterr().err
 
 
+def test_words_of_a_plan_that_no_configuration_takes_are_told(family, tmp_path, capsys):
+    plan, rows = tmp_path / "plan.yaml", tmp_path / "rows.json"
+    plan.write_text(yaml.safe_dump({**PLAN, "common": ["model.tpyo=3"]}))
+    rows.write_text("[]")
+    assert family.main(["--recipe", str(plan), str(rows)]) == 2
+    assert "model.tpyo" in capsys.readouterr().err
+
+
 def test_a_model_in_two_plans_counts_where_it_has_a_loss(family):
     row = lambda model, heldout: {"model": model, "heldout": heldout}
     rows = family.joined([row("a", None), row("b", 3.0), row("a", 2.0)], {}, [])

@@ -1,11 +1,16 @@
 """`python -m hope.mixers`: every registered mixer in one table."""
 
+import dataclasses
+
 import pytest
+import torch
+from torch.overrides import TorchFunctionMode
 
 from hope.config import ModelConfig
 from hope.memory.linear_config import RULES
-from hope.mixers import MIXERS
+from hope.mixers import MIXERS, Trunk
 from hope.mixers import __main__ as program
+from hope.mixers.base import tensors_of
 from hope.model import Model
 
 
@@ -60,3 +65,49 @@ def test_a_module_that_breaks_is_named(capsys, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     assert program.main(["--import", "breaks_at_once"]) == 2
     assert "cannot import breaks_at_once: RuntimeError: boo; modules that are" in capsys.readouterr().err
+
+
+SECTIONS = {shown: (name, section) for name, shown, section in program.sections()}
+
+
+CHUNKS = {
+    "hope": {"kernel": "plain", "projection_chunk": 4, "main_chunk": 4},
+    "linear linear_attention": {"kernel": "plain", "chunk": 4},
+    "linear deltanet": {"kernel": "plain", "chunk": 4},
+    "titans lmm": {"chunk": 4},
+    "titans_mac": {"chunk": 2, "segment": 4},
+}
+
+
+@pytest.mark.parametrize("shown", CHUNKS)
+def test_one_chunk_tells_the_shapes_that_all_chunks_have(shown):
+    """With a graph all chunks are walked, on the meta device too."""
+    name, section = SECTIONS[shown]
+    found, calls = [], []
+    with torch.device("meta"):
+        layer = MIXERS[name].build(Trunk(32, 2, 1), dataclasses.replace(section, **CHUNKS[shown]))
+        for graph in (True, False):
+            with torch.set_grad_enabled(graph), Called() as called:
+                y, state = layer(torch.zeros(42, 1, 32))
+            found.append([(t.shape, t.dtype) for t in (y, *tensors_of(state))])
+            calls.append(called.count)
+    assert found[0] == found[1]
+    assert calls[0] > 1.2 * calls[1]
+
+
+class Called(TorchFunctionMode):
+    """Counts calls of torch's functions."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_sizes_that_cannot_be_counted_are_said_in_a_line(capsys, monkeypatch):
+    monkeypatch.setattr(program, "MIXERS", {name: MIXERS[name] for name in ("linear", "attention")})
+    assert program.main(["--width", str(2**24), "--seq", str(2**24)]) == 0
+    lines = {line[:24].strip(): line for line in capsys.readouterr().out.splitlines()}
+    assert "not at this size: Storage size calculation overflowed" in lines["linear deltanet"]
+    assert "1,125,899,906,842,624" in lines["attention"]

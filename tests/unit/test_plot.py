@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from hope.train.plot.__main__ import main
-from hope.train.plot.curves import read_run, smoothed
+from hope.train.plot.curves import NoCurve, read_run, smoothed
+from hope.train.plot.matrix import read_matrix
 from hope.train.plot.picture import Axis, rounded
 
 
@@ -88,3 +89,35 @@ def test_what_has_no_curve_is_said(tmp_path, capsys):
     assert main([str(path), "--log-x", "--key", "heldout_loss.code", "--out", str(tmp_path / "log")]) == 0
     assert read_run(path, only=["heldout_loss.code"]).heldout == {}
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("ends", [(1e308, -1e308), (1e308, 1e308 * (1 - 1e-15))])
+def test_numbers_that_no_axis_holds_are_refused(tmp_path, capsys, ends):
+    lines = [json.dumps({"step": step, "loss": loss}) for step, loss in enumerate(ends)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, ""]))
+    assert main([str(tmp_path), "--smooth", "1", "--out", str(tmp_path / "out.svg")]) == 2
+    assert "cannot be told apart on an axis" in capsys.readouterr().err
+    assert not (tmp_path / "out.svg").exists()
+
+
+def test_marks_of_a_logarithmic_axis_end_where_floats_do():
+    axis = Axis(5e-324, 1.7e308, 0, 100, logarithmic=True)
+    assert max(axis.marks()) == 1e308
+    assert 0 <= axis.at(1.0) <= 100
+    with pytest.raises(ValueError, match="no logarithmic axis"):
+        Axis(0.0, 1.0, 0, 100, logarithmic=True)
+
+
+@pytest.mark.parametrize("phase", [10**30, -1, 3, [], {}, None, 0.5])
+def test_a_line_of_no_phase_is_no_border(tmp_path, phase):
+    losses = {"continual.loss.a": 2.0, "continual.loss.b": 3.0}
+    lines = [{"phase": 0, **losses}, {"phase": phase, **losses}, {"phase": 1, **losses, "continual.loss.a": 1e400}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*map(json.dumps, lines), ""]))
+    assert [found for found, _ in read_matrix(tmp_path).rows] == [0]
+
+
+def test_borders_of_other_sources_are_no_matrix(tmp_path):
+    lines = [{"phase": 0, "continual.loss.a": 2.0}, {"phase": 1, "continual.loss.b": 2.0}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*map(json.dumps, lines), ""]))
+    with pytest.raises(NoCurve, match="phase 0 has losses of a, phase 1 of others"):
+        read_matrix(tmp_path)

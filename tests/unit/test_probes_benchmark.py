@@ -57,7 +57,7 @@ def test_cells_of_the_plan_seeds_last_and_none_twice(probes, tmp_path):
     how = plan["probes"]["parity"]
     assert [cell.seed for cell in cells] == [seed for seed in how["seeds"] for _ in how["models"]]
     assert len(set(cells)) == len(cells) == len(how["models"]) * len(how["rates"]) * len(how["seeds"])
-    done = [{**cell._asdict(), "tests": {}} for cell in cells[:-1]]
+    done = [{**cell._asdict(), "tests": {"T8": {}}} for cell in cells[:-1]]
     args.json.write_text(json.dumps(done))
     assert probes.Probes(plan, args).next() == cells[-1]
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hope.nesting import is_number
 from hope.train.continual import MEASURES, PREFIX, measures
 from hope.train.plot.curves import NoCurve, records_of
 from hope.train.plot.picture import Line, Picture, Words
@@ -34,25 +35,29 @@ def read_matrix(path: Path) -> Matrix:
     The row of a border whose evaluation was broken off, and made up for later, is in the events of the folder.
 
     Raises:
-        NoCurve: there is no such file, or no line of a border in it.
+        NoCurve: there is no such file, or no line of a border in it, or its lines are of different sources.
     """
     records = records_of(path)
     events = path / "events.jsonl"
     if path.is_dir() and events.is_file():
         records = [*(e for e in records_of(events) if e.get("event") == "PHASE"), *records]
-    rows = {record["phase"]: losses for record in records if "phase" in record and (losses := _losses(record))}
+    rows = {record["phase"]: losses for record in records if (losses := _losses(record))}
     if not rows:
         raise NoCurve(f"{path}: no border of two phases; a matrix is that of a run with train.mode=continual")
     last = max(rows)
     sources = list(rows[last])
+    if others := [phase for phase, losses in rows.items() if losses.keys() != rows[last].keys()]:
+        raise NoCurve(f"{path}: phase {others[0]} has losses of {', '.join(rows[others[0]])}, phase {last} of others")
     found = measures(sources, [rows.get(phase) for phase in range(last + 1)], rows[last], last - 1)
     return Matrix(sources, [(phase, [rows[phase][name] for name in sources]) for phase in sorted(rows)], found)
 
 
 def _losses(record: Mapping[str, Any]) -> dict[str, float]:
-    """By source; {} if one is no number."""
+    """By source; {} if one is no number, or the line is of no border: phases are as many as sources."""
     found = {key.removeprefix(PREFIX): value for key, value in record.items() if key.startswith(PREFIX)}
-    return found if all(isinstance(value, int | float) for value in found.values()) else {}
+    phase = record.get("phase")
+    border = isinstance(phase, int) and 0 <= phase <= len(found)
+    return found if border and all(map(is_number, found.values())) else {}
 
 
 def matrix_picture(matrix: Matrix, title: str = "") -> Picture:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from xml.sax.saxutils import escape
 
+_LEAST = 1e-12
+"""Between the ends of an axis, as a share of the larger one: marks below it are the same float."""
 COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#8250df", "#bf8700", "#57606a")
 GREY, PALE = "#57606a", "#d0d7de"
 
@@ -82,7 +85,11 @@ def _svg(part: Line | Dot | Words) -> str:
 
 @dataclass(frozen=True)
 class Axis:
-    """Numbers from `low` to `high`, above `low`, as pixels from `start` to `end`."""
+    """Numbers from `low` to `high`, above `low`, as pixels from `start` to `end`.
+
+    Raises:
+        ValueError: they are too close, or too far from each other, to be told apart in floats.
+    """
 
     low: float
     high: float
@@ -90,10 +97,17 @@ class Axis:
     end: float
     logarithmic: bool = False
 
+    def __post_init__(self) -> None:
+        if self.logarithmic and self.low <= 0:
+            raise ValueError(f"{self.low:g} is on no logarithmic axis")
+        if not _LEAST * max(abs(self.low), abs(self.high), _LEAST) < self.high - self.low < math.inf:
+            raise ValueError(f"numbers from {self.low:g} to {self.high:g} cannot be told apart on an axis")
+
     def at(self, value: float) -> float:
         """The pixel of a number."""
         if self.logarithmic:
-            share = math.log(value / self.low) / math.log(self.high / self.low)
+            low, high, place = (math.log(number) for number in (self.low, self.high, value))
+            share = (place - low) / (high - low)
         else:
             share = (value - self.low) / (self.high - self.low)
         return self.start + share * (self.end - self.start)
@@ -105,7 +119,8 @@ class Axis:
 
 def powers(low: float, high: float) -> list[float]:
     """1, 2 and 5 times powers of ten between two positive bounds."""
-    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    largest = min(math.ceil(math.log10(high)), sys.float_info.max_10_exp)
+    exponents = range(math.floor(math.log10(low)), largest + 1)
     return [m * 10.0**p for p in exponents for m in (1, 2, 5) if low <= m * 10.0**p <= high]
 
 
