@@ -37,7 +37,7 @@ class RankTimeout(RuntimeError):
     """Workers did not finish in time; the message holds their stacks."""
 
 
-def run_ranks(fn: Callable[..., Any], n: int, *args: Any, timeout: float = 60) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], n: int, *args: Any, timeout: float = 120) -> list[Any]:
     """Call `fn(*args)` in `n` processes with torchrun's variables set; return their results in rank order.
 
     With CUDA the workers are spawned (a CUDA context does not survive a fork), so `fn` must be importable.

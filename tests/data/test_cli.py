@@ -26,7 +26,7 @@ def test_the_tokenizing_program_needs_no_torch(tiny):
         "import sys; from data_prep.__main__ import main;"
         f" main(['tokenizer', 'info', '{tiny.folder}/tokenizer.model']); sys.exit('torch' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120, check=False).returncode == 0
 
 
 def test_tokenize_says_what_it_did_and_keeps_what_is_done(tiny, tmp_path, capsys):
@@ -98,7 +98,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(tiny):
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
-        assert process.wait(timeout=60) == 141
+        assert process.wait(timeout=120) == 141
 
 
 def test_tokenizer_types_and_selection(tiny, tmp_path, capsys):

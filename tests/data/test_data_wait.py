@@ -46,7 +46,7 @@ def test_only_the_first_batch_is_read_by_the_step(data):
         loader.batches(8 * step)
         last = 8 * (step + 2) - 1  # the step computes for as long as the reading takes
         with watched.read:
-            assert watched.read.wait_for(lambda last=last: last in watched.threads, timeout=60)
+            assert watched.read.wait_for(lambda last=last: last in watched.threads, timeout=120)
     loader.close()
     mine = [number for number, thread in watched.threads.items() if thread is threading.main_thread()]
     assert mine == list(range(8))

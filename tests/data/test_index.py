@@ -172,7 +172,7 @@ def test_an_index_without_a_record_is_read_and_refused_if_it_cannot_be(copied):
 
 def test_changed_data_is_an_error_on_every_rank(copied):
     flip_one_token(copied.train_prefix)
-    answers = run_ranks(fail_on_rank, 2, copied.train_prefix, timeout=60)
+    answers = run_ranks(fail_on_rank, 2, copied.train_prefix, timeout=120)
     assert answers[0] == answers[1]
     assert "changed under the same name" in answers[0]
 

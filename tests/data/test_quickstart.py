@@ -73,5 +73,5 @@ def test_preparing_data_needs_no_torch():
     """Importing torch and megatron-core costs seconds in every tokenizing process."""
     code = "import sys, data_prep.__main__, data_prep.config; sys.exit('torch' in sys.modules)"
     root = Path(__file__).parents[2]
-    run = subprocess.run([sys.executable, "-c", code], cwd=root, env=dict(os.environ), timeout=60, check=False)
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, env=dict(os.environ), timeout=120, check=False)
     assert run.returncode == 0

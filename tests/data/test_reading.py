@@ -167,23 +167,23 @@ def fail_on_rank(good, bad, cache):
 
 
 def test_two_ranks_build_one_cache_and_read_what_one_process_reads(dataset, tiny, tmp_path):
-    answers = run_ranks(read_on_rank, 2, tiny.train_prefix, str(tmp_path / "cache"), timeout=60)
+    answers = run_ranks(read_on_rank, 2, tiny.train_prefix, str(tmp_path / "cache"), timeout=120)
     assert answers == [dataset.fingerprint(0, 16)] * 2
     assert len(list((tmp_path / "cache").iterdir())) == 1
     # the second start, and one process, find it
-    assert run_ranks(read_on_rank, 2, tiny.train_prefix, str(tmp_path / "cache"), timeout=60) == answers
+    assert run_ranks(read_on_rank, 2, tiny.train_prefix, str(tmp_path / "cache"), timeout=120) == answers
     assert TrainingSet(tiny.train_prefix, T, 1234, str(tmp_path / "cache")).fingerprint(0, 16) == answers[0]
 
 
 def test_an_error_on_one_rank_is_raised_on_all(tiny, tmp_path):
     absent = str(tmp_path / "absent")
-    answers = run_ranks(fail_on_rank, 2, tiny.train_prefix, absent, str(tmp_path / "cache"), timeout=60)
+    answers = run_ranks(fail_on_rank, 2, tiny.train_prefix, absent, str(tmp_path / "cache"), timeout=120)
     assert answers == [f"rank 1: {absent}.idx: no such file"] * 2
 
 
 def test_an_unwritable_cache_is_an_error_on_all_ranks(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     cache = str(tmp_path / "file" / "cache")
-    answers = run_ranks(fail_on_rank, 2, tiny.train_prefix, tiny.train_prefix, cache, timeout=60)
+    answers = run_ranks(fail_on_rank, 2, tiny.train_prefix, tiny.train_prefix, cache, timeout=120)
     assert answers[0] == answers[1]
     assert "set data.cache to a folder that can be written" in answers[0]

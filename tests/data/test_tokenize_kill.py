@@ -65,7 +65,7 @@ def killed_and_resumed(folder, expected, rounds, delay):
         process = start(folder, prefix, workers=1 + number % 2)
         delay(process, prefix)
         os.kill(process.pid, signal.SIGKILL)
-        process.communicate(timeout=60)
+        process.communicate(timeout=120)
         finished.append(parts(prefix))
         finish(start(folder, prefix, workers=2 - number % 2))
         assert files(prefix) == expected, number

@@ -51,7 +51,7 @@ class Script:
 
     def __call__(self, *overrides: str, **more: str) -> tuple[int, str]:
         process = self.start(*overrides, **more)
-        said = process.communicate(timeout=60)[0]
+        said = process.communicate(timeout=120)[0]
         return process.returncode, said
 
     def verdict(self) -> dict:
@@ -108,7 +108,7 @@ def test_usr1_during_the_sites_lines_is_not_lost(script):
     while not (script.folder / "began").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGUSR1)
-    said = process.communicate(timeout=60)[0]
+    said = process.communicate(timeout=120)[0]
     assert process.returncode == 0, said
     assert (script.run.attempt("5.0") / "USR1").exists()
 
@@ -138,7 +138,7 @@ def test_a_job_waits_until_its_launch_folder_is_in_its_place(script):
     time.sleep(2)
     assert not script.run.budget.exists()
     script.run.jobs.write_text("4\n5;far\n")
-    assert process.communicate(timeout=60)[0]
+    assert process.communicate(timeout=120)[0]
     assert process.returncode == 0
 
 
@@ -164,7 +164,7 @@ def test_no_start_shares_a_port_with_the_starts_around_it():
     port = text.partition("MASTER_PORT=")[2]
     starts = [f"SLURM_JOB_ID={100 + job} SLURM_RESTART_COUNT={count}" for job in range(10) for count in range(8)]
     script = "\n".join(f"{start.replace(' ', '; ')}; echo {port}" for start in starts)
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
     ports = [int(word) for word in done.stdout.split()]
     assert len(ports) == len(starts)
     assert all(15000 <= number < 32000 for number in ports)

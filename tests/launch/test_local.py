@@ -181,7 +181,7 @@ def test_a_data_error_ends_it_with_2(tmp_path):
     path = config_file(tmp_path)
     bad = tmp_path / "stand_in.py"
     bad.write_text("import sys; sys.exit(2)")
-    done = subprocess.run([sys.executable, "-c", DRIVER, path, str(bad)], cwd=REPOSITORY, timeout=60,
+    done = subprocess.run([sys.executable, "-c", DRIVER, path, str(bad)], cwd=REPOSITORY, timeout=120,
                           env={**os.environ, "PYTHONPATH": str(REPOSITORY)})  # fmt: skip
     assert done.returncode == 2
 

@@ -50,10 +50,10 @@ def hang() -> None:
 
 def test_a_hang_fails_and_shows_where() -> None:
     began = time.monotonic()
-    with pytest.raises(RankTimeout, match=r"ranks \[1\] did not finish in 1.5 s") as error:
-        run_ranks(hang, 2, timeout=1.5)
+    with pytest.raises(RankTimeout, match=r"ranks \[1\] did not finish in 5 s") as error:
+        run_ranks(hang, 2, timeout=5)  # a busy machine needs some of it to begin
     assert "in hang" in str(error.value)
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 30
 
 
 def lose_a_peer() -> str:

@@ -317,9 +317,9 @@ def test_it_starts_its_own_processes(tmp_path, capfd):
 
 def test_the_exit_code_is_the_verdict_under_a_launcher(tmp_path, capfd):
     arguments = [config_file(tmp_path), *BASE, "parallel.tensor=2", "--steps", "1"]
-    assert run_ranks(parity.main, 2, arguments, timeout=60) == [0, 0]
+    assert run_ranks(parity.main, 2, arguments, timeout=120) == [0, 0]
     assert "EQUAL" in capfd.readouterr().out
-    assert run_ranks(parity.main, 2, [*arguments, "--tolerance", "1e-12"], timeout=60) == [1, 1]
+    assert run_ranks(parity.main, 2, [*arguments, "--tolerance", "1e-12"], timeout=120) == [1, 1]
     assert "DIFFERENT" in capfd.readouterr().out
 
 

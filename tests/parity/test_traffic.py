@@ -225,7 +225,7 @@ def quiet_between(name: str) -> list[tuple[bool, bool]]:
 
 @pytest.mark.parametrize("name", ["dmgd", "muon"])
 def test_a_level_is_silent_until_it_is_due(name):
-    for seen in run_ranks(quiet_between, 2, name, timeout=60):
+    for seen in run_ranks(quiet_between, 2, name, timeout=120):
         assert seen == [(False, False), (False, False), (False, False), (True, True)] * 2
 
 
@@ -249,7 +249,7 @@ def a_planted_nan(accumulate: str) -> tuple[list[str | None], bool]:
 
 @pytest.mark.parametrize("accumulate", ["sharded", "local"])
 def test_a_bad_gradient_of_a_waiting_level_is_seen_at_once(accumulate):
-    for names, finite in run_ranks(a_planted_nan, 2, accumulate, timeout=60):
+    for names, finite in run_ranks(a_planted_nan, 2, accumulate, timeout=120):
         assert names == [None, "blocks.1.cms.levels.1.mlp.up.weight", None, None]
         assert finite
 

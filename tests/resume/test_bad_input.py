@@ -108,7 +108,7 @@ def test_dry_run_writes_nothing_and_names_the_layout(tmp_path, capsys):
 def stopped(tmp_path_factory):
     """A run on two ranks that was stopped after step 2."""
     folder = tmp_path_factory.mktemp("stopped")
-    assert run_ranks(run, 2, config_file(folder), "train.stop_after=2", timeout=60) == [0, 0]
+    assert run_ranks(run, 2, config_file(folder), "train.stop_after=2", timeout=120) == [0, 0]
     return folder / "runs"
 
 
@@ -124,7 +124,7 @@ def resumed(stopped, tmp_path):
 def refused_on_resume(path: str, capfd, ranks: int, *overrides: str) -> str:
     """What a start says that ends with code 2 on every rank, and its dry run too unless `overrides` are only known
     to be wrong once tensors are read."""
-    assert set(run_ranks(run, ranks, path, *overrides, timeout=60)) == {2}
+    assert set(run_ranks(run, ranks, path, *overrides, timeout=120)) == {2}
     return re.sub(r"\s+", " ", capfd.readouterr().err)
 
 
@@ -258,9 +258,9 @@ def misled(path: str) -> int:
 
 def test_ranks_without_torchrun_say_the_same_once_and_something_else_with_their_number(tmp_path, capfd):
     path = config_file(tmp_path)
-    assert run_ranks(run, 3, path, "model.layerz=3", "train.global_batch=12", timeout=60) == [2, 2, 2]
+    assert run_ranks(run, 3, path, "model.layerz=3", "train.global_batch=12", timeout=120) == [2, 2, 2]
     assert capfd.readouterr().err.count("config error ") == 1
-    assert run_ranks(misled, 2, path, timeout=60) == [2, 2]
+    assert run_ranks(misled, 2, path, timeout=120) == [2, 2]
     error = capfd.readouterr().err
     assert error.count("config error ") == 2
     assert "rank 1: config error " in error

@@ -85,7 +85,7 @@ def test_exported_weights_give_the_logits_of_the_checkpoint_with_torch_alone(tra
     config = load(path, [])
     data = TrainingSet(config.data.train, config.train.seq_len, config.data.seed)
     tokens = batch_of_windows([data.sample(i) for i in range(4)], "carry", data.eos_id).tokens_TB
-    logits = run_ranks(logits_in_training, 1, path, tokens, timeout=60)[0]
+    logits = run_ranks(logits_in_training, 1, path, tokens, timeout=120)[0]
     assert torch.equal(model(tokens)[0], logits)
     masters = weights(folder, 4)
     for found in (
@@ -128,7 +128,7 @@ def test_export_in_bf16_and_what_the_config_says(trained, tmp_path):
 
 def test_the_command_line_needs_no_process_group(trained):
     command = [sys.executable, "-m", "parallel.checkpoint", "inspect", str(checkpoint(trained))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "step " in done.stdout
 

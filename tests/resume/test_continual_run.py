@@ -37,7 +37,7 @@ def whole(tmp_path_factory) -> tuple[Path, str, list[str]]:
     """A run from end to end on one device: its folder, configuration and flags."""
     folder = tmp_path_factory.mktemp("whole")
     path, flags = continual(folder)
-    assert run_ranks(run, 1, path, *flags, "run.name=whole", timeout=60) == [0]
+    assert run_ranks(run, 1, path, *flags, "run.name=whole", timeout=120) == [0]
     return folder, path, flags
 
 
@@ -80,8 +80,8 @@ def test_every_token_of_a_phase_is_of_its_source(tmp_path, size):
 def test_a_run_resumed_in_a_phase_or_at_a_border_is_the_same_to_the_bit(whole, at):
     folder, path, flags = whole
     name = f"stopped_at_{at}"
-    assert run_ranks(run, 1, path, *flags, f"run.name={name}", f"train.stop_after={at}", timeout=60) == [0]
-    assert run_ranks(run, 1, path, *flags, f"run.name={name}", timeout=60) == [0]
+    assert run_ranks(run, 1, path, *flags, f"run.name={name}", f"train.stop_after={at}", timeout=120) == [0]
+    assert run_ranks(run, 1, path, *flags, f"run.name={name}", timeout=120) == [0]
     records = metrics(folder, "whole")
     assert [record["step"] for record in records if "heldout_loss" in record] == [0, 2, 3, 4, 6, 8]
     told = lambda records: [
@@ -135,13 +135,13 @@ def test_two_ranks_equal_one_device(whole, layout):
 @pytest.mark.slow
 def test_the_last_phase_can_be_made_longer_and_an_earlier_one_cannot(tmp_path, capfd):
     path, flags = continual(tmp_path)
-    assert run_ranks(run, 1, path, *flags, "train.stop_after=6", "optim.decay=constant", timeout=60) == [0]
+    assert run_ranks(run, 1, path, *flags, "train.stop_after=6", "optim.decay=constant", timeout=120) == [0]
     change = ["optim.decay=constant", "checkpoint.on_change={data: override, train: override}"]
     earlier = ["train.steps=9", "data.sources[1].weight=2"]
-    assert run_ranks(run, 1, path, *flags, *change, *earlier, timeout=60) == [2]
+    assert run_ranks(run, 1, path, *flags, *change, *earlier, timeout=120) == [2]
     assert "the order of the data would change" in capfd.readouterr().err
     longer = ["train.steps=10", "data.sources[2].weight=6"]
-    assert run_ranks(run, 1, path, *flags, *change, *longer, timeout=60) == [0]
+    assert run_ranks(run, 1, path, *flags, *change, *longer, timeout=120) == [0]
     assert (metrics(tmp_path)[-1]["phase"], metrics(tmp_path)[-1]["step"]) == (3, 10)
 
 
@@ -155,9 +155,9 @@ def test_one_level_learns_two_sources_while_the_rest_is_frozen(whole):
     frozen = "optim.groups=[{match: 'blocks.1.cms.levels.1.*'}, {match: '*', rate: 0}]"
     more = [*flags, f"data.sources=[{', '.join(sets)}]", frozen, "optim.accumulate=local", "run.name=frozen"]
     more += [f"model.init={folder}/runs/whole", "optim.weight_decay=0.5"]
-    assert run_ranks(run, 2, path, *more, "train.stop_after=5", timeout=60) == [0, 0]
+    assert run_ranks(run, 2, path, *more, "train.stop_after=5", timeout=120) == [0, 0]
     assert metrics(folder, "frozen")[1]["reduced_bytes"] == 0  # of step 1
-    assert run_ranks(run, 1, path, *more, timeout=60) == [0]
+    assert run_ranks(run, 1, path, *more, timeout=120) == [0]
     start, end = weights(folder, 8, "whole"), weights(folder, 8, "frozen")
     moved = {name for name in start if not torch.equal(start[name], end[name])}
     assert moved == {name for name in start if name.startswith("blocks.1.cms.levels.1.")}
@@ -177,7 +177,7 @@ def test_the_last_block_learns_alone(whole, more):
     folder, path, flags = whole
     frozen = "optim.groups=[{match: 'blocks.1.*'}, {match: '*', rate: 0}]"
     flags = [*flags, frozen, more, f"run.name={more}", f"model.init={folder}/runs/whole"]
-    assert run_ranks(run, 2, path, *flags, "checkpoint.every=4", timeout=60) == [0, 0]
+    assert run_ranks(run, 2, path, *flags, "checkpoint.every=4", timeout=120) == [0, 0]
     start, end = weights(folder, 4, more), weights(folder, 8, more)
     moved = {name for name in start if not torch.equal(start[name], end[name])}
     assert moved == {name for name in start if name.startswith("blocks.1.")}
@@ -200,9 +200,9 @@ def interrupted(path: str, *overrides: str) -> int:
 def test_a_border_whose_evaluation_was_broken_off_is_made_up_for(whole, tmp_path):
     folder, path, flags = whole
     flags = [*flags, "run.name=broken"]
-    assert run_ranks(interrupted, 1, path, *flags, "train.stop_after=3", timeout=60) == [0]
+    assert run_ranks(interrupted, 1, path, *flags, "train.stop_after=3", timeout=120) == [0]
     assert [r["phase"] for r in at_borders(folder, "broken")] == [0]
-    assert run_ranks(run, 1, path, *flags, "train.stop_after=4", timeout=60) == [0]
+    assert run_ranks(run, 1, path, *flags, "train.stop_after=4", timeout=120) == [0]
     assert [r["phase"] for r in at_borders(folder, "broken")] == [0, 2]
     found = [e for e in events(folder, "broken") if e["event"] == "PHASE" and "continual.loss.a" in e]
     rows = {r["phase"]: r for r in at_borders(folder, "whole")}

@@ -31,10 +31,10 @@ def extra(folder: Path, step: int, name: str = "tiny") -> dict:
 
 def test_a_blend_reports_every_source_and_resumes(tmp_path):
     path, blend = blend_config(tmp_path)
-    assert run_ranks(run, 1, path, *blend, "run.name=whole", timeout=60) == [0]
-    assert run_ranks(run, 1, path, *blend, "run.name=parts", "train.stop_after=4", timeout=60) == [0]
+    assert run_ranks(run, 1, path, *blend, "run.name=whole", timeout=120) == [0]
+    assert run_ranks(run, 1, path, *blend, "run.name=parts", "train.stop_after=4", timeout=120) == [0]
     assert extra(tmp_path, 4, "parts")["consumed"] == {"a": 24, "b": 8}
-    assert run_ranks(run, 1, path, *blend, "run.name=parts", timeout=60) == [0]
+    assert run_ranks(run, 1, path, *blend, "run.name=parts", timeout=120) == [0]
     assert extra(tmp_path, 8, "parts")["consumed"] == {"a": 48, "b": 16}
     same_curve(metrics(tmp_path, "whole"), metrics(tmp_path, "parts"))
     last = metrics(tmp_path, "whole")[-1]
@@ -44,8 +44,8 @@ def test_a_blend_reports_every_source_and_resumes(tmp_path):
 
 def test_a_blend_with_other_weights_is_not_resumed(tmp_path, capfd):
     path, blend = blend_config(tmp_path)
-    assert run_ranks(run, 1, path, *blend, "train.stop_after=2", timeout=60) == [0]
-    assert run_ranks(run, 1, path, *blend, "data.sources[1].weight=2", timeout=60) == [2]
+    assert run_ranks(run, 1, path, *blend, "train.stop_after=2", timeout=120) == [0]
+    assert run_ranks(run, 1, path, *blend, "data.sources[1].weight=2", timeout=120) == [2]
     error = capfd.readouterr().err
     assert "the order of the data would change" in error
     assert re.search(r"data\.sources: checkpoint a 0\.75 .*, b 0\.25 .*, now a 0\.6 ", error)
@@ -55,8 +55,8 @@ def test_a_blend_with_other_weights_is_not_resumed(tmp_path, capfd):
 def test_two_ranks_equal_one_with_every_way_to_treat_documents(tmp_path, documents):
     path = config_file(tmp_path)
     flag = f"data.documents={documents}"
-    assert run_ranks(run, 1, path, flag, "run.name=one", "train.micro_batch=8", timeout=60) == [0]
-    assert run_ranks(run, 2, path, flag, "run.name=two", "train.micro_batch=1", timeout=60) == [0, 0]
+    assert run_ranks(run, 1, path, flag, "run.name=one", "train.micro_batch=8", timeout=120) == [0]
+    assert run_ranks(run, 2, path, flag, "run.name=two", "train.micro_batch=1", timeout=120) == [0, 0]
     same_curve(metrics(tmp_path, "one"), metrics(tmp_path, "two"), 5e-5)
 
 
@@ -66,10 +66,10 @@ def test_stages_keep_tokens_and_order(tmp_path):
     stages = (
         "train.seq_len_stages=[{from_step: 1, seq_len: 4}, {from_step: 4, seq_len: 8}, {from_step: 7, seq_len: 16}]"
     )
-    assert run_ranks(run, 1, path, "run.name=plain", timeout=60) == [0]
-    assert run_ranks(run, 1, path, stages, "run.name=whole", timeout=60) == [0]
-    assert run_ranks(run, 1, path, stages, "run.name=parts", "train.stop_after=4", timeout=60) == [0]
-    assert run_ranks(run, 1, path, stages, "run.name=parts", timeout=60) == [0]
+    assert run_ranks(run, 1, path, "run.name=plain", timeout=120) == [0]
+    assert run_ranks(run, 1, path, stages, "run.name=whole", timeout=120) == [0]
+    assert run_ranks(run, 1, path, stages, "run.name=parts", "train.stop_after=4", timeout=120) == [0]
+    assert run_ranks(run, 1, path, stages, "run.name=parts", timeout=120) == [0]
     whole, plain = metrics(tmp_path, "whole"), metrics(tmp_path, "plain")
     same_curve(whole, metrics(tmp_path, "parts"))
     assert [r["tokens"] for r in whole] == [r["tokens"] for r in plain]
@@ -92,7 +92,7 @@ def test_data_changed_under_its_name_is_refused_before_the_first_step(tmp_path, 
     tokens = np.memmap(tmp_path / "train.bin", dtype="<u2", mode="r+")
     tokens[10] ^= 1
     tokens.flush()
-    assert run_ranks(run, 1, path, timeout=60) == [2]
+    assert run_ranks(run, 1, path, timeout=120) == [2]
     assert "train.bin: sha256" in capfd.readouterr().err
     assert not (tmp_path / "runs/tiny/metrics.jsonl").exists()
 

@@ -43,20 +43,20 @@ def test_a_diverged_run_keeps_its_good_checkpoints_and_goes_on_from_them(tmp_pat
 
 def test_a_run_that_ends_in_skipped_steps_does_not_end_with_0_and_is_not_gone_on_from(tmp_path, capfd):
     path = config_file(tmp_path)
-    assert run_ranks(run, 1, path, "optim.lr=1e30", "optim.warmup=1", "train.max_skips=99", timeout=60) == [93]
+    assert run_ranks(run, 1, path, "optim.lr=1e30", "optim.warmup=1", "train.max_skips=99", timeout=120) == [93]
     stop = of_kind(tmp_path, "STOP")[-1]
     assert stop["step"] == 8
     assert stop["reason"].startswith("the last ")
     assert stop["last_good"] == "none"
     assert names(tmp_path) == ["step_00000008.doubtful"]
-    assert run_ranks(run, 1, path, "optim.warmup=1", timeout=60) == [2]
+    assert run_ranks(run, 1, path, "optim.warmup=1", timeout=120) == [2]
     assert "only doubtful ones:\n  step_00000008.doubtful: the last" in capfd.readouterr().err
 
 
 def test_one_skipped_step_is_forgotten_by_the_next_and_stays_at_the_end(tmp_path):
     path = config_file(tmp_path)
     flags = ["checkpoint.every=1", "checkpoint.keep=9", "train.steps=5"]
-    assert run_ranks(poisoned, 2, path, (2, 5), *flags, timeout=60) == [93, 93]
+    assert run_ranks(poisoned, 2, path, (2, 5), *flags, timeout=120) == [93, 93]
     assert [event["step"] for event in of_kind(tmp_path, "SAVE")] == [1, 3, 4]
     assert [event["step"] for event in of_kind(tmp_path, "DOUBTFUL")] == [2, 5]
     assert of_kind(tmp_path, "STOP")[-1]["last_good"] == "step_00000004"
@@ -80,7 +80,7 @@ def spoiled(path: str, at: int, *overrides: str) -> int:
 def test_weights_that_are_not_finite_on_one_rank_make_it_doubtful(tmp_path, background):
     path = config_file(tmp_path)
     flags = ["checkpoint.every=1", "checkpoint.keep=1", f"checkpoint.asynchronous={background}"]
-    run_ranks(spoiled, 2, path, 3, *flags, "train.stop_after=3", timeout=60)
+    run_ranks(spoiled, 2, path, 3, *flags, "train.stop_after=3", timeout=120)
     assert names(tmp_path) == ["latest", "step_00000002", "step_00000003.doubtful"]
     assert of_kind(tmp_path, "DOUBTFUL")[0]["reason"].endswith("has values that are not finite")
 
@@ -90,5 +90,5 @@ def test_what_a_person_put_beside_the_checkpoints_stays(tmp_path):
     own = ["step_00000002.old", "step_00000099.tmp", "step_00000002.copy"]
     for name in own:
         (tmp_path / "runs/tiny/checkpoints" / name).mkdir(parents=True)
-    assert run_ranks(run, 1, path, "checkpoint.every=2", "checkpoint.keep=1", timeout=60) == [0]
+    assert run_ranks(run, 1, path, "checkpoint.every=2", "checkpoint.keep=1", timeout=120) == [0]
     assert names(tmp_path) == sorted(["latest", "step_00000008", *own])

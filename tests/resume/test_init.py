@@ -35,7 +35,7 @@ def lines(folder, name, file):
 
 def test_a_run_begins_with_the_held_out_loss_of_its_origin_in_another_layout_too(tmp_path):
     path = config_file(tmp_path)
-    assert run_ranks(run, 1, path, "train.steps=3", timeout=60) == [0]
+    assert run_ranks(run, 1, path, "train.steps=3", timeout=120) == [0]
     source = tmp_path / "runs/tiny"
     trained = lines(tmp_path, "tiny", "metrics")[-1]["heldout_loss"]
     export(finished(source / "checkpoints")[0], tmp_path / "weights")
@@ -52,7 +52,7 @@ def test_a_run_begins_with_the_held_out_loss_of_its_origin_in_another_layout_too
         run, 1, path, "run.name=one", f"model.init={tmp_path / 'weights'}", *new, "train.stop_after=1"
     ) == [0]
     two = [path, "run.name=two", *tensor, *new]
-    assert run_ranks(run, 2, *two, f"model.init={source}", "train.stop_after=1", timeout=60) == [0, 0]
+    assert run_ranks(run, 2, *two, f"model.init={source}", "train.stop_after=1", timeout=120) == [0, 0]
     for name in ("one", "two"):
         first, *_, last = lines(tmp_path, name, "metrics")
         assert (first["step"], first["tokens"]) == (0, 0)
@@ -62,7 +62,7 @@ def test_a_run_begins_with_the_held_out_loss_of_its_origin_in_another_layout_too
     newest = str(finished(source / "checkpoints")[0])
     assert [(event["path"], event["trained_steps"]) for event in said] == [(newest, 3)]
     # resumed from its own checkpoint: model.init is not read, the origin stays known
-    assert run_ranks(run, 2, *two, "model.init=nowhere", timeout=60) == [0, 0]
+    assert run_ranks(run, 2, *two, "model.init=nowhere", timeout=120) == [0, 0]
     extra = manifest.read(finished(tmp_path / "runs/two/checkpoints")[0]).extra
     assert extra["origin"] == {"path": newest, "trained_steps": 3}
     assert [event["event"] for event in lines(tmp_path, "two", "events")].count("INIT") == 1
@@ -72,13 +72,13 @@ def test_a_run_with_more_levels_begins_with_the_held_out_loss_of_its_origin(tmp_
     """The origin's levels behind and before a new one, its scalars moved by training, on one rank and on two."""
     path = config_file(tmp_path)
     cms = ["model.cms.variant=independent", "model.cms.hidden=16"]
-    assert run_ranks(run, 1, path, *cms, "train.steps=6", timeout=60) == [0]
+    assert run_ranks(run, 1, path, *cms, "train.steps=6", timeout=120) == [0]
     trained = lines(tmp_path, "tiny", "metrics")[-1]["heldout_loss"]
     new = [*cms, "model.cms.periods=[1, 3, 6]", f"model.init={tmp_path / 'runs/tiny'}", "train.stop_after=1"]
     places = lambda name, levels: [f"run.name={name}", f"model.init_levels={levels}"]
-    assert run_ranks(run, 1, path, *new, *places("one", [1, 2]), timeout=60) == [0]
+    assert run_ranks(run, 1, path, *new, *places("one", [1, 2]), timeout=120) == [0]
     tensor = ["parallel.tensor=2", "parallel.sequence=true"]
-    assert run_ranks(run, 2, path, *new, *places("two", [0, 2]), *tensor, timeout=60) == [0, 0]
+    assert run_ranks(run, 2, path, *new, *places("two", [0, 2]), *tensor, timeout=120) == [0, 0]
     for name in ("one", "two"):
         assert lines(tmp_path, name, "metrics")[0]["heldout_loss"] == pytest.approx(trained, abs=1e-6)
     assert run(path, *new, *places("three", [2, 1]), "--dry-run") == 2
@@ -94,7 +94,7 @@ def test_what_cannot_start_from_it_ends_with_2_on_all_ranks_and_in_a_dry_run(tmp
         assert run(path, "run.name=new", "--dry-run", *more) == 2
         found = capfd.readouterr().err
         assert all(part in found for part in said), found
-    assert set(run_ranks(run, 2, path, "run.name=new", *more, timeout=60)) == {2}
+    assert set(run_ranks(run, 2, path, "run.name=new", *more, timeout=120)) == {2}
     found = capfd.readouterr().err
     assert all(part in found for part in said), found
     assert found.count("config error") == 1

@@ -31,7 +31,7 @@ def again(path: str, *words: str) -> int:
 
 def test_the_dry_run_tells_the_truth_about_it(tmp_path, capfd):
     words = ["--dry-run", "model.layers=3", "parallel.pipeline=2", "--devices", "2"]
-    assert run_ranks(again, 1, config_file(tmp_path, "attention"), *words, timeout=60) == [0]
+    assert run_ranks(again, 1, config_file(tmp_path, "attention"), *words, timeout=120) == [0]
     printed = capfd.readouterr().out
     assert f"model       2 {NAME} + 1 attention" in printed
     assert "% of them memory writes" in printed
@@ -50,9 +50,9 @@ def test_it_trains_is_logged_saved_and_resumed(tmp_path, capfd):
     assert "memory_norm.1" not in records[-1]  # attention reports none
     names = {name.partition("/")[2] for name in read(folder / "checkpoints" / "step_00000004").tensors}
     assert "blocks.0.mixer.beta_weight" in names
-    assert run_ranks(again, 1, path, timeout=60) == [0]
+    assert run_ranks(again, 1, path, timeout=120) == [0]
     assert "RESUME" in capfd.readouterr().out
-    assert run_ranks(again, 1, path, "run.name=whole", timeout=60) == [0]
+    assert run_ranks(again, 1, path, "run.name=whole", timeout=120) == [0]
     losses = lambda name: [
         json.loads(line)["loss"] for line in (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
     ]
@@ -62,7 +62,7 @@ def test_it_trains_is_logged_saved_and_resumed(tmp_path, capfd):
 def test_what_it_cannot_do_is_a_problem_of_the_configuration(tmp_path, capfd):
     """A chunk of zero, by the section's own check; exit code 2, no traceback."""
     words = [f"model.mixers.{NAME}.chunk=0", "--dry-run"]
-    assert run_ranks(again, 1, config_file(tmp_path, "attention"), *words, timeout=60) == [2]
+    assert run_ranks(again, 1, config_file(tmp_path, "attention"), *words, timeout=120) == [2]
     error = capfd.readouterr().err
     assert f"model.mixers.{NAME}.chunk" in error
     assert "Traceback" not in error

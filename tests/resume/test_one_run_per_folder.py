@@ -85,7 +85,7 @@ def steps_of_one_job(folder: Path) -> str:
 
 
 def test_two_steps_of_one_job_at_one_port_refuse_each_other_by_name(tmp_path):
-    first, also_first, no_port, stranger = run_ranks(steps_of_one_job, 4, tmp_path, timeout=60)
+    first, also_first, no_port, stranger = run_ranks(steps_of_one_job, 4, tmp_path, timeout=120)
     assert (first, also_first) == ("2.0", "2.0")
     assert no_port.startswith("NotNow: rank 0 cannot listen at 127.0.0.1:")
     assert stranger.startswith("LaunchError: two runs meet at ")
@@ -106,7 +106,7 @@ def of_another_world() -> str:
 
 
 def test_ranks_of_other_worlds_do_not_join(tmp_path):
-    stranger = run_ranks(of_another_world, 2, timeout=60)[1]
+    stranger = run_ranks(of_another_world, 2, timeout=120)[1]
     assert "world 3" in stranger
     assert "world 2" in stranger
 
@@ -251,6 +251,6 @@ def taken(path: str) -> int:
 
 
 def test_a_run_that_lost_its_folder_ends_without_saving(tmp_path, capfd):
-    assert run_ranks(taken, 1, config_file(tmp_path), timeout=60) == [2]
+    assert run_ranks(taken, 1, config_file(tmp_path), timeout=120) == [2]
     assert "was taken over by host elsewhere" in capfd.readouterr().err
     assert not (tmp_path / "runs/tiny/checkpoints/step_00000003").exists()

@@ -65,7 +65,7 @@ def spiked(path: str, steps: tuple[int, ...], *overrides: str) -> int:
 def test_a_loss_spike_is_skipped_with_its_numbers_and_too_many_stop_the_run(tmp_path):
     path = config_file(tmp_path)
     flags = ["train.spike_sigma=20", "train.spike_window=3", "train.max_skips=2", "train.eval_every=0"]
-    assert run_ranks(spiked, 2, path, (5, 7, 8), *flags, timeout=60) == [93, 93]
+    assert run_ranks(spiked, 2, path, (5, 7, 8), *flags, timeout=120) == [93, 93]
     skips = [e for e in events(tmp_path) if e["event"] == "SKIP"]
     assert [(e["step"], e["reason"]) for e in skips] == [(5, "loss_spike"), (7, "loss_spike"), (8, "loss_spike")]
     assert all(e["loss"] > 10 > e["bound"] for e in skips)

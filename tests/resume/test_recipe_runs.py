@@ -17,7 +17,7 @@ def curve(folder, name: str, first: int = 0) -> list[tuple]:
 def test_a_stable_phase_goes_on_without_a_word_and_a_decay_branches_from_a_copied_checkpoint(tmp_path):
     """Both are then, bit for bit, what a run of that schedule from step 0 is."""
     path, copied = config_file(tmp_path), "checkpoints/step_00000004"
-    one = lambda *flags: run_ranks(run, 1, path, *WSD, *flags, timeout=60)
+    one = lambda *flags: run_ranks(run, 1, path, *WSD, *flags, timeout=120)
     assert one("run.name=long", "train.steps=9") == [0]
     assert one("run.name=parts", "train.steps=8", "train.stop_after=4") == [0]
     shutil.copytree(tmp_path / "runs/parts" / copied, tmp_path / "runs/branch" / copied)
@@ -34,11 +34,11 @@ def test_a_stable_phase_goes_on_without_a_word_and_a_decay_branches_from_a_copie
 def test_what_is_regrouped_keeps_its_levels_time(tmp_path, capfd):
     path, muon = config_file(tmp_path), ["optim.name=muon", "train.eval_every=0"]
     exception = 'optim.groups=[{match: "*.levels.1.*", rate: 0.5, weight_decay: 0.0}]'
-    assert run_ranks(run, 1, path, *muon, "train.stop_after=4", timeout=60) == [0]
-    assert run_ranks(run, 1, path, *muon, exception, timeout=60) == [2]
+    assert run_ranks(run, 1, path, *muon, "train.stop_after=4", timeout=120) == [0]
+    assert run_ranks(run, 1, path, *muon, exception, timeout=120) == [2]
     assert "optim.groups" in capfd.readouterr().err
     words = "checkpoint.on_change={optim.groups: override, optim.muon.per_head: override}"
-    assert run_ranks(run, 1, path, *muon, exception, "optim.muon.per_head=true", words, timeout=60) == [0]
+    assert run_ranks(run, 1, path, *muon, exception, "optim.muon.per_head=true", words, timeout=120) == [0]
     last = metrics(tmp_path)[-1]
     names = {key.removeprefix("clock.") for key in last if key.startswith("clock.")}
     assert {"cms1.matrices.group0", "cms1.undecayed.group0", "base.matrices.heads_of_8"} <= names
@@ -50,7 +50,7 @@ def test_levels_are_switched_off_alike_in_every_layout(tmp_path):
     path = config_file(tmp_path)
     flags = ["train.eval_levels=true", "optim.eps=1e-4", "log.every=4", "train.steps=4"]
     layout = ["parallel.tensor=2", "parallel.sequence=true"]
-    assert run_ranks(run, 1, path, "run.name=one", *flags, timeout=60) == [0]
+    assert run_ranks(run, 1, path, "run.name=one", *flags, timeout=120) == [0]
     assert run_ranks(run, 2, path, "run.name=two", *flags, *layout, timeout=100) == [0, 0]
     one, two = metrics(tmp_path, "one"), metrics(tmp_path, "two")
     keys = ["heldout_loss", "heldout_loss_without.cms0", "heldout_loss_without.cms1"]

@@ -77,7 +77,7 @@ def test_tensorboard_holds_scalars_and_gate_histograms(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     path = config_file(tmp_path)
-    assert run_ranks(run, 1, path, "log.tensorboard=true", "log.histograms=4", timeout=60) == [0]
+    assert run_ranks(run, 1, path, "log.tensorboard=true", "log.histograms=4", timeout=120) == [0]
     board = EventAccumulator(str(tmp_path / "runs/tiny/tensorboard"), size_guidance={"histograms": 0})
     board.Reload()
     assert {"loss", "heldout_loss", "memory_norm.1", "grad_norm.cms1"} <= set(board.Tags()["scalars"])
@@ -89,8 +89,8 @@ def test_tensorboard_holds_scalars_and_gate_histograms(tmp_path):
 def test_two_ranks_equal_one(tmp_path):
     """Same batches, same losses, same weights whatever the data-parallel degree and the micro-batch."""
     path = config_file(tmp_path)
-    assert run_ranks(run, 1, path, "run.name=one", timeout=60) == [0]
-    assert run_ranks(run, 2, path, "run.name=two", "train.micro_batch=4", timeout=60) == [0, 0]
+    assert run_ranks(run, 1, path, "run.name=one", timeout=120) == [0]
+    assert run_ranks(run, 2, path, "run.name=two", "train.micro_batch=4", timeout=120) == [0, 0]
     same_curve(metrics(tmp_path, "one"), metrics(tmp_path, "two"), 2e-5)
     one, two = weights(tmp_path, 8, "one"), weights(tmp_path, 8, "two")
     for name in one:
@@ -112,7 +112,7 @@ def test_tensor_and_pipeline_layouts_train_and_resume_alike(tmp_path, layout):
     """The whole program under a layout: the curve of one device, and a bit-equal resume in a CMS period."""
     path, (ranks, flags) = config_file(tmp_path), LAYOUTS[layout]
     four = ["model.layers=4", "optim.eps=1e-4"]
-    assert run_ranks(run, 1, path, "run.name=one", *four, timeout=60) == [0]
+    assert run_ranks(run, 1, path, "run.name=one", *four, timeout=120) == [0]
     assert set(run_ranks(run, ranks, path, "run.name=whole", *four, *flags, timeout=100)) == {0}
     same_curve(metrics(tmp_path, "one"), metrics(tmp_path, "whole"), 2e-5)
     assert {f"memory_norm.{layer}" for layer in range(4)} <= set(metrics(tmp_path, "whole")[-1])
@@ -126,10 +126,10 @@ def test_resume_is_bit_equal(tmp_path, precision):
     """Stopped at step 4, in the middle of a CMS period of 3, and gone on: same losses and weights to the last bit."""
     path = config_file(tmp_path)
     flags = [f"train.precision={precision}"]
-    assert run_ranks(run, 2, path, "run.name=whole", *flags, timeout=60) == [0, 0]
-    assert run_ranks(run, 2, path, "run.name=parts", "train.stop_after=4", *flags, timeout=60) == [0, 0]
+    assert run_ranks(run, 2, path, "run.name=whole", *flags, timeout=120) == [0, 0]
+    assert run_ranks(run, 2, path, "run.name=parts", "train.stop_after=4", *flags, timeout=120) == [0, 0]
     assert metrics(tmp_path, "parts")[-1]["step"] == 4
-    assert run_ranks(run, 2, path, "run.name=parts", *flags, timeout=60) == [0, 0]
+    assert run_ranks(run, 2, path, "run.name=parts", *flags, timeout=120) == [0, 0]
     assert [e["event"] for e in events(tmp_path, "parts")] == ["SAVE", "RESUME", "SAVE"]
     same_curve(metrics(tmp_path, "whole"), metrics(tmp_path, "parts"))
     whole, parts = weights(tmp_path, 8, "whole"), weights(tmp_path, 8, "parts")
@@ -140,7 +140,7 @@ def test_resume_is_bit_equal(tmp_path, precision):
 def test_every_step_sees_its_own_batch(tmp_path):
     """At a vanishing learning rate the loss of step k is that of the untrained model on samples 8(k-1) to 8k-1."""
     path = config_file(tmp_path)
-    assert run_ranks(run, 2, path, "optim.lr=1e-30", "train.steps=4", timeout=60) == [0, 0]
+    assert run_ranks(run, 2, path, "optim.lr=1e-30", "train.steps=4", timeout=120) == [0, 0]
     config = load(path, [])
     model = Model(config.model).initialise(config.run.seed)
     data = TrainingSet(config.data.train, config.train.seq_len, config.data.seed)
@@ -159,7 +159,7 @@ def test_gradients_are_clipped_to_the_global_norm(tmp_path, ranks):
     path = config_file(tmp_path)
     plain = ["optim.dmgd.objective=dot", "optim.dmgd.preconditioner=none", "optim.beta1=0", "optim.weight_decay=0"]
     more = ["optim.lr=0.5", "optim.warmup=0", "optim.decay=constant", "train.grad_clip=0.01", "model.cms.periods=[1,1]"]
-    assert set(run_ranks(run, ranks, path, *plain, *more, "train.stop_after=1", timeout=60)) == {0}
+    assert set(run_ranks(run, ranks, path, *plain, *more, "train.stop_after=1", timeout=120)) == {0}
     assert metrics(tmp_path)[1]["grad_norm"] > 0.5
     start = Model(load(path, more).model).initialise(1).state_dict()
     moved = sum((w - start[name]).square().sum().item() for name, w in weights(tmp_path, 1).items()) ** 0.5
@@ -168,9 +168,9 @@ def test_gradients_are_clipped_to_the_global_norm(tmp_path, ranks):
 
 def test_a_finished_run_is_not_repeated(tmp_path):
     path = config_file(tmp_path)
-    assert run_ranks(run, 1, path, timeout=60) == [0]
+    assert run_ranks(run, 1, path, timeout=120) == [0]
     before = metrics(tmp_path)
-    assert run_ranks(run, 1, path, timeout=60) == [0]
+    assert run_ranks(run, 1, path, timeout=120) == [0]
     assert metrics(tmp_path) == before
 
 
@@ -189,7 +189,7 @@ def poisoned(path: str, steps: tuple[int, ...], *overrides: str) -> int:
 
 def test_a_nonfinite_gradient_skips_the_step_and_advances_no_clock(tmp_path):
     path = config_file(tmp_path)
-    assert run_ranks(poisoned, 2, path, (2,), "train.steps=4", timeout=60) == [0, 0]
+    assert run_ranks(poisoned, 2, path, (2,), "train.steps=4", timeout=120) == [0, 0]
     skip = [e for e in events(tmp_path) if e["event"] == "SKIP"]
     assert [(e["step"], e["reason"]) for e in skip] == [(2, "nonfinite_gradient")]
     assert skip[0]["param"] == "embedding.weight"
@@ -202,7 +202,7 @@ def test_a_nonfinite_gradient_skips_the_step_and_advances_no_clock(tmp_path):
 def test_too_many_skips_in_a_row_stop_the_run(tmp_path):
     path = config_file(tmp_path)
     flags = ["train.max_skips=3", "checkpoint.every=2"]
-    assert run_ranks(poisoned, 2, path, (3, 4, 5, 6), *flags, timeout=60) == [93, 93]
+    assert run_ranks(poisoned, 2, path, (3, 4, 5, 6), *flags, timeout=120) == [93, 93]
     stop = [event for event in events(tmp_path) if event["event"] == "STOP"]
     assert stop[-1] | {"time": 0} == {
         "time": 0,
@@ -230,11 +230,11 @@ def interrupted(path: str, number: int) -> int:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 85), (signal.SIGUSR1, 85)])
 def test_a_signal_on_one_rank_stops_all_at_one_step_with_everything_saved(tmp_path, number, code):
     path = config_file(tmp_path)
-    codes = run_ranks(interrupted, 2, path, int(number), timeout=60)
+    codes = run_ranks(interrupted, 2, path, int(number), timeout=120)
     assert codes == [code, code]
     assert metrics(tmp_path)[-1]["step"] == 3
     assert weights(tmp_path, 3)
-    assert run_ranks(run, 2, path, timeout=60) == [0, 0]
+    assert run_ranks(run, 2, path, timeout=120) == [0, 0]
     assert metrics(tmp_path)[-1]["step"] == 8
 
 
@@ -250,8 +250,8 @@ def test_logs_and_a_console_without_room_do_not_end_a_run(tmp_path):
     for name in ("metrics.jsonl", "events.jsonl"):
         (folder / name).symlink_to("/dev/full")
     (folder / "tensorboard").write_text("in the way")
-    assert run_ranks(full_disk, 2, path, "log.tensorboard=true", "checkpoint.every=4", timeout=60) == [0, 0]
+    assert run_ranks(full_disk, 2, path, "log.tensorboard=true", "checkpoint.every=4", timeout=120) == [0, 0]
     (folder / "metrics.jsonl").unlink()
     more = ["train.steps=9", "checkpoint.on_change={train.steps: override}"]
-    assert run_ranks(run, 2, path, *more, timeout=60) == [0, 0]
+    assert run_ranks(run, 2, path, *more, timeout=120) == [0, 0]
     assert [record["step"] for record in metrics(tmp_path)] == [9]

@@ -165,7 +165,7 @@ class Cluster:
 
     def run(self, *command: str, check: bool = True, cwd: Path | None = None) -> str:
         """Output of a command with this cluster's SLURM_CONF."""
-        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60, cwd=cwd)
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=120, cwd=cwd)
         if check and done.returncode:
             raise AssertionError(f"{command} ended with {done.returncode}: {done.stdout}{done.stderr}")
         return done.stdout

@@ -245,10 +245,10 @@ throttle: 2
     runs = [RunFolder(p) for p in (tmp_path / "runs/scaling").iterdir()]
     assert [len(run.job_ids()) for run in runs] == [1, 1, 1, 1]
     assert all(verdict(run) == "done" for run in runs)
-    third = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    third = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert "4 cells, 4 of them over" in third.stdout
     collected = subprocess.run([*words[:3], "collect", str(grid), "--out", str(tmp_path / "out")], cwd=REPOSITORY,
-                               capture_output=True, text=True, timeout=60)  # fmt: skip
+                               capture_output=True, text=True, timeout=120)  # fmt: skip
     assert collected.returncode == 0, collected.stdout + collected.stderr
     rows = list(csv.DictReader((tmp_path / "out/results.csv").open()))
     assert [(r["cell"], r["devices"], r["global_batch"]) for r in rows] == [

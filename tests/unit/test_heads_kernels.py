@@ -200,7 +200,7 @@ def operands() -> tuple:
 
 
 @interpreted
-@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("same", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_ops_are_what_the_library_expects_of_them(same):
     """Schema, fake and autograd registration; shapes, strides and types of fakes; gradients under tracing."""
     given = operands()
@@ -293,7 +293,7 @@ def test_recomputation_gives_the_same_gradients():
 
 
 @interpreted
-@pytest.mark.parametrize("spoiled", ["", "memory_input", "changing"])
+@pytest.mark.parametrize("spoiled", ["", "memory_input", pytest.param("changing", marks=pytest.mark.slow)])
 def test_the_benchmark_names_a_kernel_that_is_wrong(spoiled, monkeypatch, capsys):
     """Of bf16 the interpreter cuts off what a GPU rounds, which is within twice the plain form's error."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))

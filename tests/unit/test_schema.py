@@ -340,7 +340,7 @@ def test_the_reference_has_every_key_with_a_meaning(write):
 @pytest.mark.usefixtures("own_mixers")
 def test_the_reference_is_printed_by_the_module():
     printed = subprocess.run(
-        [sys.executable, "-m", "configs.schema"], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-m", "configs.schema"], capture_output=True, text=True, timeout=120, check=True
     )
     assert printed.stdout == key_table(Config)
 

@@ -52,7 +52,7 @@ def session(folder: Path, lines: list[str], example: str = EXAMPLE, *more: str) 
     (folder / "test_it.py").write_text(example)
     words = ["-q", "-p", "no:cacheprovider", "--rootdir", str(folder), str(folder), *more]
     return subprocess.run(
-        [sys.executable, "-m", "pytest", *words], cwd=folder, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "pytest", *words], cwd=folder, capture_output=True, text=True, timeout=120
     )
 
 

@@ -33,10 +33,12 @@ MODELS = {
     "matrix-erase-all": (ERASING, 20.0),
     "mlp-erase-all": ({**ERASING, "memory": "mlp"}, 20.0),
 }
-SLOW = {("mlp-erase-all", "walk"), ("mlp-erase-all", "correlated")}
+IN_THE_SUITE = {
+    ("matrix", "random"), ("mlp", "correlated"), ("matrix-erase-all", "walk"), ("mlp-erase-all", "random"),
+}  # fmt: skip
 CASES = [
     pytest.param(
-        *of_model, inputs, id=f"{name}-{inputs}", marks=pytest.mark.slow if (name, inputs) in SLOW else ()
+        *of_model, inputs, id=f"{name}-{inputs}", marks=() if (name, inputs) in IN_THE_SUITE else pytest.mark.slow
     )
     for name, of_model in MODELS.items()
     for inputs in ("random", "correlated", "walk")
