@@ -204,3 +204,14 @@ def test_the_picture_has_a_line_per_model_the_best_above(recipe):
     assert svg.count("<circle") == 3 + 3
     with pytest.raises(ValueError, match="no cell"):
         picture.draw(picture.lines(PLAN, rows, "adamw"))
+
+
+def test_the_preset_of_muon_has_the_rates_that_were_best(recipe, tmp_path):
+    """Of what is committed, for HOPE and its hybrid alike, and the plan's setting."""
+    plan, rows = yaml.safe_load((BENCHMARKS / "recipe.yaml").read_text()), BENCHMARKS.parent / "docs/measurements"
+    found = recipe.tuned_rates(plan, json.loads((rows / "recipe.json").read_text()))
+    rates = lambda found: [f"optim.lr={found[0]}", f"optim.lr_elementwise={found[1]}"]
+    optim = lambda words: load(config_file(tmp_path), words, check=False).optim
+    preset = optim([str(BENCHMARKS.parent / "configs/optim/muon.yaml")])
+    for model in ("hope", "hope_hybrid"):
+        assert optim([*plan["optimizers"]["muon"]["set"], *rates(found["muon", model])]) == preset

@@ -107,7 +107,7 @@ def test_which_words_are_files(word, file):
     assert is_file(word) is file
 
 
-@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("preset", [*PRESETS, ROOT / "configs/optim/muon.yaml"], ids=lambda path: path.stem)
 def test_a_preset_over_the_quickstart_would_run(tmp_path, capsys, preset):
     token_set(tmp_path / "train", 200, 0, 8192)
     token_set(tmp_path / "heldout", 60, 1, 8192)
