@@ -1,8 +1,7 @@
 """Measured speeds: model FLOPs utilisation of one device, for estimates of the time that a run takes.
 
-`matrix` memories are with the fused kernels, `mlp` memories are of the PyTorch loop. MFU is tokens/s x FLOPs per
-trained token (`report.model_facts`) over the dense bf16 peak. A larger model or a faster loop does better, so that the
-row which was used is always printed.
+Memories are with their fused kernels. MFU is tokens/s x FLOPs per trained token (`report.model_facts`) over the dense
+bf16 peak. A larger model or a faster loop does better, so that the row which was used is always printed.
 """
 
 from __future__ import annotations
@@ -33,31 +32,17 @@ class Speed:
                 f"{self.tokens_per_s:,.0f} tokens/s, {self.mfu:.1%} ({self.source})")  # fmt: skip
 
 
+COMPILED = "train.compile=dense, docs/measurements/throughput.json"
+GRAPHS = "CUDA graphs, docs/measurements/scale.json"
 MEASURED = (
-    Speed(
-        "hope matrix",
-        345.3e6,
-        4096,
-        "H100",
-        42_400,
-        0.0920,
-        "with kernels: docs/LOG.md",
-    ),
-    Speed(
-        "hope matrix",
-        18.7e6,
-        1024,
-        "H100",
-        331_300,
-        0.0410,
-        "with kernels: docs/LOG.md",
-    ),
-    Speed("hope mlp", 19.7e6, 1024, "H200", 62_000, 0.0111, "an experiment under one CUDA graph, not this program"),
-    Speed("attention", 334.0e6, 4096, "H100", 90_700, 0.2391, "eager, micro-batch 4: docs/LOG.md"),
-    Speed("attention", 17.3e6, 1024, "H200", 380_000, 0.0471, "docs/results.md, 350-410k beside other runs"),
-    Speed("hope matrix", 345.3e6, 4096, "H100", 93_700, 0.2038, "CUDA graphs: docs/performance.md", True),
-    Speed("hope matrix", 1293.0e6, 4096, "H100", 36_130, 0.2893, "CUDA graphs: docs/performance.md", True),
-    Speed("attention", 334.0e6, 4096, "H100", 105_690, 0.2787, "CUDA graphs: docs/performance.md", True),
+    Speed("hope matrix", 345.3e6, 4096, "H100", 42_313, 0.0918, "docs/LOG.md"),
+    Speed("hope matrix", 17.3e6, 1024, "H100", 287_476, 0.0347, COMPILED),
+    Speed("attention", 334.0e6, 4096, "H100", 90_746, 0.2392, "docs/LOG.md"),
+    Speed("attention", 17.3e6, 1024, "H100", 1_106_775, 0.1373, COMPILED),
+    Speed("hope matrix", 345.3e6, 4096, "H100", 93_697, 0.2038, GRAPHS, True),
+    Speed("hope matrix", 1293.0e6, 4096, "H100", 36_134, 0.2893, GRAPHS, True),
+    Speed("hope mlp", 332.1e6, 4096, "H100", 41_757, 0.1040, f"CUDA graphs, {COMPILED}", True),
+    Speed("attention", 334.0e6, 4096, "H100", 105_688, 0.2787, GRAPHS, True),
 )
 
 
